@@ -1,0 +1,199 @@
+"""The typed settings of every room: what `conf/` is validated against (`launch/config.py`).
+
+Frozen dataclasses, so that a worker can be handed exactly the part it needs. Bounds stand beside the type and are enforced
+by pydantic when the program starts; an unknown key, an ill-typed or out-of-range value never reaches a worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+Positive = Annotated[int, Gt(0)]
+Natural = Annotated[int, Ge(0)]
+Rate = Annotated[float, Gt(0.0)]
+NonNegative = Annotated[float, Ge(0.0)]
+Fraction = Annotated[float, Ge(0.0), Le(1.0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    path: str
+    """Policy directory in Hugging Face format (config, safetensors, tokenizer, image processor)."""
+    segmenter: str
+    """SAM2 directory: `config.yaml` + `model.safetensors`, or `random:<hiera name>` for random weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    answer_frame: Literal["resized", "thousand"] = "resized"
+    """Frame the policy answers in: pixels of the resized image (Qwen2.5-VL) or 0..1000 (Qwen3-VL)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    format: Literal["coco", "jsonl"]
+    train: str
+    """Path of the training annotations (JSON for coco, JSONL for jsonl)."""
+    eval: str
+    """Path of the held-out annotations, same format."""
+    eval_samples: Positive = 128
+    """The first so many held-out samples, always the same."""
+    max_pixels: Positive = 50_000_000
+    """A larger image is refused before anything starts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskConfig:
+    name: str
+    """The data set's task names map to this template: segment, ground or count."""
+    system: str
+    template: str
+    """User turn; `{question}` is replaced. The image placeholder is put before it."""
+    answer: Literal["json"] = "json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConfig:
+    """Distribution-Ranked Reward (Dr. Seg); see `reward_workers/ranking.py`."""
+
+    capacity: Positive = 2048
+    initial_zero_rows: Natural = 0
+    ties: Literal["le", "mid"] = "mid"
+    digits: Natural | None = None
+    """Round each rank to so many decimals; None: no rounding."""
+    aggregate: Literal["sum", "mean"] = "sum"
+    warmup: Natural = 1
+    """Steps that must have been seen before ranks are used; raw values serve until then."""
+    exclude_unparsed: bool = True
+    per_task: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    name: str
+    components: dict[str, float]
+    """Added to the reward as they are: component name -> weight."""
+    ranked: dict[str, float] = field(default_factory=dict)
+    """Components that are ranked first (`rank`), or added raw where `rank` is null: name -> weight."""
+    rank: RankConfig | None = None
+    matching: Literal["continuous", "binary"] = "continuous"
+    unparsed_reward: float | None = 0.0
+    """Reward of a failed trajectory; null lets its components stand (the published systems' rule)."""
+    multimask: bool = False
+    """SAM2 proposes three masks and the most confident one is kept."""
+    workers: Positive = 1
+    image_cache: Positive = 64
+    """SAM2 embeddings kept per worker."""
+    max_failure_rate: Fraction = 0.5
+    """Engine or scorer failures above this share of a step stop the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlgorithmConfig:
+    name: str = "grpo"
+    steps: Positive
+    prompts_per_step: Positive
+    group_size: Annotated[int, Ge(2)]
+    clip_low: Rate = 0.2
+    clip_high: Rate = 0.2
+    kl_coef: NonNegative = 0.0
+    """k3 KL to the starting policy, added to the loss. 0 keeps no reference model."""
+    scale: Literal["group", "none"] = "group"
+    """Advantages divided by the group's standard deviation, or not (Dr. GRPO)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerConfig:
+    ranks: Positive = 1
+    zero_stage: Literal[1, 2, 3] = 2
+    lr: Rate = 1e-6
+    warmup_steps: Natural = 0
+    schedule: Literal["constant", "linear"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.0
+    grad_clip: Rate = 1.0
+    micro_groups: Positive = 1
+    """Groups per micro-batch and rank."""
+    gradient_checkpointing: bool = False
+    bucket_mb: Positive = 256
+    """Size of a weight-sync bucket."""
+    parity_limit: Rate = 0.02
+    """Mean |log-prob difference| engine vs learner beyond which the run refuses to start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    engines: Positive = 1
+    temperature: Annotated[float, Gt(0.0), Le(2.0)] = 1.0
+    max_new_tokens: Positive = 256
+    max_model_len: Positive = 4096
+    max_num_seqs: Positive = 64
+    max_images: Positive = 2
+    block_size: Positive = 32
+    kv_cache_mb: Natural = 0
+    """KV cache in MiB; 0: vLLM's own share of the GPU (`gpu_memory`)."""
+    gpu_memory: Fraction = 0.3
+    """Share of the GPU's memory vLLM may take."""
+    enforce_eager: bool = True
+    start_timeout_s: Rate = 600.0
+    request_timeout_s: Rate = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementConfig:
+    """Who sits where. Fractions of CPUs and GPUs each actor claims from Ray."""
+
+    name: str
+    device: Literal["cpu", "cuda"]
+    engine_cpus: NonNegative = 1.0
+    engine_gpus: NonNegative = 0.0
+    reward_cpus: NonNegative = 1.0
+    reward_gpus: NonNegative = 0.0
+    learner_cpus: NonNegative = 1.0
+    learner_gpus: NonNegative = 0.0
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    transport: Literal["store", "ipc"] = "store"
+    """Weights by Ray's object store (any node), or by CUDA IPC (engine and learner on one GPU)."""
+    threads: Natural = 0
+    """Intra-op threads of each worker process; 0: the library's default."""
+    start_timeout_s: Rate = 300.0
+    """How long to wait for the cluster to grant the placement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandbConfig:
+    project: str = "relook"
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when the user is logged in, else offline; never asks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    name: str
+    output: str = "runs"
+    """Where `<output>/<name>/` is made. On a cluster: a path every node's driver can reach."""
+    seed: int = 42
+    resume: str | None = None
+    """A run's name or directory to go on from."""
+    deterministic: bool = False
+    eval_every: Natural = 0
+    """Steps between held-out evaluations; 0: only before and after."""
+    checkpoint_every: Natural = 50
+    rollouts_kept: Natural = 16
+    """Groups per step written to rollouts parquet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One run, whole."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    task: dict[str, TaskConfig]
+    reward: RewardConfig
+    algorithm: AlgorithmConfig
+    learner: LearnerConfig
+    rollout: RolloutConfig
+    placement: PlacementConfig
+    wandb: WandbConfig = field(default_factory=WandbConfig)

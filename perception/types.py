@@ -1,0 +1,279 @@
+"""Everything that crosses a process, in one file.
+
+Conventions, everywhere in the project:
+  boxes   (N, 4) float32, x1 y1 x2 y2, in pixels of the ORIGINAL image unless a name says otherwise
+  points  (N, 2) float32, x y, same frame
+  masks   COCO run-length encoding of an (H, W) binary mask at the original size
+  tokens  tuple[int, ...]; prompts are kept UNEXPANDED: one placeholder id per image
+A failure is a value (`Failure`), never a silent zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+
+class FailureKind(StrEnum):
+    """Why a trajectory or a score is not to be trusted."""
+
+    UNPARSED = "unparsed"  # the completion holds no answer in the task's grammar
+    TRUNCATED = "truncated"  # the token limit came before the end of the answer
+    EMPTY = "empty"  # the engine returned no token
+    ENGINE = "engine"  # the engine raised or died
+    SCORER = "scorer"  # the reward worker raised or timed out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    kind: FailureKind
+    detail: str
+    """One line a person can act on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rle:
+    """COCO compressed run-length encoding."""
+
+    height: int
+    width: int
+    counts: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageHandle:
+    """An image by content. Pixels travel once: `ref` leads to the encoded bytes."""
+
+    key: str
+    """Hex digest of the encoded bytes (`perception.images.content_key`)."""
+    height: int
+    width: int
+    ref: Any
+    """`bytes` of the encoded file, or a Ray ObjectRef to them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The truth about one question. `G` objects; G = 0 is a valid 'no target' question."""
+
+    boxes: np.ndarray
+    """(G, 4) float32, original pixels, x1 y1 x2 y2."""
+    points: np.ndarray
+    """(G, 2) float32, original pixels, one point inside each object."""
+    masks: tuple[Rle, ...] = ()
+    """G masks, or () where the data set has none."""
+    labels: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.boxes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One question about one image, as a data set reader yields it."""
+
+    id: str
+    """Unique inside its data set, stable across runs; named in every message about it."""
+    image_path: str
+    height: int
+    width: int
+    question: str
+    task: str
+    """Name of a task in `perception.tasks`: segment, ground, count."""
+    target: Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A sample made ready for one policy: templated, tokenised (unexpanded), image attached."""
+
+    sample: Sample
+    token_ids: tuple[int, ...]
+    """Unexpanded: exactly one image placeholder id per entry of `images`."""
+    images: tuple[ImageHandle, ...]
+    answer_height: int
+    """Height of the frame the policy answers in (resized image, or 1000)."""
+    answer_width: int
+    seed: int
+    """Seeds the group's sampling; derived from (run seed, epoch, sample)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Tokens [start, end) of a turn were sampled by policy `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What was newly fed and what was then sampled. The first turn's input is the prompt itself."""
+
+    input_ids: tuple[int, ...]
+    """Unexpanded ids fed since the previous turn."""
+    images: tuple[ImageHandle, ...]
+    """Images whose placeholders stand in `input_ids`, in order."""
+    token_ids: tuple[int, ...]
+    """Sampled ids, the end-of-turn id included when it was sampled."""
+    logprobs: tuple[float, ...]
+    """log pi(token) under the sampling distribution: temperature and banned ids applied."""
+    versions: tuple[VersionSpan, ...]
+    text: str
+    """`token_ids` decoded, without special tokens; only ever parsed, never re-tokenised."""
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    index: int
+    """Position inside the group, 0 .. n-1."""
+    turns: tuple[Turn, ...]
+    failure: Failure | None = None
+
+    @property
+    def text(self) -> str:
+        """The last turn's text: the one that holds the final answer."""
+        return self.turns[-1].text if self.turns else ""
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(len(turn.token_ids) for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The n trajectories of one prompt: the unit of everything downstream."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSpec:
+    """How a group is sampled. temperature 0 is greedy and takes n = 1."""
+
+    n: int
+    temperature: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySpec:
+    """What engine and learner must agree on about the policy; read once by the controller."""
+
+    path: str
+    """Directory in Hugging Face format."""
+    dtype: str
+    """float32 or bfloat16."""
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    banned_token_ids: tuple[int, ...]
+    """Placeholder ids: never sampled, and masked in the learner's softmax too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerObject:
+    box: tuple[float, float, float, float] | None = None
+    point: tuple[float, float] | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A completion, understood. Coordinates are in the frame the parser was asked for."""
+
+    objects: tuple[AnswerObject, ...]
+    think: str | None = None
+    failure: Failure | None = None
+    """UNPARSED when no answer could be read; `objects` is then empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What the reward pool says of one trajectory, before any ranking."""
+
+    metrics: Mapping[str, float]
+    """Raw component values by name (`reward_workers.rewards.COMPONENTS`); finite, never NaN."""
+    answer: Answer
+    """In original pixels."""
+    mask: Rle | None = None
+    """Union of the predicted masks, for pictures; None when nothing was segmented."""
+    confidence: float = 0.0
+    """Mean of SAM2's predicted IoU over the answered objects."""
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    group: Group
+    scores: tuple[Score, ...]
+    """One per trajectory, same order."""
+    seconds: float
+    """Wall time inside the reward worker."""
+    cached: bool
+    """The image's SAM2 embedding was already there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainGroup:
+    """A group as the learner takes it."""
+
+    group: Group
+    advantages: tuple[float, ...]
+    """One per trajectory. 0 means: contributes nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerReport:
+    """One optimizer step (or one forward pass), averaged over ranks."""
+
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSlot:
+    """Where one parameter lies inside a bucket's flat buffer."""
+
+    name: str
+    """The policy's `named_parameters()` name."""
+    dtype: str
+    """e.g. float32, bfloat16."""
+    shape: tuple[int, ...]
+    offset: int
+    """In bytes from the start of the buffer; aligned to 16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBucket:
+    """A flat byte buffer of parameters on its way to an engine."""
+
+    slots: tuple[TensorSlot, ...]
+    nbytes: int
+    transport: str
+    """'store': `payload` is a (nbytes,) uint8 array, or an ObjectRef to one. 'ipc': pickled CUDA IPC handle."""
+    payload: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    version: str
+    """vLLM's version."""
+    seconds: float
+    """From construction to ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStoreState:
+    """The rank store as a checkpoint keeps it."""
+
+    names: tuple[str, ...]
+    rows: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Per task: (rows, components) float64, oldest first."""
