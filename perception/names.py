@@ -1,0 +1,69 @@
+"""Names of every metric a run writes, in one place.
+
+`group/metric`: W&B makes one section per group. Seconds are wall time in the controller, shares lie in 0..1, lengths are
+in tokens. A name is only ever spelled here; `metrics.jsonl`, W&B, progress and report all use these constants.
+"""
+
+from __future__ import annotations
+
+from perception.types import FailureKind
+
+# Reward: over the trajectories of a step
+REWARD_MEAN = "reward/mean"
+REWARD_STD = "reward/std"
+ZERO_VARIANCE = "reward/zero_variance"  # share of groups whose rewards are all equal: they teach nothing
+PARSE_OK = "reward/parse_ok"  # share of trajectories with an answer that parses
+COMPONENT_PREFIX = "component/"
+FAILURE_PREFIX = "failure/"
+
+# Perception: how good the answers are
+GIOU = "perception/giou"  # mean over samples of mask IoU; a missed or invented target counts as 0
+BOX_IOU = "perception/box_iou"
+GIOU_GREEDY = "perception/giou_greedy"  # held-out, temperature 0
+GIOU_SAMPLED = "perception/giou_sampled"  # held-out, temperature 1
+BOXES_ANSWERED = "perception/boxes_answered"  # per trajectory
+BOXES_TRUE = "perception/boxes_true"  # per sample
+
+# Responses
+RESPONSE_TOKENS = "response/tokens_mean"
+RESPONSE_TRUNCATED = "response/truncated"  # share that met the token limit
+
+# Policy update
+LOSS = "policy/loss"
+ENTROPY = "policy/entropy"  # nats per sampled token
+KL = "policy/kl"  # k3 to the reference policy, nats per token
+RATIO = "policy/ratio"  # mean importance ratio learner / engine, before clipping
+LOGPROB_MISMATCH = "policy/logprob_mismatch"  # mean |log p learner - log p engine|
+CLIP_LOW = "policy/clip_low"  # share of tokens below 1 - clip_low
+CLIP_HIGH = "policy/clip_high"  # share of tokens above 1 + clip_high
+GRAD_NORM = "policy/grad_norm"  # before clipping
+LR = "policy/lr"
+POLICY_VERSION = "policy/version"  # weights the step's rollouts were sampled from
+
+# Time: seconds of one step, by stage
+SECONDS_STEP = "time/step"
+SECONDS_GENERATE = "time/generate"
+SECONDS_SCORE = "time/score"
+SECONDS_LEARN = "time/learn"
+SECONDS_SYNC = "time/sync"
+SECONDS_CONTROLLER = "time/controller"  # the step less the four stages
+SYNC_PAUSE = "time/sync_pause"  # the engine stood still
+SYNC_TRANSFER = "time/sync_transfer"  # bytes on their way
+
+# Throughput
+TOKENS_PER_S = "throughput/tokens_per_s"  # sampled tokens over the whole step
+SAMPLES_PER_S = "throughput/samples_per_s"  # trajectories over the whole step
+SAM_CACHE_HITS = "throughput/sam_cache_hits"  # share of groups whose image embedding was already there
+
+STAGES = (SECONDS_GENERATE, SECONDS_SCORE, SECONDS_LEARN, SECONDS_SYNC, SECONDS_CONTROLLER)
+"""The stages of a step in order; they add up to SECONDS_STEP."""
+
+
+def component(name: str) -> str:
+    """Mean raw value of one reward component."""
+    return COMPONENT_PREFIX + name
+
+
+def failure(kind: FailureKind) -> str:
+    """Share of a step's trajectories that failed in this way."""
+    return FAILURE_PREFIX + kind.value
