@@ -1,0 +1,384 @@
+"""The synthetic world: procedurally drawn scenes with exact masks, and questions about them.
+
+    scene = generate(seed=7)                      # objects with shape, colour, size, texture, digit, camouflage, occlusion
+    question = ask(scene, np.random.default_rng(7))     # "the large red circle", "how many squares", ...
+
+Everything is drawn into one label map, so a mask is exactly the visible part of its object. All coordinates are pixels of
+the scene; everything is a pure function of the seed and the style.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+import cv2
+import numpy as np
+
+COLOURS = {
+    "red": (214, 48, 49),
+    "green": (38, 166, 91),
+    "blue": (41, 98, 220),
+    "yellow": (241, 196, 15),
+    "purple": (142, 68, 173),
+    "orange": (230, 126, 34),
+    "white": (240, 240, 240),
+    "black": (30, 30, 34),
+}
+TEXTURES = ("plain", "striped", "dotted")
+Relation = Literal["left of", "right of", "above", "below"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneStyle:
+    """What may appear, and how often. Probabilities are per object or per question."""
+
+    side: int = 112
+    min_objects: int = 1
+    max_objects: int = 4
+    min_size: float = 0.11
+    """Smallest object radius as a share of the side; 'small' and 'large' split the range in the middle."""
+    max_size: float = 0.24
+    texture: float = 0.3
+    digit: float = 0.15
+    camouflage: float = 0.05
+    overlap: float = 0.25
+    """Largest share of an older object that a newer one may cover."""
+    relation: float = 0.12
+    several: float = 0.12
+    counting: float = 0.05
+    no_target: float = 0.04
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneObject:
+    shape: str
+    colour: str
+    size: Literal["small", "large"]
+    texture: str
+    digit: str | None
+    """A written digit on the object."""
+    camouflaged: bool
+    """Drawn almost in the background's own colour."""
+    mask: np.ndarray
+    """(side, side) bool: the visible part."""
+    box: tuple[int, int, int, int]
+    """x1 y1 x2 y2 around the visible part; x2 and y2 are exclusive (COCO's x + w)."""
+    point: tuple[int, int]
+    """x y: the visible pixel farthest from the object's edge."""
+
+    @property
+    def attributes(self) -> dict[str, str | None]:
+        return {
+            "size": self.size,
+            "texture": self.texture if self.texture != "plain" else None,
+            "colour": None if self.camouflaged else self.colour,
+            "hidden": "hidden" if self.camouflaged else None,
+            "shape": self.shape,
+            "digit": self.digit,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    seed: int
+    image: np.ndarray
+    """(side, side, 3) uint8 RGB."""
+    objects: tuple[SceneObject, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    text: str
+    task: Literal["segment", "count"]
+    kind: Literal["attribute", "relation", "several", "count", "none"]
+    targets: tuple[int, ...]
+    """Indices into `Scene.objects`, left to right."""
+
+
+def _polygon(angles: Sequence[float], radii: Sequence[float] = (1.0,)) -> np.ndarray:
+    a = np.deg2rad(np.asarray(angles, float))
+    r = np.resize(np.asarray(radii, float), a.shape)
+    return np.stack([r * np.cos(a), r * np.sin(a)], axis=1)
+
+
+_ARM = 0.36
+SHAPES: dict[str, np.ndarray] = {
+    "circle": _polygon(np.arange(0, 360, 10)),
+    "square": _polygon([45, 135, 225, 315], [1.2]),
+    "triangle": _polygon([30, 150, 270], [1.2]),
+    "star": _polygon(np.arange(-90, 270, 36), [1.15, 0.5]),
+    "cross": np.array(
+        [[_ARM, -1], [_ARM, -_ARM], [1, -_ARM], [1, _ARM], [_ARM, _ARM], [_ARM, 1],
+         [-_ARM, 1], [-_ARM, _ARM], [-1, _ARM], [-1, -_ARM], [-_ARM, -_ARM], [-_ARM, -1]]
+    ),
+    "bar": np.array([[-1.25, -0.5], [1.25, -0.5], [1.25, 0.5], [-1.25, 0.5]]),
+}  # fmt: skip
+
+
+def generate(seed: int, style: SceneStyle = SceneStyle()) -> Scene:
+    """Draw one scene. The same seed and style give the same bytes."""
+    rng = np.random.default_rng(seed)
+    side = style.side
+    background = _background(rng, side)
+    labels = np.zeros((side, side), np.uint8)
+    wanted = int(rng.integers(style.min_objects, style.max_objects + 1))
+    traits = []
+    for _ in range(wanted * 4):
+        if len(traits) == wanted:
+            break
+        trait = _draw_traits(rng, style)
+        if _place(labels, trait, len(traits) + 1, style.overlap):
+            traits.append(trait)
+    image = _paint(rng, background, labels, traits)
+    objects = tuple(_object(labels == i, trait) for i, trait in enumerate(traits, start=1))
+    return Scene(seed=seed, image=image, objects=objects)
+
+
+def stream(seed: int, style: SceneStyle = SceneStyle()) -> Iterator[Scene]:
+    """Scenes `seed`, `seed + 1`, ... without end."""
+    return (generate(i, style) for i in count(seed))
+
+
+def ask(scene: Scene, rng: np.random.Generator, style: SceneStyle = SceneStyle()) -> Question:
+    """One question about the scene, of a kind drawn by the style; falls back to a single-object question."""
+    draw = rng.random()
+    makers: list[tuple[float, Callable[[Scene, np.random.Generator], Question | None]]] = [
+        (style.relation, _ask_relation),
+        (style.several, _ask_several),
+        (style.counting, _ask_count),
+        (style.no_target, _ask_none),
+    ]
+    for share, maker in makers:
+        if draw < share:
+            question = maker(scene, rng)
+            if question is not None:
+                return question
+            break
+        draw -= share
+    return _ask_attribute(scene, rng) or _ask_count(scene, rng)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Traits:
+    shape: str
+    colour: str
+    texture: str
+    digit: str | None
+    camouflaged: bool
+    size: Literal["small", "large"]
+    radius: float
+    centre: tuple[float, float]
+    polygon: np.ndarray
+
+
+def _background(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Grey with a faint light from one corner: it rises to the right in red and downwards in blue."""
+    ramp = np.linspace(-28, 28, side, dtype=np.float32)
+    base = rng.integers(112, 144)
+    noise = rng.integers(-5, 6, (side // 4 + 1, side // 4 + 1), dtype=np.int8).repeat(4, 0).repeat(4, 1)[:side, :side]
+    image = np.empty((side, side, 3), np.float32)
+    image[..., 0] = base + ramp[None, :] + noise
+    image[..., 1] = base + noise
+    image[..., 2] = base + ramp[:, None] + noise
+    return image.astype(np.uint8)
+
+
+def _draw_traits(rng: np.random.Generator, style: SceneStyle) -> _Traits:
+    shape = str(rng.choice(list(SHAPES)))
+    middle = (style.min_size + style.max_size) / 2
+    large = bool(rng.random() < 0.5)
+    low, high = (middle * 1.08, style.max_size) if large else (style.min_size, middle * 0.92)
+    radius = float(rng.uniform(low, high)) * style.side
+    turn = np.deg2rad(rng.uniform(-12, 12))
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    outline = SHAPES[shape] @ rotation.T * radius
+    reach = np.abs(outline).max(0) + 1
+    centre = rng.uniform(reach, np.maximum(style.side - reach, reach + 1e-3))
+    camouflaged = bool(rng.random() < style.camouflage)
+    return _Traits(
+        shape=shape,
+        colour=str(rng.choice(list(COLOURS))),
+        texture=str(rng.choice(TEXTURES[1:])) if camouflaged or rng.random() < style.texture else "plain",
+        digit=str(rng.integers(0, 10)) if rng.random() < style.digit and shape in ("circle", "square") else None,
+        camouflaged=camouflaged,
+        size="large" if large else "small",
+        radius=radius,
+        centre=(float(centre[0]), float(centre[1])),
+        polygon=np.rint(outline + centre).astype(np.int32),
+    )
+
+
+def _place(labels: np.ndarray, trait: _Traits, label: int, overlap: float) -> bool:
+    """Draw the object into the label map, unless it hides too much of an older one."""
+    before = np.bincount(labels.ravel(), minlength=label + 1)
+    trial = cv2.fillPoly(labels.copy(), [trait.polygon], label)
+    after = np.bincount(trial.ravel(), minlength=label + 1)
+    older = slice(1, label)
+    if (after[older] < (1 - overlap) * before[older]).any():
+        return False
+    labels[...] = trial
+    return True
+
+
+def _paint(
+    rng: np.random.Generator, background: np.ndarray, labels: np.ndarray, traits: Sequence[_Traits]
+) -> np.ndarray:
+    image = background.copy()
+    side = labels.shape[0]
+    rows, columns = np.ogrid[:side, :side]
+    for label, trait in enumerate(traits, start=1):
+        where = labels == label
+        if trait.camouflaged:
+            colour = background[where].mean(0) + rng.choice([-14, 14])
+        else:
+            colour = np.array(COLOURS[trait.colour]) + rng.integers(-8, 9, 3)
+        image[where] = np.clip(colour, 0, 255)
+        period = max(4, side // 20)
+        if trait.texture == "striped":
+            marks = where & ((rows + columns) % period < period // 2)
+        elif trait.texture == "dotted":
+            marks = where & (rows % period < period // 2) & (columns % period < period // 2)
+        else:
+            continue
+        image[marks] = (image[marks].astype(np.int16) * (0.8 if trait.camouflaged else 0.55)).astype(np.uint8)
+    for label, trait in enumerate(traits, start=1):
+        if trait.digit is not None:
+            _write_digit(image, labels == label, trait)
+    return image
+
+
+def _write_digit(image: np.ndarray, where: np.ndarray, trait: _Traits) -> None:
+    scale, thickness = trait.radius / 16, max(1, round(trait.radius / 9))
+    (width, height), _ = cv2.getTextSize(str(trait.digit), cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
+    origin = (round(trait.centre[0] - width / 2), round(trait.centre[1] + height / 2))
+    glyph = cv2.putText(
+        np.zeros(where.shape, np.uint8), str(trait.digit), origin, cv2.FONT_HERSHEY_SIMPLEX, scale, 1, thickness
+    )
+    ink = 20 if image[where].mean() > 110 else 245
+    image[(glyph > 0) & where] = ink
+
+
+def _object(mask: np.ndarray, trait: _Traits) -> SceneObject:
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    crop = np.pad(mask[y : y + height, x : x + width].astype(np.uint8), 1)
+    distance = cv2.distanceTransform(crop, cv2.DIST_L2, 3)
+    py, px = np.unravel_index(int(distance.argmax()), distance.shape)
+    return SceneObject(
+        shape=trait.shape,
+        colour=trait.colour,
+        size=trait.size,
+        texture=trait.texture,
+        digit=trait.digit,
+        camouflaged=trait.camouflaged,
+        mask=mask,
+        box=(x, y, x + width, y + height),
+        point=(x + int(px) - 1, y + int(py) - 1),
+    )
+
+
+# ---------------------------------------------------------------- questions
+
+_WORDS = ("size", "texture", "colour", "hidden")
+
+
+def _phrase(attributes: dict[str, str | None], plural: bool = False) -> str:
+    noun = attributes.get("shape") or "object"
+    noun += ("es" if noun.endswith("s") else "s") if plural else ""
+    words = [str(attributes[key]) for key in _WORDS if attributes.get(key)] + [noun]
+    if attributes.get("digit"):
+        words.append(f"with the digit {attributes['digit']}")
+    return " ".join(words)
+
+
+def _matching(scene: Scene, attributes: dict[str, str | None]) -> tuple[int, ...]:
+    """Objects with all the named attributes, left to right."""
+    hits = [
+        i
+        for i, candidate in enumerate(scene.objects)
+        if all(candidate.attributes[key] == value for key, value in attributes.items())
+    ]
+    return tuple(sorted(hits, key=lambda i: (scene.objects[i].box[0], i)))
+
+
+def _some_attributes(
+    rng: np.random.Generator, target: SceneObject, least: int = 1, most: int = 3
+) -> dict[str, str | None]:
+    known = [key for key, value in target.attributes.items() if value]
+    take = min(len(known), int(rng.integers(least, most + 1)))
+    chosen = rng.choice(len(known), take, replace=False)
+    return {known[i]: target.attributes[known[i]] for i in sorted(chosen)}
+
+
+def _describe(scene: Scene, rng: np.random.Generator, index: int) -> dict[str, str | None] | None:
+    """Attributes that single the object out; short ones are tried first."""
+    for attempt in range(8):
+        attributes = _some_attributes(rng, scene.objects[index], 1 + attempt // 3, 2 + attempt // 3)
+        if _matching(scene, attributes) == (index,):
+            return attributes
+    return None
+
+
+def _ask_attribute(scene: Scene, rng: np.random.Generator) -> Question | None:
+    for index in rng.permutation(len(scene.objects)):
+        attributes = _describe(scene, rng, int(index))
+        if attributes is not None:
+            text = f"the {_phrase(attributes)}"
+            return Question(text=text, task="segment", kind="attribute", targets=(int(index),))
+    return None
+
+
+def _ask_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """'the square left of the red circle': unique among the shapes of that noun."""
+    if len(scene.objects) < 2:
+        return None
+    anchor, target = (int(i) for i in rng.permutation(len(scene.objects))[:2])
+    anchor_words = _describe(scene, rng, anchor)
+    if anchor_words is None:
+        return None
+    gap = np.subtract(scene.objects[target].point, scene.objects[anchor].point)
+    axis = int(abs(gap[1]) > abs(gap[0]))
+    relation: Relation = (("left of", "right of"), ("above", "below"))[axis][int(gap[axis] > 0)]
+    noun = _some_attributes(rng, scene.objects[target], 1, 1)
+    rivals = [
+        i
+        for i in _matching(scene, noun)
+        if i != anchor
+        and (scene.objects[i].point[axis] - scene.objects[anchor].point[axis]) * np.sign(gap[axis]) > 0
+    ]
+    if rivals != [target]:
+        return None
+    text = f"the {_phrase(noun)} {relation} the {_phrase(anchor_words)}"
+    return Question(text=text, task="segment", kind="relation", targets=(target,))
+
+
+def _ask_several(scene: Scene, rng: np.random.Generator) -> Question | None:
+    for index in rng.permutation(len(scene.objects)):
+        attributes = _some_attributes(rng, scene.objects[int(index)], 1, 2)
+        targets = _matching(scene, attributes)
+        if len(targets) > 1:
+            return Question(text=f"all {_phrase(attributes, True)}", task="segment", kind="several", targets=targets)
+    return None
+
+
+def _ask_count(scene: Scene, rng: np.random.Generator) -> Question:
+    index = int(rng.integers(len(scene.objects)))
+    attributes = _some_attributes(rng, scene.objects[index], 1, 1)
+    text = f"how many {_phrase(attributes, True)}"
+    return Question(text=text, task="count", kind="count", targets=_matching(scene, attributes))
+
+
+def _ask_none(scene: Scene, rng: np.random.Generator) -> Question | None:
+    for _ in range(8):
+        attributes: dict[str, str | None] = {
+            "colour": str(rng.choice(list(COLOURS))),
+            "shape": str(rng.choice(list(SHAPES))),
+        }
+        if not _matching(scene, attributes):
+            return Question(text=f"the {_phrase(attributes)}", task="segment", kind="none", targets=())
+    return None
