@@ -1,7 +1,7 @@
 """Names of every metric a run writes, in one place.
 
-`group/metric`: W&B makes one section per group. Seconds are wall time in the controller, shares lie in 0..1, lengths are
-in tokens. A name is only ever spelled here; `metrics.jsonl`, W&B, progress and report all use these constants.
+`group/metric`: W&B makes one section per group. Seconds are wall time in the controller, shares lie in 0..1, lengths
+are in tokens. A name is only ever spelled here; `metrics.jsonl`, W&B, progress and report all use these constants.
 """
 
 from __future__ import annotations

@@ -1,0 +1,91 @@
+"""Everything a run leaves behind: settings, metrics, rollouts, summary, W&B. See `launch.rundir` for the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+from pydantic import TypeAdapter
+
+from launch import environment, rollouts, rundir
+from launch.wandb_sink import WandbSink
+from perception.config import Config
+from perception.types import ScoredGroup
+
+
+class Recorder:
+    """Owns a run's directory from start to end.
+
+    A new run gets a fresh directory (an older one of the name is moved aside). With `resume_step`, the run that
+    `config.run.resume` names is continued: what it recorded after that step is dropped and will be recorded again.
+    Raises UserError when the directory cannot be made or another process is writing to it.
+    """
+
+    def __init__(self, config: Config, *, resume_step: int | None = None) -> None:
+        resuming = resume_step is not None
+        self.run_dir = rundir.resume_dir(config.run) if resuming else rundir.create(config.run)
+        self._lock = rundir.lock(self.run_dir)
+        if resume_step is not None:
+            rundir.forget_after(self.run_dir, resume_step)
+        self._kept = config.run.rollouts_kept
+        settings: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
+        self._write_settings(settings, resume_step)
+        self._metrics = (self.run_dir / rundir.METRICS).open("a", encoding="utf-8")
+        self._wandb = WandbSink(config.wandb, self.run_dir, settings)
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        scored: Sequence[ScoredGroup],
+        rewards: Sequence[Sequence[float]],
+        advantages: Sequence[Sequence[float]],
+    ) -> None:
+        """Record one training step. `rewards` and `advantages` are (groups, n), parallel to `scored`."""
+        self._metrics.write(json.dumps({"step": step, **rundir.finite(metrics)}) + "\n")
+        self._metrics.flush()
+        self._wandb.log(step, metrics)
+        kept = slice(self._kept)
+        if scored[kept]:
+            rollouts.write(self._rollout_path("train", step), step, scored[kept], rewards[kept], advantages[kept])
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], scored: Sequence[ScoredGroup] = ()) -> None:
+        """Record a held-out evaluation of the policy after `step` steps; `scored` are its groups, for pictures."""
+        with (self.run_dir / rundir.EVALUATIONS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **rundir.finite(metrics)}) + "\n")
+        self._wandb.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        if scored[: self._kept]:
+            rollouts.write(self._rollout_path("eval", step), step, scored[: self._kept])
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Write summary.json in one step."""
+        rundir.write_text(self.run_dir / rundir.SUMMARY, json.dumps(values, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Flush everything; waits a bounded time for W&B."""
+        self._metrics.close()
+        self._wandb.close()
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _rollout_path(self, phase: str, step: int) -> Path:
+        return self.run_dir / rundir.ROLLOUTS / f"{phase}-{step:06d}.parquet"
+
+    def _write_settings(self, settings: dict[str, Any], resume_step: int | None) -> None:
+        path = self.run_dir / rundir.CONFIG
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        if resume_step is not None and (before := path.read_text(encoding="utf-8")) != text:
+            rundir.write_text(path.with_name(f"config.until-{resume_step:06d}.yaml"), before)
+        rundir.write_text(path, text)
+        rundir.write_text(self.run_dir / rundir.ENVIRONMENT, json.dumps(environment.describe(), indent=2) + "\n")

@@ -1,0 +1,127 @@
+"""Rollouts as a parquet table: one row per trajectory, readable by pandas, DuckDB and the Hugging Face viewer.
+
+Coordinates are in pixels of the original image; masks are COCO run-length counts over (height, width). Every row shows
+its image, whose bytes lie in the file once: the column is dictionary-encoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from perception.types import Failure, Score, ScoredGroup, Trajectory
+
+_COORDINATES = pa.list_(pa.list_(pa.float32()))
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("sample_id", pa.string()),
+        ("index", pa.int32()),
+        ("task", pa.string()),
+        ("question", pa.string()),
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("text", pa.string()),
+        ("turns", pa.list_(pa.string())),
+        ("response_tokens", pa.int32()),
+        ("policy_versions", pa.list_(pa.int32())),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+        ("metrics", pa.map_(pa.string(), pa.float64())),
+        ("confidence", pa.float64()),
+        ("failure", pa.string()),
+        ("failure_detail", pa.string()),
+        ("boxes", _COORDINATES),
+        ("points", _COORDINATES),
+        ("labels", pa.list_(pa.string())),
+        ("mask", pa.string()),
+        ("truth_boxes", _COORDINATES),
+        ("truth_points", _COORDINATES),
+        ("truth_masks", pa.list_(pa.string())),
+    ],
+    metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
+)
+_WHOLE_FILE = 1 << 30  # a dictionary of any size: the point is to hold each image once
+
+
+def write(
+    path: Path,
+    step: int,
+    scored: Sequence[ScoredGroup],
+    rewards: Sequence[Sequence[float]] | None = None,
+    advantages: Sequence[Sequence[float]] | None = None,
+) -> None:
+    """Write groups to `path`, whole or not at all. `rewards` and `advantages` run parallel to `scored`, (groups, n)."""
+    rows = []
+    for place, entry in enumerate(scored):
+        shared = _group_columns(step, entry)
+        for trajectory, score in zip(entry.group.trajectories, entry.scores, strict=True):
+            row = shared | _trajectory_columns(trajectory, score)
+            row["reward"] = rewards[place][trajectory.index] if rewards is not None else None
+            row["advantage"] = advantages[place][trajectory.index] if advantages is not None else None
+            rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}")
+    try:
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        pq.write_table(table, scratch, compression="zstd", dictionary_pagesize_limit=_WHOLE_FILE)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of one file, columns as in SCHEMA, `metrics` as a dict."""
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist(maps_as_pydicts="strict")
+    return rows
+
+
+def _group_columns(step: int, entry: ScoredGroup) -> dict[str, Any]:
+    sample = entry.group.prompt.sample
+    return {
+        "step": step,
+        "sample_id": sample.id,
+        "task": sample.task,
+        "question": sample.question,
+        "image": {"bytes": Path(sample.image_path).read_bytes(), "path": sample.image_path},
+        "height": sample.height,
+        "width": sample.width,
+        "truth_boxes": _rows(sample.target.boxes),
+        "truth_points": _rows(sample.target.points),
+        "truth_masks": [mask.counts.decode("ascii") for mask in sample.target.masks],
+    }
+
+
+def _trajectory_columns(trajectory: Trajectory, score: Score) -> dict[str, Any]:
+    failure = _failure(trajectory, score)
+    return {
+        "index": trajectory.index,
+        "text": trajectory.text,
+        "turns": [turn.text for turn in trajectory.turns],
+        "response_tokens": trajectory.sampled_tokens,
+        "policy_versions": sorted({span.version for turn in trajectory.turns for span in turn.versions}),
+        "metrics": dict(score.metrics),
+        "confidence": score.confidence,
+        "failure": failure.kind.value if failure else None,
+        "failure_detail": failure.detail if failure else None,
+        "boxes": [list(answered.box) for answered in score.answer.objects if answered.box],
+        "points": [list(answered.point) for answered in score.answer.objects if answered.point],
+        "labels": [answered.label for answered in score.answer.objects if answered.label],
+        "mask": score.mask.counts.decode("ascii") if score.mask else None,
+    }
+
+
+def _failure(trajectory: Trajectory, score: Score) -> Failure | None:
+    return trajectory.failure or score.failure or score.answer.failure
+
+
+def _rows(array: np.ndarray) -> list[list[float]]:
+    rows: list[list[float]] = array.tolist()
+    return rows
