@@ -119,6 +119,8 @@ class LearnerConfig:
     """Size of a weight-sync bucket."""
     parity_limit: Rate = 0.02
     """Mean |log-prob difference| engine vs learner beyond which the run refuses to start."""
+    timeout_s: Rate = 1800.0
+    """Longest wait for one call to the learner, and for one collective among its ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

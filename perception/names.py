@@ -34,6 +34,7 @@ ENTROPY = "policy/entropy"  # nats per sampled token
 KL = "policy/kl"  # k3 to the reference policy, nats per token
 RATIO = "policy/ratio"  # mean importance ratio learner / engine, before clipping
 LOGPROB_MISMATCH = "policy/logprob_mismatch"  # mean |log p learner - log p engine|
+LOGPROB_MISMATCH_MAX = "policy/logprob_mismatch_max"
 CLIP_LOW = "policy/clip_low"  # share of tokens below 1 - clip_low
 CLIP_HIGH = "policy/clip_high"  # share of tokens above 1 + clip_high
 GRAD_NORM = "policy/grad_norm"  # before clipping
