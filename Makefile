@@ -1,0 +1,36 @@
+# `make demo` and `make test` set everything up by themselves. CUDA=1 installs and uses the CUDA set.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: setup demo test test-gpu lint clean
+
+KIND := $(if $(CUDA),cuda,cpu)
+PYTHON := $(shell for p in python3.11 python3 python; do \
+    $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+SOURCES := constraints/$(KIND).txt pyproject.toml $(wildcard setup_env/*)
+STAMP := .venv/ready-$(KIND)-$(shell cat $(SOURCES) | sha256sum | cut -c1-16)
+
+setup: $(STAMP)
+
+# The stamp lies inside the environment and is named after what the environment was made from.
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "make setup: needs Python 3.11 as python3.11, python3 or python on the PATH" >&2; exit 2; }
+	setup_env/install.sh $(PYTHON) $(KIND)
+	rm -f .venv/ready-*
+	touch $@
+
+demo: setup
+	.venv/bin/python -m launch.demo
+
+test: setup
+	.venv/bin/python -m pytest -m "not gpu" --durations=15
+
+test-gpu: setup
+	.venv/bin/python -m pytest -m gpu --durations=15
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
