@@ -277,3 +277,5 @@ class RankStoreState:
     names: tuple[str, ...]
     rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Per task: (rows, components) float64, oldest first."""
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """Per task: training steps that have been flushed into it."""
