@@ -1,0 +1,32 @@
+"""Every test runs offline, on two threads at most, and without a GPU unless `-m gpu` asks for one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Before any test module imports torch, ray or wandb: these are read once.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+)
+for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(threads, "1")
+# A test starts the Ray it needs; one that happens to be named here is not ours.
+os.environ.pop("RAY_ADDRESS", None)
+if "gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The models shipped with the repository."""
+    return ROOT / "assets"
