@@ -44,12 +44,11 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskConfig:
-    name: str
-    """The data set's task names map to this template: segment, ground or count."""
+    """How one task is put to the policy."""
+
     system: str
     template: str
     """User turn; `{question}` is replaced. The image placeholder is put before it."""
-    answer: Literal["json"] = "json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +192,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     task: dict[str, TaskConfig]
+    """By task name, as samples carry it: segment, ground, count."""
     reward: RewardConfig
     algorithm: AlgorithmConfig
     learner: LearnerConfig

@@ -1,0 +1,112 @@
+"""What one training step is summarised to."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from learner.advantages import Advantages
+from perception import names
+from perception.types import FailureKind, LearnerReport, ScoredGroup
+from rollout.engine import UpdateReport
+
+
+class StageClock:
+    """Wall seconds of a step's stages; what belongs to no stage is the controller's own."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._stages: Counter[str] = Counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stages[name] += time.perf_counter() - began
+
+    @contextmanager
+    def generate_and_score(self) -> Iterator[asyncio.Event]:
+        """Scoring overlaps sampling: generation lasts until the yielded event is set, scoring is what comes after."""
+        began, sampled = time.perf_counter(), asyncio.Event()
+        task = asyncio.ensure_future(self._note_sampled(sampled, began))
+        try:
+            yield sampled
+        finally:
+            task.cancel()
+            whole = time.perf_counter() - began
+            generate = self._stages.setdefault(names.SECONDS_GENERATE, whole)
+            self._stages[names.SECONDS_SCORE] += whole - generate
+
+    async def _note_sampled(self, sampled: asyncio.Event, began: float) -> None:
+        await sampled.wait()
+        self._stages[names.SECONDS_GENERATE] = time.perf_counter() - began
+
+    def seconds(self) -> dict[str, float]:
+        """All stages, the controller's and the whole step so far."""
+        step = time.perf_counter() - self._began
+        stages = {name: self._stages[name] for name in names.STAGES[:-1]}
+        return stages | {names.SECONDS_CONTROLLER: step - sum(stages.values()), names.SECONDS_STEP: step}
+
+
+def step_metrics(
+    scored: Sequence[ScoredGroup],
+    rewards: Sequence[Sequence[float]],
+    advantages: Advantages,
+    report: LearnerReport,
+    updates: Sequence[UpdateReport],
+    clock: StageClock,
+) -> dict[str, float]:
+    seconds = clock.seconds()
+    trajectories = [t for entry in scored for t in entry.group.trajectories]
+    tokens = [t.sampled_tokens for t in trajectories]
+    return {
+        **_rewards(scored, rewards, advantages),
+        **_failures(scored),
+        **report.metrics,
+        **seconds,
+        names.RESPONSE_TOKENS: float(np.mean(tokens)),
+        names.SYNC_PAUSE: max(update.pause_seconds for update in updates),
+        names.SYNC_TRANSFER: max(update.load_seconds for update in updates),
+        names.POLICY_VERSION: float(min(update.version for update in updates) - 1),
+        names.TOKENS_PER_S: sum(tokens) / seconds[names.SECONDS_STEP],
+        names.SAMPLES_PER_S: len(trajectories) / seconds[names.SECONDS_STEP],
+        names.SAM_CACHE_HITS: float(np.mean([entry.cached for entry in scored])),
+    }
+
+
+def _rewards(
+    scored: Sequence[ScoredGroup], rewards: Sequence[Sequence[float]], advantages: Advantages
+) -> dict[str, float]:
+    scores = [score for entry in scored for score in entry.scores]
+    flat = [reward for group in rewards for reward in group]
+    kinds = sorted({name for score in scores for name in score.metrics})
+    values = {kind: [score.metrics[kind] for score in scores if kind in score.metrics] for kind in kinds}
+    metrics = {names.component(kind): float(np.mean(values[kind])) for kind in kinds}
+    if "mask_iou" in values:
+        metrics[names.GIOU] = float(np.mean(values["mask_iou"]))
+    return metrics | {
+        names.REWARD_MEAN: float(np.mean(flat)),
+        names.REWARD_STD: float(np.std(flat)),
+        names.ZERO_VARIANCE: advantages.zero_variance / len(scored),
+        names.PARSE_OK: float(np.mean([score.answer.failure is None for score in scores])),
+        names.BOXES_ANSWERED: float(np.mean([len(score.answer.objects) for score in scores])),
+        names.BOXES_TRUE: float(np.mean([entry.group.prompt.sample.target.count for entry in scored])),
+    }
+
+
+def _failures(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Share of trajectories by kind of failure; the engine's word counts before the scorer's."""
+    pairs = [
+        (trajectory.failure or score.failure)
+        for entry in scored
+        for trajectory, score in zip(entry.group.trajectories, entry.scores, strict=True)
+    ]
+    kinds = Counter(failure.kind for failure in pairs if failure is not None)
+    return {names.failure(kind): kinds[kind] / len(pairs) for kind in FailureKind}

@@ -1,0 +1,186 @@
+"""What can be known to go wrong is said before anything heavy starts: one line each, what, where and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from launch import rundir
+from launch.cluster import check_resources
+from launch.errors import UserError
+from launch.wandb_sink import logged_in
+from perception.config import Config, ModelConfig
+from perception.datasets import load
+from perception.frames import smart_resize
+from perception.types import Sample
+
+_POLICY_FILES = {
+    "config.json": "the model's shape",
+    "tokenizer.json": "the tokenizer",
+    "tokenizer_config.json": "the tokenizer's settings",
+    "preprocessor_config.json": "the image processor",
+}
+_SEGMENTER_FILES = {"config.yaml": "the model's shape", "model.safetensors": "the weights"}
+
+
+def check(config: Config) -> None:
+    """Go through everything a run needs, cheapest first.
+
+    Raises UserError for what is missing or contradictory, `perception.errors.DataError` for a damaged data set.
+    """
+    check_settings(config)
+    check_output(config)
+    check_model(config.model)
+    check_segmenter(config.model)
+    check_resources(config)
+    train = load(config.data, "train")
+    held_out = load(config.data, "eval")
+    check_data(config, train, held_out)
+    check_lengths(config, [*train, *held_out[: config.data.eval_samples]])
+
+
+def check_settings(config: Config) -> None:
+    """Settings that contradict one another."""
+    prompts, ranks = config.algorithm.prompts_per_step, config.learner.ranks
+    if ranks > prompts:
+        raise UserError(
+            f"learner.ranks={ranks} is more than algorithm.prompts_per_step={prompts}: "
+            "a rank would have nothing to learn from; lower learner.ranks"
+        )
+    if config.rollout.max_new_tokens >= config.rollout.max_model_len:
+        raise UserError(
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for the prompt in "
+            f"rollout.max_model_len={config.rollout.max_model_len}; raise max_model_len"
+        )
+    if not config.reward.components and not config.reward.ranked:
+        raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
+    from reward_workers.rewards import COMPONENTS  # after the cheap checks
+
+    for name in (*config.reward.components, *config.reward.ranked):
+        if name not in COMPONENTS:
+            near = difflib.get_close_matches(name, COMPONENTS, n=1, cutoff=0.0)
+            raise UserError(f"reward={config.reward.name}: unknown component {name!r}; did you mean {near[0]!r}?")
+    if config.wandb.mode == "online" and not logged_in():
+        raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use wandb.mode=auto")
+
+
+def check_output(config: Config) -> None:
+    """The run's directory can be made, or the run to resume is there."""
+    if config.run.resume is not None:
+        rundir.resume_dir(config.run)
+    path = Path(config.run.output).absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"run.output={config.run.output}: {path} is a file; choose another directory")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"run.output={config.run.output}: cannot write to {path}; choose another directory")
+
+
+def check_model(model: ModelConfig) -> None:
+    """The policy's directory is whole: configuration, tokenizer, image processor, readable weights."""
+    path = Path(model.path)
+    _check_files("model.path", path, _POLICY_FILES)
+    settings = {name: _read_json(path / name) for name in _POLICY_FILES}
+    if "image_token_id" not in settings["config.json"]:
+        raise UserError(f"{path}/config.json has no image_token_id: not a vision-language model; choose another model.path")
+    weights = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weights = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    if not weights:
+        raise UserError(f"model.path={path}: no *.safetensors there (the weights); export the model with save_pretrained")
+    for file in weights:
+        _check_weights(file)
+
+
+def check_segmenter(model: ModelConfig) -> None:
+    """The SAM2 directory is whole; `random:<name>` needs none."""
+    if model.segmenter.startswith("random:"):
+        return
+    path = Path(model.segmenter)
+    _check_files("model.segmenter", path, _SEGMENTER_FILES)
+    _check_weights(path / "model.safetensors")
+
+
+def check_data(config: Config, train: Sequence[Sample], held_out: Sequence[Sample]) -> None:
+    """Enough samples for a step, and a prompt template for each of their tasks."""
+    prompts = config.algorithm.prompts_per_step
+    if prompts > len(train):
+        raise UserError(
+            f"algorithm.prompts_per_step={prompts}, but {config.data.train} holds {len(train)} samples: "
+            "lower prompts_per_step or give more data"
+        )
+    for path, samples in ((config.data.train, train), (config.data.eval, held_out)):
+        for sample in samples:
+            if sample.task not in config.task:
+                raise UserError(
+                    f"{path}: sample {sample.id} has the task {sample.task!r}, but templates exist for "
+                    f"{', '.join(config.task)}; add task.{sample.task} or change the data"
+                )
+
+
+def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
+    """The longest prompt leaves room for an answer: text, image tokens and max_new_tokens fit max_model_len."""
+    from launch.prompts import PromptMaker  # imports transformers: seconds
+
+    try:
+        prompts = PromptMaker(config.model, config.task)
+        longest = {task: max((s for s in samples if s.task == task), key=_length) for task in {s.task for s in samples}}
+        text = {sample.id: len(prompts.tokens(sample.question, sample.task)) for sample in longest.values()}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path={config.model.path}: the tokenizer cannot build a prompt: {error}") from error
+    image = max(image_tokens(config.model, s.height, s.width) for s in {(s.height, s.width): s for s in samples}.values())
+    worst = max(text, key=text.__getitem__)
+    needed = text[worst] + image - 1 + config.rollout.max_new_tokens
+    if needed > config.rollout.max_model_len:
+        raise UserError(
+            f"rollout.max_model_len={config.rollout.max_model_len} is too short: {text[worst] - 1} text tokens ({worst}) + "
+            f"{image} image tokens + rollout.max_new_tokens={config.rollout.max_new_tokens} = {needed}; raise it to that"
+        )
+
+
+def image_tokens(model: ModelConfig, height: int, width: int) -> int:
+    """Tokens the policy's image processor makes of an image of this size (pixels)."""
+    settings = _read_json(Path(model.path) / "preprocessor_config.json")
+    size = settings.get("size") or {}
+    factor = settings["patch_size"] * settings["merge_size"]
+    lowest = settings.get("min_pixels") or size["shortest_edge"]
+    highest = settings.get("max_pixels") or size["longest_edge"]
+    tall, wide = smart_resize(height, width, factor, lowest, highest)
+    return tall * wide // factor**2
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.question)
+
+
+def _check_files(key: str, path: Path, needed: dict[str, str]) -> None:
+    if not path.is_dir():
+        raise UserError(f"{key}={path}: no such directory; give the directory of a model, or build one (python -m launch.sft)")
+    for name, role in needed.items():
+        if not (path / name).is_file():
+            raise UserError(f"{key}={path}: {name} is missing ({role}); copy it from the model you started from")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; copy it again") from error
+    return content
+
+
+def _check_weights(path: Path) -> None:
+    """Reads the header only, which also tells a file cut short."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}; copy it again") from error

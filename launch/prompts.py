@@ -1,0 +1,79 @@
+"""From a sample to the tokens a policy sees: template, chat format, answer frame."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
+
+from perception.config import ModelConfig, TaskConfig
+from perception.frames import smart_resize
+from perception.types import ImageHandle, PolicySpec, Prompt, Sample
+
+PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def read_policy_spec(model: ModelConfig) -> PolicySpec:
+    """What engine and learner must agree on, from the policy's own files."""
+    config = json.loads((Path(model.path) / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    return PolicySpec(
+        path=str(Path(model.path).resolve()),
+        dtype=model.dtype,
+        image_token_id=config["image_token_id"],
+        eos_token_ids=(tokenizer.eos_token_id,),
+        banned_token_ids=tuple(sorted({config[key] for key in PLACEHOLDERS if key in config})),
+    )
+
+
+class PromptMaker:
+    """Builds unexpanded prompts: one image placeholder per image, nothing re-tokenised later."""
+
+    def __init__(self, model: ModelConfig, tasks: Mapping[str, TaskConfig]) -> None:
+        self._tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(model.path)
+        self._tasks = tasks
+        self._frame = model.answer_frame
+        images = AutoImageProcessor.from_pretrained(model.path)
+        self._factor = images.patch_size * images.merge_size
+        self._min_pixels, self._max_pixels = images.size["shortest_edge"], images.size["longest_edge"]
+
+    def tokens(self, question: str, task: str) -> tuple[int, ...]:
+        """Chat-formatted ids of one image and one question; raises KeyError for a task without a template."""
+        template = self._tasks[task]
+        messages = [
+            {"role": "system", "content": template.system},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image"},
+                    {"type": "text", "text": template.template.replace("{question}", question.lower().strip("."))},
+                ],
+            },
+        ]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def answer_frame(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the frame the policy answers in for an image of this size."""
+        if self._frame == "thousand":
+            return 1000, 1000
+        return smart_resize(height, width, self._factor, self._min_pixels, self._max_pixels)
+
+    def prompt(self, sample: Sample, image: ImageHandle, seed: int) -> Prompt:
+        height, width = self.answer_frame(sample.height, sample.width)
+        return Prompt(
+            sample=sample,
+            token_ids=self.tokens(sample.question, sample.task),
+            images=(image,),
+            answer_height=height,
+            answer_width=width,
+            seed=seed,
+        )
+
+
+def prompt_seed(run_seed: int, step: int, position: int) -> int:
+    """A 31-bit seed for one group's sampling, different for every (run, step, position)."""
+    return int(np.random.SeedSequence([run_seed, step, position]).generate_state(1)[0] >> 1)

@@ -1,0 +1,100 @@
+"""Where a run stands, and how it goes on: step, data cursor, rank store, first evaluation; the learner keeps the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch import rundir
+from launch.data import Cursor
+from launch.errors import UserError
+from launch.system import System
+from perception.config import Config
+from perception.datasets import load
+from perception.types import RankStoreState
+from reward_workers.ranking import RankStore
+
+CHECKPOINTS = "checkpoints"
+LEARNER = "learner"
+STATE = "state.json"
+RANKS = "ranks.npz"
+
+
+@dataclass(slots=True)
+class RunState:
+    config: Config
+    cursor: Cursor
+    ranks: RankStore
+    step: int = 0
+    before: dict[str, float] | None = None
+    """Metrics of the starting policy, once evaluated."""
+    earlier_seconds: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    checkpoint: Path | None = None
+    """Where this run goes on from."""
+
+    @classmethod
+    def fresh(cls, config: Config) -> RunState:
+        cursor = Cursor(load(config.data, "train"), config.run.seed)
+        return cls(config=config, cursor=cursor, ranks=RankStore(config.reward))
+
+    @classmethod
+    def resume(cls, config: Config) -> RunState:
+        """The newest complete checkpoint of `run.resume`. Raises UserError when there is none."""
+        run_dir = rundir.resume_dir(config.run)
+        found = sorted((run_dir / CHECKPOINTS).glob(f"step-*/{STATE}"))
+        if not found:
+            raise UserError(f"run.resume={config.run.resume}: no checkpoint under {run_dir / CHECKPOINTS}")
+        folder = found[-1].parent
+        saved: Mapping[str, Any] = json.loads(found[-1].read_text())
+        state = cls.fresh(config)
+        state.cursor.position, state.step = saved["position"], saved["step"]
+        state.before, state.earlier_seconds, state.checkpoint = saved["before"], saved["seconds"], folder
+        with np.load(folder / RANKS) as rows:
+            state.ranks.restore(RankStoreState(names=tuple(saved["ranked"]), rows={k: rows[k] for k in rows.files}))
+        return state
+
+    async def restore(self, system: System) -> None:
+        """Learner first, then its weights into the engines, stamped with the checkpoint's version."""
+        await system.learner.load_checkpoint(str((self.checkpoint / LEARNER).resolve()))
+        await system.sync_weights(self.step)
+
+    async def save(self, system: System, run_dir: Path) -> None:
+        """A checkpoint counts once its state file is there, and that is written last."""
+        folder = run_dir / CHECKPOINTS / f"step-{self.step:06d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        await system.learner.save_checkpoint(str((folder / LEARNER).resolve()), {"step": self.step})
+        ranks = self.ranks.state()
+        np.savez(folder / RANKS, **ranks.rows)
+        saved = {
+            "step": self.step,
+            "position": self.cursor.position,
+            "before": self.before,
+            "seconds": self.seconds,
+            "ranked": ranks.names,
+        }
+        rundir.write_text(folder / STATE, json.dumps(saved, indent=2))
+        for older in sorted((run_dir / CHECKPOINTS).glob("step-*"))[:-2]:
+            shutil.rmtree(older)
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.began
+
+    def summary(self, after: Mapping[str, float]) -> dict[str, Any]:
+        return {
+            "before": self.before,
+            "after": dict(after),
+            "steps": self.step,
+            "seconds": round(self.seconds, 1),
+            "parse_ok": after["parse_ok"],
+            "seed": self.config.run.seed,
+        }
