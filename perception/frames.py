@@ -1,0 +1,79 @@
+"""Coordinate frames, and the one place that converts between them.
+
+A frame is the size of the plane coordinates are measured in: the original image, the image as the policy's processor
+resized it (Qwen2.5-VL answers there), 0..1000 (Qwen3-VL), or the 840x840 square in which the published thresholds are
+stated. Converting scales each axis by the ratio of the sizes; nothing is rounded or clipped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from perception.types import Answer, AnswerObject
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    height: float
+    width: float
+
+    def __post_init__(self) -> None:
+        if not (self.height > 0 and self.width > 0):
+            raise ValueError(f"a frame needs positive sides, got {self.height} x {self.width}")
+
+
+METRIC = Frame(840, 840)
+"""Where Dr. Seg's and VisionReasoner's pixel thresholds hold."""
+THOUSAND = Frame(1000, 1000)
+
+
+def convert_boxes(boxes: np.ndarray, source: Frame, target: Frame) -> np.ndarray:
+    """(N, 4) x1 y1 x2 y2 in `source` -> (N, 4) float64 in `target`."""
+    corners = np.asarray(boxes, np.float64).reshape(-1, 2, 2)
+    return (corners * _scale(source, target)).reshape(-1, 4)
+
+
+def convert_points(points: np.ndarray, source: Frame, target: Frame) -> np.ndarray:
+    """(N, 2) x y in `source` -> (N, 2) float64 in `target`."""
+    return np.asarray(points, np.float64).reshape(-1, 2) * _scale(source, target)
+
+
+def convert_answer(answer: Answer, source: Frame, target: Frame) -> Answer:
+    """The same answer, its boxes and points measured in `target`."""
+    x, y = _scale(source, target).tolist()
+    return replace(answer, objects=tuple(_scaled(item, x, y) for item in answer.objects))
+
+
+def _scale(source: Frame, target: Frame) -> np.ndarray:
+    return np.array([target.width / source.width, target.height / source.height])
+
+
+def _scaled(item: AnswerObject, x: float, y: float) -> AnswerObject:
+    box, point = item.box, item.point
+    return AnswerObject(
+        box=(box[0] * x, box[1] * y, box[2] * x, box[3] * y) if box else None,
+        point=(point[0] * x, point[1] * y) if point else None,
+        label=item.label,
+    )
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) Qwen2-VL's image processor resizes to: multiples of `factor`, at most `max_pixels` in all.
+
+    Equal to transformers' `smart_resize` for every size. Raises ValueError for an aspect ratio above 200.
+    """
+    if max(height, width) / min(height, width) > 200:
+        raise ValueError(f"aspect ratio must not exceed 200, got {height} x {width}")
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / factor) * factor
+        columns = math.ceil(width * grow / factor) * factor
+    return rows, columns

@@ -1,0 +1,100 @@
+"""Encoded images: their key, their size without decoding, their pixels, and a cache of pixels.
+
+Everywhere an image is what a viewer shows: the EXIF orientation of photographs is applied, to sizes and pixels alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from perception.errors import DataError
+from perception.types import ImageHandle
+
+_EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
+_PHOTOGRAPHS = ("JPEG", "MPO", "TIFF", "WEBP")  # elsewhere PIL would decode the pixels only to look for EXIF
+_BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError)  # what PIL raises for bytes it cannot read
+
+
+def content_key(data: bytes) -> str:
+    """SHA-256 of the encoded bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def probe(path: str | Path, max_pixels: int) -> tuple[int, int]:
+    """(height, width) as displayed, from the header alone. Raises DataError for a file that could not be used."""
+    try:
+        if Path(path).stat().st_size == 0:
+            raise DataError(f"{path}: the image file is empty (0 bytes); copy it again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
+            image = Image.open(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such image file; check the path in the annotations") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: the image has more than {max_pixels} pixels; make it smaller") from error
+    except DataError:
+        raise
+    except _BROKEN as error:
+        raise DataError(f"{path}: not a readable image ({error}); replace or remove it") from error
+    with image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DataError(
+                f"{path}: {width}x{height} is {width * height} pixels, more than {max_pixels}; "
+                "make it smaller or raise data.max_pixels"
+            )
+        if image.mode[0] in "IF":
+            raise DataError(f"{path}: more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
+        return (width, height) if _sideways(image) else (height, width)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Pixels of an encoded image: (H, W, 3) uint8 RGB, contiguous. Raises DataError when the bytes do not decode."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            upright = ImageOps.exif_transpose(image) if image.format in _PHOTOGRAPHS else image
+            return np.ascontiguousarray(upright.convert("RGB"))
+    except _BROKEN as error:
+        raise DataError(f"{len(data)} bytes do not decode as an image: {error}") from error
+
+
+def _sideways(image: Image.Image) -> bool:
+    return image.format in _PHOTOGRAPHS and image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
+
+
+class ImageCache:
+    """Decoded images by content key; the least recently used one goes first."""
+
+    def __init__(self, fetch: Callable[[Any], bytes], capacity: int) -> None:
+        """`fetch` turns an `ImageHandle.ref` into the encoded bytes."""
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        self._fetch, self._capacity = fetch, capacity
+        self._images: OrderedDict[str, np.ndarray] = OrderedDict()
+        self.hits = 0
+        self.misses = 0
+
+    def get(self, handle: ImageHandle) -> np.ndarray:
+        """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError when it does not decode."""
+        image = self._images.get(handle.key)
+        if image is not None:
+            self.hits += 1
+            self._images.move_to_end(handle.key)
+            return image
+        self.misses += 1
+        image = decode(self._fetch(handle.ref))
+        image.flags.writeable = False
+        self._images[handle.key] = image
+        if len(self._images) > self._capacity:
+            self._images.popitem(last=False)
+        return image

@@ -1,0 +1,62 @@
+"""Binary masks as COCO run-length encodings (pycocotools). Sets of pixels, never decoded to compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from pycocotools import mask as coco
+
+from perception.types import Rle
+
+
+def encode(mask: np.ndarray) -> Rle:
+    """(H, W) of bool or 0/1 -> RLE. Raises ValueError for any other shape."""
+    if mask.ndim != 2:
+        raise ValueError(f"a mask has two axes, got shape {mask.shape}")
+    return from_coco(coco.encode(np.asfortranarray(mask.astype(bool), dtype=np.uint8)))
+
+
+def decode(rle: Rle) -> np.ndarray:
+    """RLE -> (H, W) bool."""
+    return np.ascontiguousarray(coco.decode(to_coco(rle))).astype(bool)
+
+
+def area(rle: Rle) -> int:
+    """Pixels set."""
+    return int(coco.area(to_coco(rle)))
+
+
+def bounding_box(rle: Rle) -> tuple[float, float, float, float]:
+    """x1 y1 x2 y2 around the pixels set, x2 and y2 exclusive; all zero for an empty mask."""
+    x, y, width, height = coco.toBbox(to_coco(rle)).tolist()
+    return x, y, x + width, y + height
+
+
+def union(masks: Sequence[Rle], height: int, width: int) -> Rle:
+    """Pixels in any of the masks; the empty mask of this size when there is none."""
+    if not masks:
+        return encode(np.zeros((height, width), bool))
+    return from_coco(coco.merge([to_coco(mask) for mask in masks]))
+
+
+def intersection_and_union(a: Rle, b: Rle) -> tuple[int, int]:
+    """Pixels in both, and pixels in either. Raises ValueError when the sizes differ."""
+    if (a.height, a.width) != (b.height, b.width):
+        raise ValueError(f"masks of different sizes: {a.height}x{a.width} and {b.height}x{b.width}")
+    both = int(coco.area(coco.merge([to_coco(a), to_coco(b)], intersect=True)))
+    return both, area(a) + area(b) - both
+
+
+def to_coco(rle: Rle) -> dict:
+    """The dictionary pycocotools works on."""
+    return {"size": [rle.height, rle.width], "counts": rle.counts}
+
+
+def from_coco(encoded: dict) -> Rle:
+    """From pycocotools' compressed dictionary; counts may be text, as in a JSON file."""
+    counts = encoded["counts"]
+    height, width = encoded["size"]
+    return Rle(
+        height=int(height), width=int(width), counts=counts.encode("ascii") if isinstance(counts, str) else counts
+    )
