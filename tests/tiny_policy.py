@@ -57,7 +57,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def build(path: Path, seed: int = 0) -> PolicySpec:
     """Save the policy under `path` (made if missing) and return what engine and learner must agree on.
 
-    The same seed gives the same weights. float32; vision patches of 14 px merged 2x2, so image sides are multiples of 28.
+    The same seed gives the same weights. float32; patches of 14 px merged 2x2, so image sides are multiples of 28.
     """
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
@@ -116,5 +116,7 @@ def build(path: Path, seed: int = 0) -> PolicySpec:
         dtype="float32",
         image_token_id=ids["<|image_pad|>"],
         eos_token_ids=(ids["<|im_end|>"],),
-        banned_token_ids=tuple(ids[t] for t in ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")),
+        banned_token_ids=tuple(
+            ids[t] for t in ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+        ),
     )

@@ -1,0 +1,1 @@
+"""Rollout engines: groups of sampled answers from vLLM, and new weights into it while it runs."""

@@ -1,0 +1,308 @@
+"""One vLLM engine as a Ray actor: groups in and out, and new weights while requests are in flight.
+
+Token in, token out: prompts go in unexpanded, sampled ids and their log-probs come out as sampled. A request that fails
+becomes a group of marked trajectories; only the engine's own death is an exception (`EngineDead`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import ray
+from PIL import Image
+
+from perception.config import RolloutConfig
+from perception.images import ImageCache
+from perception.types import (
+    EngineInfo,
+    Failure,
+    FailureKind,
+    Group,
+    PolicySpec,
+    Prompt,
+    SamplingSpec,
+    Trajectory,
+    Turn,
+    VersionSpan,
+    WeightBucket,
+)
+
+if TYPE_CHECKING:
+    from vllm import CompletionOutput, RequestOutput, SamplingParams
+    from vllm.config.model import ModelDType
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.logprobs import FlatLogprobs
+
+_BANNED_BIAS = -1e9
+"""Added to a banned id's logit: its probability is then exactly 0 in float32, as under a mask of -inf."""
+_DECODED_IMAGES = 32
+_FETCH_TIMEOUT_S = 60.0
+_SHUTDOWN_TIMEOUT_S = 1.0
+
+
+class EngineDead(RuntimeError):
+    """The vLLM engine behind this actor is gone; only a new actor helps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    version: int
+    pause_seconds: float
+    """How long nothing was sampled."""
+    load_seconds: float
+    """The part of it spent taking buckets."""
+    nbytes: int
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Counts since the engine started."""
+
+    requests: int = 0
+    failures: int = 0
+    """Trajectories marked with a failure, of whatever kind."""
+    sampled_tokens: int = 0
+    prompt_tokens: int = 0
+    """Expanded: image tokens included."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
+
+
+def environment(device: str, threads: int) -> dict[str, str]:
+    """Variables vLLM's processes must see before vLLM is imported."""
+    variables = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", "VLLM_NO_USAGE_STATS": "1"}
+    if threads:
+        variables["OMP_NUM_THREADS"] = str(threads)
+    if device == "cuda":
+        return variables | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    return variables | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # lets the worker live in the engine's own process: 10 s less to start
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are shared with the learner and the reward workers
+        "TORCHDYNAMO_DISABLE": "1",  # else the sampler is compiled inside the first request
+    }
+
+
+def engine_args(policy: PolicySpec, config: RolloutConfig) -> AsyncEngineArgs:
+    """Exactly what the engine is built with; the benchmark's bare engine takes the same."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return AsyncEngineArgs(
+        model=policy.path,
+        dtype=cast("ModelDType", policy.dtype),
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        limit_mm_per_prompt={"image": config.max_images, "video": 0},
+        block_size=config.block_size,
+        enable_prefix_caching=True,
+        kv_cache_memory_bytes=config.kv_cache_mb << 20 or None,
+        gpu_memory_utilization=config.gpu_memory,
+        enforce_eager=config.enforce_eager,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        distributed_executor_backend="uni",
+        worker_extension_cls="rollout.worker_extension.WeightReceiver",
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+    )
+
+
+def sampling_params(policy: PolicySpec, sampling: SamplingSpec, seed: int) -> SamplingParams:
+    """n seeded samples without top-p or top-k: mask and temperature are all the learner needs to reproduce them."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=sampling.n,
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_new_tokens,
+        seed=seed,
+        logprobs=0,
+        flat_logprobs=True,
+        logit_bias=dict.fromkeys(policy.banned_token_ids, _BANNED_BIAS),
+        stop_token_ids=list(policy.eos_token_ids),
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,  # any other kind may lose some of the n samples
+    )
+
+
+class RolloutEngine:
+    """Call `start` first. All methods may run concurrently, except that updates must not overlap one another."""
+
+    def __init__(self, policy: PolicySpec, config: RolloutConfig, device: str, threads: int) -> None:
+        self._created = time.monotonic()
+        self._policy = policy
+        self._config = config
+        os.environ.update(environment(device, threads))  # the actor owns its process
+        self._images = ImageCache(fetch=_fetch, capacity=_DECODED_IMAGES)
+        self._decoder = ThreadPoolExecutor(max_workers=1)  # one, so that no image is decoded twice at once
+        self._ids = itertools.count()
+        self._version = 0
+        self._switches: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        self._stats = EngineStats()
+
+    async def start(self) -> EngineInfo:
+        """Build the engine with the weights at `policy.path`, which count as version 0."""
+        import vllm
+        from transformers import AutoTokenizer
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._tokenizer = AutoTokenizer.from_pretrained(self._policy.path)
+        self._engine = AsyncLLM.from_engine_args(engine_args(self._policy, self._config))
+        self._native_versions = hasattr(self._engine, "update_weight_version")
+        if self._native_versions:
+            await self._engine.update_weight_version("0")
+        return EngineInfo(version=vllm.__version__, seconds=time.monotonic() - self._created)
+
+    async def generate(self, prompt: Prompt, sampling: SamplingSpec) -> Group:
+        """Sample a group in one request, so that its n answers share the image and the prompt's key-value cache.
+
+        Raises EngineDead; every other failure comes back as marked trajectories.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        self._stats.requests += 1
+        try:
+            output = await self._request(prompt, sampling)
+            trajectories = tuple(self._trajectory(prompt, output.request_id, c) for c in output.outputs)
+            group = Group(prompt=prompt, trajectories=trajectories)
+        except EngineDeadError as error:
+            raise EngineDead(str(error)) from error
+        except (EngineGenerateError, ValueError, OSError, ray.exceptions.GetTimeoutError) as error:
+            group = failed_group(prompt, sampling.n, str(error.__cause__ or error))
+        self._stats.failures += sum(t.failure is not None for t in group.trajectories)
+        self._stats.sampled_tokens += sum(t.sampled_tokens for t in group.trajectories)
+        return group
+
+    async def begin_update(self) -> None:
+        """Stop sampling, keep the requests in flight, drop every cache of the old weights (prefix, image features)."""
+        self._paused = time.monotonic()
+        self._load_seconds = 0.0
+        self._nbytes = 0
+        await self._engine.pause_generation(mode="keep", clear_cache=True)
+
+    async def load_bucket(self, bucket: WeightBucket) -> None:
+        """Take some of the new parameters. Between `begin_update` and `end_update`, in any order, each exactly once.
+
+        Raises ValueError for a parameter the model does not have.
+        """
+        start = time.monotonic()
+        slots = [(s.name, s.dtype, s.shape, s.offset) for s in bucket.slots]
+        payload = await bucket.payload if isinstance(bucket.payload, ray.ObjectRef) else bucket.payload
+        if bucket.transport == "ipc":
+            await self._engine.collective_rpc("receive_ipc", args=(payload, slots))
+        else:
+            with tempfile.NamedTemporaryFile(dir=_shared_folder(bucket.nbytes), prefix="relook-weights-") as file:
+                file.write(memoryview(payload))
+                file.flush()
+                await self._engine.collective_rpc("receive_file", args=(file.name, slots))
+        self._nbytes += bucket.nbytes
+        self._load_seconds += time.monotonic() - start
+
+    async def end_update(self, version: int) -> UpdateReport:
+        """Resume. Requests in flight go on from the tokens they have; what they sample from here on is `version`'s."""
+        if self._native_versions:
+            await self._engine.update_weight_version(str(version))
+        else:
+            self._note_switch()
+        self._version = version
+        await self._engine.resume_generation()
+        return UpdateReport(
+            version=version,
+            pause_seconds=time.monotonic() - self._paused,
+            load_seconds=self._load_seconds,
+            nbytes=self._nbytes,
+        )
+
+    async def stats(self) -> EngineStats:
+        return self._stats
+
+    async def shutdown(self) -> None:
+        self._decoder.shutdown()
+        self._engine.shutdown(timeout=_SHUTDOWN_TIMEOUT_S)
+        del self._engine
+
+    async def _request(self, prompt: Prompt, sampling: SamplingSpec) -> RequestOutput:
+        placeholders = prompt.token_ids.count(self._policy.image_token_id)
+        if placeholders != len(prompt.images):  # vLLM itself accepts both too many and too few
+            raise ValueError(f"the prompt has {placeholders} image placeholders for {len(prompt.images)} images")
+        loop = asyncio.get_running_loop()
+        pixels = [await loop.run_in_executor(self._decoder, self._images.get, handle) for handle in prompt.images]
+        request: Any = {"prompt_token_ids": list(prompt.token_ids)}
+        if pixels:  # as PIL: vLLM takes an array's first axis for channels
+            request["multi_modal_data"] = {"image": [Image.fromarray(image) for image in pixels]}
+        params = sampling_params(self._policy, sampling, prompt.seed)
+        async for output in self._engine.generate(request, params, str(next(self._ids))):
+            final = output
+        self._stats.prompt_tokens += len(final.prompt_token_ids or ())
+        self._stats.cached_tokens += final.num_cached_tokens or 0
+        return final
+
+    def _trajectory(self, prompt: Prompt, request: str, completion: CompletionOutput) -> Trajectory:
+        ids = tuple(completion.token_ids)
+        logprobs = cast("FlatLogprobs", completion.logprobs)
+        turn = Turn(
+            input_ids=prompt.token_ids,
+            images=prompt.images,
+            token_ids=ids,
+            logprobs=tuple(logprobs.logprobs),
+            versions=self._spans(request, completion),
+            text=str(self._tokenizer.decode(list(ids), skip_special_tokens=True)),
+            finish_reason=completion.finish_reason or "unfinished",
+        )
+        failure = _failure(turn)
+        return Trajectory(index=completion.index, turns=(turn,) if ids else (), failure=failure)
+
+    def _spans(self, request: str, completion: CompletionOutput) -> tuple[VersionSpan, ...]:
+        if self._native_versions:
+            spans = completion.weight_versions or ()
+            return tuple(VersionSpan(version=int(s.version), start=s.start, end=s.end) for s in spans)
+        switches = self._switches.pop((request, completion.index), [])
+        switches.append((self._version, len(completion.token_ids)))
+        starts = [0, *(end for _, end in switches)]
+        return tuple(
+            VersionSpan(version=version, start=start, end=end)
+            for start, (version, end) in zip(starts, switches, strict=False)
+            if end > start
+        )
+
+    def _note_switch(self) -> None:
+        """For a vLLM that keeps no versions: how many tokens each sample in flight has of the old one."""
+        for state in self._engine.output_processor.request_states.values():
+            if state.detokenizer is not None:
+                sample = (state.external_req_id, state.request_index)
+                self._switches.setdefault(sample, []).append((self._version, state.detokenizer.num_output_tokens()))
+
+
+def failed_group(prompt: Prompt, n: int, detail: str) -> Group:
+    """A group of which nothing is known but why."""
+    failure = Failure(kind=FailureKind.ENGINE, detail=f"sample {prompt.sample.id}: {detail}")
+    return Group(prompt=prompt, trajectories=tuple(Trajectory(index=i, turns=(), failure=failure) for i in range(n)))
+
+
+def _failure(turn: Turn) -> Failure | None:
+    if turn.finish_reason not in ("stop", "length"):
+        return Failure(kind=FailureKind.ENGINE, detail=f"vLLM ended the sample with {turn.finish_reason!r}")
+    if not turn.token_ids:
+        return Failure(kind=FailureKind.EMPTY, detail="vLLM returned no token")
+    if turn.finish_reason == "length":
+        return Failure(kind=FailureKind.TRUNCATED, detail=f"no end of answer within {len(turn.token_ids)} tokens")
+    return None
+
+
+def _fetch(ref: Any) -> bytes:
+    return ray.get(ref, timeout=_FETCH_TIMEOUT_S) if isinstance(ref, ray.ObjectRef) else ref
+
+
+def _shared_folder(nbytes: int) -> str | None:
+    """Shared memory where there is room (containers often have 64 MiB), else the folder for temporary files."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > nbytes else None

@@ -1,0 +1,91 @@
+"""The same questions put to transformers directly: prompts, log-probs and weight buckets to hold the engine against."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from perception.images import content_key
+from perception.types import ImageHandle, PolicySpec, Prompt, Sample, Target, TensorSlot, WeightBucket
+from tests.tiny_policy import IMAGE_TOKENS
+
+
+def image(seed: int, height: int = 112, width: int = 140) -> ImageHandle:
+    """A random image, held as encoded PNG."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "png")
+    data = encoded.getvalue()
+    return ImageHandle(key=content_key(data), height=height, width=width, ref=data)
+
+
+@dataclass
+class Reference:
+    policy: PolicySpec
+
+    def __post_init__(self) -> None:
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.policy.path, dtype=torch.float32).eval()
+        self.processor: Any = AutoProcessor.from_pretrained(self.policy.path)
+
+    def prompt(self, seed: int, images: int = 1) -> Prompt:
+        text = f"<|im_start|>user\n{IMAGE_TOKENS * images}Where is it?<|im_end|>\n<|im_start|>assistant\n"
+        nothing = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
+        sample = Sample(
+            id=f"s{seed}", image_path="", height=112, width=140, question="Where is it?", task="ground", target=nothing
+        )
+        return Prompt(
+            sample=sample,
+            token_ids=tuple(self.processor.tokenizer(text).input_ids),
+            images=tuple(image(seed + i) for i in range(images)),
+            answer_height=112,
+            answer_width=140,
+            seed=seed,
+        )
+
+    @torch.no_grad()
+    def logprobs(self, prompt: Prompt, token_ids: tuple[int, ...], temperature: float) -> np.ndarray:
+        """(len(token_ids), vocabulary) log-probs of every next token under the mask and the temperature."""
+        pictures = [Image.open(io.BytesIO(handle.ref)) for handle in prompt.images]
+        text = self.processor.tokenizer.decode(list(prompt.token_ids))
+        inputs = self.processor(text=[text], images=pictures, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        sampled = torch.tensor([token_ids])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], sampled], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(sampled)], 1)
+        logits = self.model(**inputs).logits[0, length - 1 : -1]
+        logits[:, list(self.policy.banned_token_ids)] = -torch.inf
+        return torch.log_softmax(logits / temperature, -1).numpy()
+
+    def perturb(self, seed: int) -> None:
+        """Change every parameter, norms and biases included."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+    def buckets(self, limit: int = 400_000) -> Iterator[WeightBucket]:
+        """All parameters, in buckets of at least `limit` bytes."""
+        slots: list[TensorSlot] = []
+        data = bytearray()
+        for name, parameter in self.model.named_parameters():
+            data += b"\0" * (-len(data) % 16)
+            slots.append(TensorSlot(name=name, dtype="float32", shape=tuple(parameter.shape), offset=len(data)))
+            data += parameter.detach().numpy().tobytes()
+            if len(data) >= limit:
+                yield self._bucket(slots, data)
+                slots, data = [], bytearray()
+        if slots:
+            yield self._bucket(slots, data)
+
+    @staticmethod
+    def _bucket(slots: list[TensorSlot], data: bytearray) -> WeightBucket:
+        payload = np.frombuffer(bytes(data), np.uint8)
+        return WeightBucket(slots=tuple(slots), nbytes=len(data), transport="store", payload=payload)

@@ -1,0 +1,134 @@
+"""What the rollout engine samples: whole groups, repeatable, nothing banned, with the log-probs a learner computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from perception.config import RolloutConfig
+from perception.types import FailureKind, Group, Prompt, SamplingSpec
+from rollout.engine import RolloutEngine
+from tests.hf_reference import Reference
+from tests.tiny_policy import build
+
+CONFIG = RolloutConfig(max_model_len=1024, kv_cache_mb=64)
+SAMPLING = SamplingSpec(n=8, temperature=1.7, max_new_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(build(tmp_path_factory.mktemp("policy")))
+
+
+@pytest.fixture(scope="module")
+def engine(reference: Reference) -> Iterator[Any]:
+    ray.init(num_cpus=2, include_dashboard=False)
+    actor = ray.remote(RolloutEngine).remote(reference.policy, CONFIG, "cpu", 1)
+    info = ray.get(actor.start.remote(), timeout=280)
+    assert info.version.startswith("0.")
+    yield actor
+    ray.get(actor.shutdown.remote(), timeout=30)
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def groups(engine: Any, reference: Reference) -> list[Group]:
+    return generate(engine, [reference.prompt(seed) for seed in range(4)])
+
+
+def generate(engine: Any, prompts: list[Prompt], sampling: SamplingSpec = SAMPLING) -> list[Group]:
+    return ray.get([engine.generate.remote(prompt, sampling) for prompt in prompts], timeout=280)
+
+
+def test_every_group_is_whole(groups: list[Group], reference: Reference) -> None:
+    for seed, group in enumerate(groups):
+        assert [t.index for t in group.trajectories] == list(range(8))
+        for trajectory in group.trajectories:
+            (turn,) = trajectory.turns
+            assert turn.input_ids == reference.prompt(seed).token_ids
+            assert len(turn.logprobs) == len(turn.token_ids) == trajectory.sampled_tokens
+            (span,) = turn.versions
+            assert (span.version, span.start, span.end) == (0, 0, len(turn.token_ids))
+            assert turn.text == reference.processor.tokenizer.decode(turn.token_ids, skip_special_tokens=True)
+
+
+def test_an_answer_ends_with_the_end_token_or_is_marked_truncated(groups: list[Group], reference: Reference) -> None:
+    (end,) = reference.policy.eos_token_ids
+    trajectories = [t for group in groups for t in group.trajectories]
+    for trajectory in trajectories:
+        (turn,) = trajectory.turns
+        if trajectory.failure is None:
+            assert turn.finish_reason == "stop" and turn.token_ids.index(end) == len(turn.token_ids) - 1
+        else:
+            assert trajectory.failure.kind is FailureKind.TRUNCATED
+            assert len(turn.token_ids) == SAMPLING.max_new_tokens and end not in turn.token_ids
+    assert {t.failure is None for t in trajectories} == {True, False}
+
+
+def test_placeholders_are_never_sampled(groups: list[Group], reference: Reference) -> None:
+    sampled = [token for group in groups for t in group.trajectories for token in t.turns[0].token_ids]
+    assert len(sampled) > 2000
+    assert not set(sampled) & set(reference.policy.banned_token_ids)
+
+
+def test_logprobs_are_those_of_transformers_under_mask_and_temperature(
+    groups: list[Group], reference: Reference
+) -> None:
+    for group in groups[:2]:
+        for trajectory in group.trajectories:
+            (turn,) = trajectory.turns
+            table = reference.logprobs(group.prompt, turn.token_ids, SAMPLING.temperature)
+            expected = table[np.arange(len(turn.token_ids)), turn.token_ids]
+            np.testing.assert_allclose(turn.logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_the_image_matters(groups: list[Group], reference: Reference) -> None:
+    group = groups[0]
+    other = replace(group.prompt, images=reference.prompt(99).images)
+    ids = group.trajectories[0].turns[0].token_ids
+    mine, others = (np.exp(reference.logprobs(prompt, ids, 1.0)) for prompt in (group.prompt, other))
+    assert np.abs(mine - others).max() > 0.01
+
+
+def test_same_seed_same_group_whatever_else_runs(engine: Any, groups: list[Group]) -> None:
+    again = generate(engine, [groups[2].prompt])
+    assert [t.turns[0].token_ids for t in again[0].trajectories] == [
+        t.turns[0].token_ids for t in groups[2].trajectories
+    ]
+    children = {t.turns[0].token_ids for t in again[0].trajectories}
+    assert len(children) == 8
+
+
+def test_temperature_zero_is_greedy(engine: Any, reference: Reference) -> None:
+    prompt = reference.prompt(5, images=2)
+    (group,) = generate(engine, [prompt], SamplingSpec(n=1, temperature=0.0, max_new_tokens=24))
+    (turn,) = group.trajectories[0].turns
+    assert turn.token_ids == tuple(reference.logprobs(prompt, turn.token_ids, 1.0).argmax(-1))
+
+
+def test_a_bad_request_is_a_marked_group_not_an_exception(engine: Any, reference: Reference) -> None:
+    good = reference.prompt(6)
+    stray = replace(good, token_ids=(*good.token_ids, reference.policy.image_token_id))
+    too_long = replace(good, token_ids=good.token_ids * 40, images=good.images * 40)
+    broken = replace(good, images=(replace(good.images[0], key="broken", ref=b"not an image"),))
+    marked = generate(engine, [stray, too_long, broken, good])
+    for group in marked[:3]:
+        assert len(group.trajectories) == 8
+        for trajectory in group.trajectories:
+            assert trajectory.failure is not None and trajectory.failure.kind is FailureKind.ENGINE
+            assert trajectory.failure.detail.startswith("sample s6: ")
+    assert "2 image placeholders for 1 images" in marked[0].trajectories[0].failure.detail
+    assert all(t.turns for t in marked[3].trajectories)
+
+
+def test_the_group_shares_its_prompt(engine: Any, groups: list[Group]) -> None:
+    before = ray.get(engine.stats.remote(), timeout=30)
+    generate(engine, [groups[0].prompt])
+    after = ray.get(engine.stats.remote(), timeout=30)
+    assert after.requests == before.requests + 1
+    assert after.cached_tokens > before.cached_tokens

@@ -1,0 +1,147 @@
+"""New weights in running engines, and engines that die: the pool must never go on with stale weights or caches."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+import pytest_asyncio
+import ray
+
+from perception.config import PlacementConfig, RolloutConfig
+from perception.types import FailureKind, SamplingSpec, Turn
+from rollout.pool import RolloutPool
+from tests.hf_reference import Reference
+from tests.tiny_policy import build
+
+CONFIG = RolloutConfig(max_model_len=1024, kv_cache_mb=64, request_timeout_s=120)
+PLACEMENT = PlacementConfig(name="test", device="cpu", threads=1)
+GREEDY = SamplingSpec(n=1, temperature=0.0, max_new_tokens=24)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Trainer:
+    """A learner's side of the update: the reference model's weights, sent in buckets."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self.version = 0
+        self.pool: RolloutPool
+
+    async def sync(self) -> None:
+        await self.pool.begin_update()
+        buckets = list(self.reference.buckets())
+        assert len(buckets) > 2
+        for bucket in buckets:
+            await self.pool.load_bucket(bucket)
+        (report,) = await self.pool.end_update(self.version)
+        assert report.nbytes == sum(bucket.nbytes for bucket in buckets)
+        assert report.pause_seconds > report.load_seconds > 0
+
+    async def step(self) -> None:
+        self.version += 1
+        self.reference.perturb(self.version)
+        await self.sync()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def trainer(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trainer]:
+    ray.init(num_cpus=2, include_dashboard=False)
+    trainer = Trainer(Reference(build(tmp_path_factory.mktemp("policy"))))
+    trainer.pool = RolloutPool(trainer.reference.policy, CONFIG, PLACEMENT, resync=trainer.sync)
+    await trainer.pool.start()
+    yield trainer
+    await trainer.pool.shutdown()
+    ray.shutdown()
+
+
+async def greedy(trainer: Trainer, seed: int) -> Turn:
+    group = await trainer.pool.generate(trainer.reference.prompt(seed), GREEDY)
+    return group.trajectories[0].turns[0]
+
+
+def assert_is_the_policy(trainer: Trainer, turn: Turn, seed: int) -> None:
+    """Greedy tokens and log-probs are those of the reference model as it is now."""
+    table = trainer.reference.logprobs(trainer.reference.prompt(seed), turn.token_ids, 1.0)
+    assert turn.token_ids == tuple(table.argmax(-1))
+    np.testing.assert_allclose(turn.logprobs, table.max(-1), atol=1e-5, rtol=0)
+
+
+async def test_changed_weights_change_the_next_sample(trainer: Trainer) -> None:
+    before = await greedy(trainer, seed=1)
+    assert_is_the_policy(trainer, before, seed=1)
+    for _ in range(2):
+        await trainer.step()
+        after = await greedy(trainer, seed=1)  # the same image and prompt: all of it was in the caches
+        assert after.token_ids != before.token_ids
+        assert_is_the_policy(trainer, after, seed=1)
+        assert [span.version for span in after.versions] == [trainer.version]
+        before = after
+
+
+async def test_requests_in_flight_survive_an_update(trainer: Trainer) -> None:
+    reference = trainer.reference
+    prompt = reference.prompt(2)
+    sampling = SamplingSpec(n=8, temperature=1.0, max_new_tokens=400)
+    old = Reference(reference.policy)
+    old.model.load_state_dict(reference.model.state_dict())
+
+    running = asyncio.create_task(trainer.pool.generate(prompt, sampling))
+    await asyncio.sleep(0.3)
+    await trainer.step()
+    group = await running
+
+    turns = [t.turns[0] for t in group.trajectories if len(t.turns[0].versions) == 2]
+    assert turns, "no sample was in flight during the update"
+    for turn in turns:
+        first, second = turn.versions
+        assert (first.version, second.version) == (trainer.version - 1, trainer.version)
+        assert (first.start, second.start, second.end) == (0, first.end, len(turn.token_ids))
+        for span, policy in ((first, old), (second, reference)):
+            table = policy.logprobs(prompt, turn.token_ids, 1.0)
+            expected = table[np.arange(len(turn.token_ids)), turn.token_ids]
+            part = slice(span.start, span.end)
+            np.testing.assert_allclose(np.array(turn.logprobs)[part], expected[part], atol=1e-5, rtol=0)
+
+
+async def test_an_unknown_parameter_is_refused(trainer: Trainer) -> None:
+    (bucket,) = trainer.reference.buckets(limit=1 << 30)
+    wrong = replace(bucket, slots=(replace(bucket.slots[0], name="model.nothing.weight"),))
+    await trainer.pool.begin_update()
+    with pytest.raises(Exception, match=r"nothing"):
+        await trainer.pool.load_bucket(wrong)
+    await trainer.pool.end_update(trainer.version)
+    await trainer.sync()
+    assert_is_the_policy(trainer, await greedy(trainer, seed=3), seed=3)
+
+
+async def test_a_late_answer_is_a_marked_group(trainer: Trainer) -> None:
+    pool = trainer.pool
+    pool._config, config = replace(CONFIG, request_timeout_s=0.05), pool._config
+    try:
+        group = await pool.generate(trainer.reference.prompt(4), SamplingSpec(n=4, temperature=1.0, max_new_tokens=900))
+    finally:
+        pool._config = config
+    assert len(group.trajectories) == 4
+    for trajectory in group.trajectories:
+        assert trajectory.failure is not None and trajectory.failure.kind is FailureKind.ENGINE
+        assert "engine 0 in 0.05 s (rollout.request_timeout_s)" in trajectory.failure.detail
+
+
+async def test_a_killed_engine_comes_back_with_the_current_weights(trainer: Trainer) -> None:
+    cores = [p for p in psutil.process_iter(["name"]) if "EngineCor" in (p.info["name"] or "")]
+    mine = [core for core in cores if os.getpid() in {p.pid for p in core.parents()}]
+    (core,) = mine
+    os.kill(core.pid, signal.SIGKILL)
+    turns = await asyncio.gather(*(greedy(trainer, seed) for seed in (5, 6)))
+    assert trainer.pool.restarts == 1
+    for seed, turn in zip((5, 6), turns, strict=True):
+        assert_is_the_policy(trainer, turn, seed)
+        assert [span.version for span in turn.versions] == [trainer.version]
