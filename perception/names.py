@@ -19,10 +19,13 @@ FAILURE_PREFIX = "failure/"
 # Perception: how good the answers are
 GIOU = "perception/giou"  # mean over samples of mask IoU; a missed or invented target counts as 0
 BOX_IOU = "perception/box_iou"
-GIOU_GREEDY = "perception/giou_greedy"  # held-out, temperature 0
-GIOU_SAMPLED = "perception/giou_sampled"  # held-out, temperature 1
 BOXES_ANSWERED = "perception/boxes_answered"  # per trajectory
 BOXES_TRUE = "perception/boxes_true"  # per sample
+
+# Held-out evaluation; W&B shows these under `eval/`
+GIOU_GREEDY = "giou_greedy"  # temperature 0
+GIOU_SAMPLED = "giou_sampled"  # the rollout temperature
+HELD_OUT_PARSE_OK = "parse_ok"  # of the sampled answers
 
 # Responses
 RESPONSE_TOKENS = "response/tokens_mean"

@@ -1,7 +1,7 @@
 """A run as one page: `write_report(run_dir)` or `python -m launch.report RUN_DIR`.
 
-The page needs no network and no library: styles, one script, SVG curves and pictures are all inside it. What the policy wrote
-is shown as text only; a content security policy lets no other script run.
+The page needs no network and no library: styles, one script, SVG curves and pictures are all inside it. What the policy
+wrote is shown as text only; a content security policy lets no other script run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 
 from launch import rollouts, rundir
 from launch.errors import UserError
-from launch.report.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, BOTTOM, Chart, Spec, chart
+from launch.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Spec, chart
 from launch.report.gallery import Picture, pictures
 from perception import names
 from perception.types import FailureKind
@@ -66,7 +66,9 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     if not (run_dir / rundir.CONFIG).is_file():
-        raise UserError(f"{run_dir}: no run there ({rundir.CONFIG} missing); give the directory of a run, as in runs/quickstart")
+        raise UserError(
+            f"{run_dir}: no run there ({rundir.CONFIG} missing); give the directory of a run, as in runs/quickstart"
+        )
     config = yaml.safe_load((run_dir / rundir.CONFIG).read_text(encoding="utf-8"))
     metrics = rundir.read_lines(run_dir / rundir.METRICS)
     evaluations = rundir.read_lines(run_dir / rundir.EVALUATIONS)

@@ -85,8 +85,8 @@ def printable(text: str) -> str:
 def breakdown(row: Row, reward: Mapping[str, Any]) -> tuple[Part, ...]:
     """How the reward came about: weight x raw value per component; ranks are only known as their sum.
 
-    A difference that the components do not explain (ranks, the rule for failed answers) is a line of its own, so that the
-    points always add up to the reward. Measured but unrewarded metrics follow without points.
+    A difference that the components do not explain (ranks, the rule for failed answers) is a line of its own: the points
+    always add up to the reward. Measured but unrewarded metrics follow without points.
     """
     metrics = row["metrics"]
     ranked = reward["ranked"] if reward["rank"] else {}
@@ -151,7 +151,8 @@ def _outline(counts: str, height: int, width: int) -> str:
     contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     # A contour runs through pixel centres; a pixel's centre lies at +0.5.
     return "".join(
-        "M" + "L".join(f"{x + 0.5:g} {y + 0.5:g}" for x, y in contour.reshape(-1, 2).tolist()) + "Z" for contour in contours
+        "M" + "L".join(f"{x + 0.5:g} {y + 0.5:g}" for x, y in contour.reshape(-1, 2).tolist()) + "Z"
+        for contour in contours
     )
 
 
