@@ -1,0 +1,300 @@
+"""SAM2 as a batched mask tool: images are encoded once, all prompts of a group are decoded together.
+
+The only file that knows sam2. It calls the model's parts directly: sam2's own predictor assumes 1024 px images and runs
+prompt by prompt on the host. Prompts and masks are in original pixels.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sam2.modeling.sam2_base import SAM2Base
+
+OFFICIAL = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
+# build_sam2's default: where the single mask is unstable, the best of the three takes its place.
+_DYNAMIC_MULTIMASK = {
+    "dynamic_multimask_via_stability": True,
+    "dynamic_multimask_stability_delta": 0.05,
+    "dynamic_multimask_stability_thresh": 0.98,
+}
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PROMPTS_PER_CALL = 128
+_PIXELS_PER_CALL = 1 << 27
+"""Full-size logits held at once (512 MiB in float32)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptKind:
+    """Which of (first corner, second corner, point) a prompt holds, and SAM's label of each."""
+
+    slots: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+BOX_AND_POINT = PromptKind((0, 1, 2), (2, 3, 1))
+BOX = PromptKind((0, 1), (2, 3))
+POINT = PromptKind((2,), (1,))
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """One encoded image."""
+
+    maps: tuple[Tensor, ...]
+    """Finest first, each (1, C_i, h_i, w_i); the last is the image embedding, the others high-resolution features."""
+    height: int
+    width: int
+    """Original size in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """The masks of several answers about one image; they stay on the device."""
+
+    masks: Tensor
+    """(S, H, W) bool at the original size: per answer, the union of its objects."""
+    confidence: np.ndarray
+    """(S,) SAM2's predicted IoU, mean over the answer's objects; 0 where it has none."""
+
+    def overlaps(self, truth: np.ndarray) -> np.ndarray:
+        """IoU and Dice with truth (H, W) bool, counted on the device: (S, 2) float64.
+
+        Both empty is 1 (a rightly answered 'no target'), one empty is 0.
+        """
+        target = torch.from_numpy(truth).to(self.masks.device)
+        counts = torch.stack([(self.masks & target).sum((1, 2)), self.masks.sum((1, 2)) + target.sum()])
+        both, total = counts.cpu().numpy().astype(np.float64)
+        some = np.maximum(total, 1)
+        return np.where(total[:, None] == 0, 1.0, np.stack([both / np.maximum(total - both, 1), 2 * both / some], 1))
+
+    def mask(self, index: int) -> np.ndarray:
+        """One answer's mask, (H, W) bool on the host."""
+        return self.masks[index].cpu().numpy()
+
+
+class Segmenter:
+    """Holds a SAM2 model and the embeddings of the most recently used images."""
+
+    def __init__(self, model: SAM2Base, device: str, dtype: torch.dtype = torch.float32, capacity: int = 64) -> None:
+        self.model = model.to(device=device, dtype=dtype).eval()
+        self.model.sam_prompt_encoder.float()  # coordinates do not survive bfloat16
+        self.device, self.dtype, self.capacity = torch.device(device), dtype, capacity
+        self.hits = self.misses = 0
+        self._embeddings: OrderedDict[str, Embedding] = OrderedDict()
+        self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
+
+    @classmethod
+    def load(
+        cls, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, capacity: int = 64
+    ) -> Segmenter:
+        """From a directory (`config.yaml` + `model.safetensors`, or an official yaml + `.pt`) or `random:<hiera name>`.
+
+        Raises FileNotFoundError or ValueError naming what is missing or wrong.
+        """
+        if path.startswith("random:"):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return cls(build(official_config(path.removeprefix("random:"))), device, dtype, capacity)
+        folder = Path(path)
+        model = build(OmegaConf.load(_only_file(folder, "*.yaml")))
+        weights = _only_file(folder, "*.safetensors", "*.pt")
+        if weights.suffix == ".pt":
+            state = torch.load(weights, map_location="cpu", weights_only=True)["model"]
+        else:
+            state = load_file(weights)
+        model.load_state_dict(state)
+        return cls(model, device, dtype, capacity)
+
+    @property
+    def side(self) -> int:
+        """Side of the square the model sees, in pixels."""
+        return int(self.model.image_size)
+
+    # ------------------------------------------------------------ differentiable parts, for training
+
+    def pixels(self, images: Sequence[np.ndarray]) -> Tensor:
+        """RGB uint8 (H, W, 3) images of any size -> normalised (B, 3, side, side) on the device, in the model's dtype."""
+        squares = []
+        for image in images:
+            tensor = torch.from_numpy(np.ascontiguousarray(image)).to(self.device).permute(2, 0, 1)[None].float() / 255
+            squares.append(F.interpolate(tensor, (self.side, self.side), mode="bilinear", antialias=True))
+        return ((torch.cat(squares) - self._mean) / self._std).to(self.dtype)
+
+    def features(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Normalised (B, 3, side, side) -> feature maps, finest first, each (B, C_i, h_i, w_i)."""
+        levels = self.model.forward_image(pixels)["backbone_fpn"][-self.model.num_feature_levels :]
+        last = levels[-1]
+        if self.model.directly_add_no_mem_embed:
+            last = last + self.model.no_mem_embed.view(1, -1, 1, 1)
+        return tuple(level.to(self.dtype) for level in (*levels[:-1], last))
+
+    def predict(
+        self, maps: Sequence[Tensor], coords: Tensor, labels: Tensor, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
+        """One mask decoder call.
+
+        maps: of one image (batch 1), or of N images, one per prompt. coords (N, P, 2) in the model's square, labels
+        (N, P) as SAM numbers them. Returns logits (N, M, h, w) and predicted IoUs (N, M); M is 3 with multimask, else 1.
+        """
+        encoder = self.model.sam_prompt_encoder
+        sparse, dense = encoder(points=(coords, labels), boxes=None, masks=None)
+        logits, iou, _, _ = self.model.sam_mask_decoder(
+            image_embeddings=maps[-1],
+            image_pe=encoder.get_dense_pe().to(self.dtype),
+            sparse_prompt_embeddings=sparse.to(self.dtype),
+            dense_prompt_embeddings=dense.to(self.dtype),
+            multimask_output=multimask,
+            repeat_image=maps[-1].shape[0] == 1,
+            high_res_features=list(maps[:-1]) or None,
+        )
+        return logits, iou
+
+    # ------------------------------------------------------------ inference
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[np.ndarray]) -> list[Embedding]:
+        """Encode RGB uint8 (H, W, 3) images of any sizes in one call."""
+        maps = self.features(self.pixels(images))
+        return [
+            Embedding(tuple(level[i : i + 1] for level in maps), *image.shape[:2]) for i, image in enumerate(images)
+        ]
+
+    def embed(self, key: str, image: Callable[[], np.ndarray]) -> tuple[Embedding, bool]:
+        """The embedding under this content key, and whether it was there already. `image` is called only when not."""
+        cached = self._embeddings.get(key)
+        if cached is not None:
+            self.hits += 1
+            self._embeddings.move_to_end(key)
+            return cached, True
+        self.misses += 1
+        embedding = self._embeddings[key] = self.encode([image()])[0]
+        if len(self._embeddings) > self.capacity:
+            self._embeddings.popitem(last=False)
+        return embedding, False
+
+    @torch.no_grad()
+    def decode(
+        self, embedding: Embedding, boxes: np.ndarray, points: np.ndarray, multimask: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Decode N prompts of one image: boxes (N, 4), points (N, 2), original pixels; a NaN row means 'not given'.
+
+        Returns low-resolution mask logits (N, h, w) and predicted IoUs (N,), float32 on the device.
+        With `multimask` the most confident of three masks is kept. Raises ValueError if a prompt has neither.
+        """
+        has_box, has_point = ~np.isnan(boxes).any(1), ~np.isnan(points).any(1)
+        if not (has_box | has_point).all():
+            raise ValueError("a prompt needs a box or a point")
+        size = self.model.sam_prompt_encoder.mask_input_size
+        logits = torch.empty(len(boxes), *size, device=self.device)
+        iou = torch.empty(len(boxes), device=self.device)
+        scale = np.array([self.side / embedding.width, self.side / embedding.height])
+        coords = (np.concatenate([boxes.reshape(-1, 2, 2), points[:, None]], 1) * scale).astype(np.float32)
+        given = ((BOX_AND_POINT, has_box & has_point), (BOX, has_box & ~has_point), (POINT, ~has_box & has_point))
+        for kind, chosen in given:
+            rows_of_kind = np.flatnonzero(chosen)
+            for start in range(0, len(rows_of_kind), _PROMPTS_PER_CALL):
+                rows = rows_of_kind[start : start + _PROMPTS_PER_CALL]
+                at = torch.from_numpy(coords[rows][:, kind.slots]).to(self.device)
+                labels = torch.tensor(kind.labels, dtype=torch.int32, device=self.device).expand(len(rows), -1)
+                masks, scores = self.predict(embedding.maps, at, labels, multimask)
+                each, best = torch.arange(len(rows), device=self.device), scores.argmax(1)
+                where = torch.from_numpy(rows).to(self.device)
+                logits[where], iou[where] = masks[each, best].float(), scores[each, best].float()
+        return logits, iou
+
+    def segment(
+        self,
+        embedding: Embedding,
+        boxes: np.ndarray,
+        points: np.ndarray,
+        owners: np.ndarray,
+        answers: int,
+        multimask: bool = False,
+    ) -> Segmentation:
+        """Masks of `answers` answers about one image. Prompts as in `decode`; owners (N,): the answer of each prompt."""
+        logits, iou = self.decode(embedding, boxes, points, multimask)
+        owners = np.asarray(owners, np.int64)
+        total = np.bincount(owners, iou.cpu().numpy(), minlength=answers)
+        confidence = total / np.maximum(np.bincount(owners, minlength=answers), 1)
+        return Segmentation(self._unions(logits, owners, answers, embedding), confidence)
+
+    @torch.no_grad()
+    def _unions(self, logits: Tensor, owners: np.ndarray, answers: int, embedding: Embedding) -> Tensor:
+        size = (embedding.height, embedding.width)
+        union = torch.zeros(answers, *size, dtype=torch.int16, device=self.device)
+        if not len(logits):
+            return union > 0
+        owner = torch.from_numpy(owners).to(self.device)
+        chunk = max(1, min(_PROMPTS_PER_CALL, _PIXELS_PER_CALL // (size[0] * size[1])))
+        for part, who in zip(logits.split(chunk), owner.split(chunk), strict=True):
+            full = F.interpolate(part[None], size, mode="bilinear", align_corners=False)[0]
+            union.index_add_(0, who, (full > 0).to(torch.int16))
+        return union > 0
+
+
+def official_config(name: str) -> DictConfig:
+    """sam2's own SAM 2.1 configuration: tiny, small, base_plus or large."""
+    if name not in OFFICIAL:
+        raise ValueError(f"no SAM2 named '{name}'; known: {', '.join(OFFICIAL)}")
+    with _hydra_untouched():
+        return OmegaConf.load(str(files("sam2") / f"configs/sam2.1/sam2.1_hiera_{OFFICIAL[name]}.yaml"))
+
+
+def build(config: DictConfig) -> SAM2Base:
+    """Instantiate the `model:` node of a SAM2 configuration. Raises ValueError if it names code outside sam2."""
+    node = config.model
+    foreign = [target for target in _targets(OmegaConf.to_container(node)) if not target.startswith("sam2.")]
+    if foreign:
+        raise ValueError(f"a SAM2 configuration may only name sam2's classes, not {foreign[0]}")
+    if "sam_mask_decoder_extra_args" not in node:
+        node.sam_mask_decoder_extra_args = _DYNAMIC_MULTIMASK
+    with _hydra_untouched():
+        return instantiate(node, _recursive_=True)
+
+
+@contextmanager
+def _hydra_untouched() -> Iterator[None]:
+    """`import sam2` initialises Hydra's global state, which the program's own Hydra needs for itself."""
+    hydra = GlobalHydra.instance()
+    mine = hydra.is_initialized()
+    try:
+        yield
+    finally:
+        if not mine:
+            hydra.clear()
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node["_target_"]
+        for value in node.values():
+            yield from _targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
+
+
+def _only_file(folder: Path, *patterns: str) -> Path:
+    for pattern in patterns:
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found[0]
+    raise FileNotFoundError(f"segmenter '{folder}' has no {' or '.join(patterns)}")
