@@ -1,0 +1,64 @@
+"""Rewards of a group -> advantages (GRPO, arXiv 2402.03300; unscaled form: Dr. GRPO, arXiv 2503.20783)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from perception.types import Failure, FailureKind, ScoredGroup
+
+EPSILON = 1e-6
+INFRASTRUCTURE = frozenset({FailureKind.ENGINE, FailureKind.SCORER})
+"""Failures that say nothing about the policy: their rewards are not evidence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantages:
+    values: tuple[tuple[float, ...], ...]
+    """One tuple per group, one advantage per trajectory."""
+    zero_variance: int
+    """Groups whose counted rewards are all equal: they teach nothing."""
+    excluded: int
+    """Trajectories left out because the infrastructure failed."""
+
+
+def step_advantages(
+    scored: Sequence[ScoredGroup], rewards: Sequence[Sequence[float]], scale: Literal["group", "none"]
+) -> Advantages:
+    """Advantages of a whole step; `rewards` runs parallel to `scored`: one per group and trajectory."""
+    counted = [
+        [not _excluded(t.failure, s.failure) for t, s in zip(entry.group.trajectories, entry.scores, strict=True)]
+        for entry in scored
+    ]
+    values = [group_advantages(r, c, scale) for r, c in zip(rewards, counted, strict=True)]
+    return Advantages(
+        values=tuple(tuple(v.tolist()) for v in values),
+        zero_variance=sum(not v.any() for v in values),
+        excluded=sum(c.count(False) for c in counted),
+    )
+
+
+def group_advantages(
+    rewards: Sequence[float], counted: Sequence[bool], scale: Literal["group", "none"] = "group"
+) -> np.ndarray:
+    """(n,) float64: (r - mean) / (std + 1e-6), or r - mean without scale.
+
+    Mean and unbiased std (n - 1) are taken over the counted trajectories; the others get 0. Where all counted rewards
+    are equal, or fewer than two are counted, all get 0.
+    """
+    values = np.asarray(rewards, dtype=np.float64)
+    mask = np.asarray(counted, dtype=bool)
+    advantages = np.zeros_like(values)
+    kept = values[mask]
+    if kept.size < 2 or np.ptp(kept) == 0.0:
+        return advantages
+    centred = kept - kept.mean()
+    advantages[mask] = centred / (kept.std(ddof=1) + EPSILON) if scale == "group" else centred
+    return advantages
+
+
+def _excluded(*failures: Failure | None) -> bool:
+    return any(failure is not None and failure.kind in INFRASTRUCTURE for failure in failures)

@@ -1,0 +1,68 @@
+"""Stop and go on, bit for bit: model, optimizer and random state; and the policy in Hugging Face format."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from learner.engine import ZeroEngine
+from learner.policy import Policy
+
+TAG = "learner"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+CONFIGS = ("config.json", "generation_config.json")
+
+
+def save(engine: ZeroEngine, folder: Path, client_state: dict[str, Any]) -> None:
+    """Write to `folder`, on a file system all ranks share; it appears whole or not at all. An old one is replaced."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    dist.barrier()
+    engine.save(str(scratch), TAG, client_state)
+    torch.save(_random_state(), scratch / f"random-{dist.get_rank()}.pt")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    dist.barrier()
+
+
+def load(engine: ZeroEngine, folder: Path) -> dict[str, Any]:
+    """Restore what `save` wrote, with the same number of ranks and ZeRO stage; returns its client state.
+
+    Raises FileNotFoundError when this rank's part is missing.
+    """
+    mine = folder / f"random-{dist.get_rank()}.pt"
+    if not mine.is_file():
+        raise FileNotFoundError(f"{mine}: missing; a checkpoint is loaded with as many learner ranks as saved it")
+    client_state = engine.load(str(folder), TAG)
+    _restore_random_state(torch.load(mine, weights_only=True))
+    return client_state
+
+
+def export(policy: Policy, weights: dict[str, Tensor], source: Path, folder: Path) -> None:
+    """Write the whole weights (by `named_parameters()` name) with the tokenizer and processor files of `source`.
+
+    The result loads in transformers and vLLM. Not collective: rank 0 calls it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.model.save_pretrained(folder, state_dict=weights)
+    for file in source.iterdir():
+        if file.is_file() and file.name not in CONFIGS and not file.name.endswith(WEIGHTS):
+            shutil.copy2(file, folder / file.name)
+
+
+def _random_state() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    torch.cuda.set_rng_state_all(state["cuda"])

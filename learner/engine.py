@@ -1,0 +1,103 @@
+"""The one place that knows DeepSpeed: ZeRO 1/2/3 around a policy, one optimizer step at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from perception.config import LearnerConfig
+
+
+def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
+    """Rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then constant or linear to 0 after `total_steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * max(0.0, (total_steps - step) / max(1, total_steps - config.warmup_steps))
+
+
+class ZeroEngine:
+    """A DeepSpeed engine. The default process group must exist; every method is collective unless it says otherwise."""
+
+    def __init__(self, module: nn.Module, config: LearnerConfig, dtype: str, device: torch.device, total_steps: int):
+        deepspeed_logger.setLevel(logging.ERROR)
+        # DeepSpeed would compile its own shared-memory all-reduce here (a minute, and a compiler); gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)
+        self._config = config
+        self._total_steps = total_steps
+        optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=device.type == "cuda",
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=_settings(config, dtype), dist_init_required=False
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken. Not collective."""
+        return int(self._engine.global_steps)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the loss's gradient, which DeepSpeed divides by the number of ranks; `last` completes the step's sum."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def step(self) -> tuple[float, float]:
+        """Clip, step, zero the gradients. Returns (gradient norm before clipping, learning rate used)."""
+        rate = learning_rate(self._config, self.steps, self._total_steps)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm), rate
+
+    def save(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
+        self._engine.save_checkpoint(folder, tag=tag, client_state={"client": client_state}, save_latest=False)
+
+    def load(self, folder: str, tag: str) -> dict[str, Any]:
+        """Restore model and optimizer (same number of ranks, same ZeRO stage). Raises FileNotFoundError."""
+        path, client_state = self._engine.load_checkpoint(folder, tag=tag)
+        if path is None:
+            raise FileNotFoundError(f"no learner checkpoint under {folder}/{tag}")
+        return dict(client_state["client"])
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, the parameters are whole on every rank (ZeRO-3 shards them; otherwise free of charge). Collective."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None, enabled=bool(sharded)):
+        yield
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, sharded or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _settings(config: LearnerConfig, dtype: str) -> dict[str, Any]:
+    # Accumulation is ours (`backward(last)`): a step has as many micro-batches as it needs.
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.grad_clip,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "steps_per_print": 1 << 30,
+    }
