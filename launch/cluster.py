@@ -64,7 +64,9 @@ def check_resources(config: Config) -> None:
     if _cluster_address() is None:
         have = {"CPU": float(_local_cpus()), "GPU": float(_local_gpus()) if placement.device == "cuda" else 0.0}
         if placement.device == "cuda" and not have["GPU"]:
-            raise UserError(f"placement={placement.name} needs a CUDA GPU and this machine shows none: use placement=cpu")
+            raise UserError(
+                f"placement={placement.name} needs a CUDA GPU and this machine shows none: use placement=cpu"
+            )
         if _short(asked, have):
             raise UserError(_shortage(placement, asked, "this machine", have))
 

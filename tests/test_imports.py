@@ -59,9 +59,7 @@ def imported(path: Path) -> set[str]:
 
 
 MODULES = {
-    path.relative_to(ROOT).as_posix(): imported(path)
-    for room in ROOMS
-    for path in sorted((ROOT / room).rglob("*.py"))
+    path.relative_to(ROOT).as_posix(): imported(path) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))
 }
 
 
