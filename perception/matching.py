@@ -124,4 +124,4 @@ def pairwise_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def points_inside(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """(N, 2), (N, 4) -> (N,) bool: each point within its own box, edges included."""
-    return ((points >= boxes[:, :2]) & (points <= boxes[:, 2:])).all(-1)
+    return np.asarray(((points >= boxes[:, :2]) & (points <= boxes[:, 2:])).all(-1))

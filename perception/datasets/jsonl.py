@@ -1,0 +1,103 @@
+"""Your own data: one question about one image per line of a JSONL file.
+
+    {"image": "street.jpg", "question": "the red car", "boxes": [[12, 30, 80, 95]], "mask": "street_car.png"}
+    {"image": "street.jpg", "question": "how many people", "task": "count", "boxes": [[5, 8, 20, 60], [40, 9, 55, 62]]}
+    {"image": "street.jpg", "question": "the blue bus", "boxes": []}
+
+image     path relative to the JSONL file, or to a folder `images/` beside it; as displayed (EXIF orientation applied)
+question  what to find, in words
+boxes     list of [x1, y1, x2, y2] in pixels of the image; [] says that nothing is there. May be left out with `mask`
+points    optional: one [x, y] inside each object. Default: deepest point of the mask, else the centre of the box
+mask      optional: one per box (or just one, not in a list): the path of a PNG of the image's size whose non-zero
+          pixels are the object, or COCO run-length encoding {"size": [height, width], "counts": text or list}
+task      segment (default), ground or count
+id        optional, unique. Default: file name and line number
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, Field, FiniteFloat
+
+from perception import images, masks
+from perception.datasets.files import Images, check_task, read_text, validate
+from perception.datasets.objects import TrueObject, check_mask_size, read_segmentation, target
+from perception.errors import DataError
+from perception.types import Rle, Sample
+
+
+class Line(BaseModel):
+    image: str
+    question: str = Field(min_length=1)
+    boxes: list[tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]] | None = None
+    points: list[tuple[FiniteFloat, FiniteFloat]] | None = None
+    mask: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
+    task: str = "segment"
+    id: str | None = None
+
+
+def read(path: Path, max_pixels: int) -> list[Sample]:
+    """Every line as a Sample. Raises DataError naming file and line for the first one that cannot be used."""
+    found = Images(path, max_pixels)
+    samples: dict[str, Sample] = {}
+    for number, text in enumerate(read_text(path).split("\n"), start=1):
+        if text.strip():
+            where = f"{path}:{number}"
+            sample = _sample(text, path, number, where, found)
+            if sample.id in samples:
+                raise DataError(f"{where}: id {sample.id!r} was used before; make ids unique")
+            samples[sample.id] = sample
+    return list(samples.values())
+
+
+def _sample(text: str, path: Path, number: int, where: str, found: Images) -> Sample:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not one JSON object on one line ({error})") from error
+    line = validate(Line, record, where)
+    check_task(line.task, where)
+    image, height, width = found.find(line.image, where)
+    return Sample(
+        id=line.id or f"{path.stem}:{number}",
+        image_path=str(image),
+        height=height,
+        width=width,
+        question=line.question,
+        task=line.task,
+        target=target(_objects(line, path.parent, height, width, where), height, width, where),
+    )
+
+
+def _objects(line: Line, folder: Path, height: int, width: int, where: str) -> list[TrueObject]:
+    if line.boxes is None and line.mask is None:
+        raise DataError(f'{where}: neither boxes nor mask; give one ("boxes": [] says that nothing is there)')
+    given = line.mask if isinstance(line.mask, list) else [line.mask] if line.mask is not None else None
+    count = len(line.boxes if line.boxes is not None else given or [])
+    for name, values in (("mask", given), ("points", line.points)):
+        if values is not None and len(values) != count:
+            raise DataError(f"{where}: {len(values)} in {name} for {count} objects; give one for each, or leave it out")
+    return [
+        TrueObject(
+            box=line.boxes[i] if line.boxes is not None else None,
+            point=line.points[i] if line.points is not None else None,
+            mask=_mask(given[i], folder, height, width, where) if given is not None else None,
+        )
+        for i in range(count)
+    ]
+
+
+def _mask(value: str | dict[str, Any], folder: Path, height: int, width: int, where: str) -> Rle:
+    if isinstance(value, dict):
+        return read_segmentation(value, height, width, where)
+    path = folder / value
+    check_mask_size(images.probe(path, max_pixels=sys.maxsize), height, width, f"{where}: {value}")
+    mask = np.asarray(images.decode(path.read_bytes()).any(-1))
+    if not mask.any():
+        raise DataError(f"{where}: {value}: the mask has no pixel; non-zero pixels are the object")
+    return masks.encode(mask)

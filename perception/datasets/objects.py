@@ -1,0 +1,115 @@
+"""One true object as any format gives it, checked against its image and completed into a `Target`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco
+
+from perception import masks
+from perception.errors import DataError
+from perception.types import Rle, Target
+
+_TOLERANCE = 1.0  # pixels a box or point may lie outside its image; it is clipped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrueObject:
+    """Needs a box or a mask; what is missing follows from the mask, or the point from the box."""
+
+    box: tuple[float, float, float, float] | None = None
+    point: tuple[float, float] | None = None
+    mask: Rle | None = None
+    label: str = ""
+
+
+def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -> Target:
+    """The truth about one question on an image of (height, width). `where` opens the message of a DataError."""
+    with_mask = [item.mask for item in objects if item.mask]
+    if with_mask and len(with_mask) < len(objects):
+        raise DataError(
+            f"{where}: {len(with_mask)} of {len(objects)} objects have a mask; give all of them one, or none"
+        )
+    boxes = [_box(item, height, width, where) for item in objects]
+    points = [_point(item, box, height, width, where) for item, box in zip(objects, boxes, strict=True)]
+    labels = tuple(item.label for item in objects)
+    return Target(
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        points=np.array(points, np.float32).reshape(-1, 2),
+        masks=tuple(with_mask),
+        labels=labels if any(labels) else (),
+    )
+
+
+def read_segmentation(value: Any, height: int, width: int, where: str) -> Rle:
+    """COCO's `segmentation`: polygons, or run-length encoding with counts as text or as a list."""
+    try:
+        encoded = value
+        if isinstance(value, list):
+            encoded = coco.merge(coco.frPyObjects(value, height, width))
+        elif isinstance(value["counts"], list):
+            encoded = coco.frPyObjects(value, *value["size"])
+        mask = masks.from_coco(encoded)
+        check_mask_size((mask.height, mask.width), height, width, where)
+        empty = not masks.decode(mask).any()
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001  pycocotools raises bare Exception for some malformed input
+        raise DataError(
+            f"{where}: unreadable segmentation ({error!r}); give polygons or COCO run-length encoding"
+        ) from error
+    if empty:
+        raise DataError(f"{where}: the mask has no pixel; remove the object, or mend its segmentation")
+    return mask
+
+
+def check_mask_size(size: tuple[int, int], height: int, width: int, where: str) -> None:
+    if size != (height, width):
+        raise DataError(
+            f"{where}: the mask is {size[1]}x{size[0]} but the image {width}x{height}; resize the mask to the image"
+        )
+
+
+def inner_point(mask: Rle) -> tuple[float, float]:
+    """x y of the pixel farthest from the mask's edge: the centre of the largest inscribed circle."""
+    left, top, right, bottom = (int(edge) for edge in masks.bounding_box(mask))
+    crop = np.pad(masks.decode(mask)[top:bottom, left:right].astype(np.uint8), 1)
+    depth = cv2.distanceTransform(crop, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+    return float(left + x - 1), float(top + y - 1)
+
+
+def _box(item: TrueObject, height: int, width: int, where: str) -> tuple[float, float, float, float]:
+    if item.box is None:
+        if item.mask is None:
+            raise DataError(f"{where}: an object has neither box nor mask; give it one")
+        return masks.bounding_box(item.mask)
+    x1, y1, x2, y2 = item.box
+    if not (x1 < x2 and y1 < y2):
+        raise DataError(f"{where}: box {_show(item.box)} is empty; it needs x1 < x2 and y1 < y2")
+    if min(x1, y1) < -_TOLERANCE or x2 > width + _TOLERANCE or y2 > height + _TOLERANCE:
+        raise DataError(
+            f"{where}: box {_show(item.box)} leaves the {width}x{height} image; boxes are pixels of the original image"
+        )
+    return max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height)
+
+
+def _point(
+    item: TrueObject, box: tuple[float, float, float, float], height: int, width: int, where: str
+) -> tuple[float, float]:
+    if item.point is None:
+        return inner_point(item.mask) if item.mask else ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    x, y = item.point
+    if not (-_TOLERANCE <= x <= width + _TOLERANCE and -_TOLERANCE <= y <= height + _TOLERANCE):
+        raise DataError(
+            f"{where}: point {_show(item.point)} leaves the {width}x{height} image; points are pixels of the original image"
+        )
+    return min(max(x, 0.0), width), min(max(y, 0.0), height)
+
+
+def _show(numbers: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{number:g}" for number in numbers) + "]"
