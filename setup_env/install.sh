@@ -21,3 +21,7 @@ install --no-deps --no-build-isolation -r <(grep -E '^(deepspeed|sam2)==' "$pins
 cp setup_env/torchvision_cpu_ops.{py,pth} "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 install --no-deps --no-build-isolation --editable .
 .venv/bin/python -c 'import torch, torchvision'
+if [ "$kind" = cpu ] && ! .venv/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
+  echo "make setup: vLLM on the CPU needs the system library libnuma.so.1 (Debian, Ubuntu: apt-get install libnuma1)" >&2
+  exit 2
+fi

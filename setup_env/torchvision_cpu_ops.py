@@ -1,8 +1,8 @@
 """Lets `import torchvision` succeed when its wheel was built for CUDA and torch for CPU.
 
-Beside CPU torch such a wheel cannot load its C++ operators, and the import dies with "operator torchvision::nms does not
-exist", although transforms and image processors never call them. Declaring the two schemas that torchvision decorates at
-import time is enough. Where the operators load (CUDA builds, matching CPU builds) nothing is declared.
+Beside CPU torch such a wheel cannot load its C++ operators, and the import dies with "operator torchvision::nms does
+not exist", although transforms and image processors never call them. Declaring the two schemas that torchvision
+decorates at import time is enough. Where the operators load (CUDA builds, matching CPU builds) nothing is declared.
 
 `torchvision_cpu_ops.pth` imports this file at the start of every interpreter of the environment, because vLLM and Ray
 start processes of their own; so the import of torch is put off until torchvision itself is imported.

@@ -30,7 +30,7 @@ class RayCluster:
     """http://host:port, as `ray job submit --address` takes it."""
 
     def submit(self, *entrypoint: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
-        """`ray job submit --working-dir <repository> -- ENTRYPOINT`, until the job has ended; its log is in `stdout`."""
+        """`ray job submit --working-dir <repository> -- ENTRYPOINT`, until the job ends; `stdout` holds its log."""
         command = [BIN / "ray", "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", *entrypoint]
         return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=timeout_s)
 
@@ -39,7 +39,7 @@ class RayCluster:
 def two_nodes(cpus: tuple[int, int] = (1, 1), start_timeout_s: float = 120.0) -> Iterator[RayCluster]:
     """Head and second node with so many CPUs each; ready for jobs when entered."""
     port, dashboard, *others = _free_ports(5)
-    # Short, because sockets lie below it; its own, so that no other Ray on the machine mistakes this cluster for its own.
+    # Short, because sockets lie below it; its own, so that no other Ray here takes this cluster for its own.
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     cluster = RayCluster(address=f"127.0.0.1:{port}", dashboard=f"http://127.0.0.1:{dashboard}")
     common = ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--disable-usage-stats", "--block"]

@@ -1,4 +1,4 @@
-"""Guards the plan of the house: who may import whom, heavy libraries in one place each, nothing local in tracked files."""
+"""Guards the plan of the house: who may import whom, heavy libraries at home, nothing local in tracked files."""
 
 from __future__ import annotations
 
