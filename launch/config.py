@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,13 +16,20 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from launch.errors import UserError
-from perception.config import Config
+from perception.config import Config, TaskConfig
 from perception.errors import DataError
 
-_ADAPTER = TypeAdapter(Config, config=ConfigDict(extra="forbid"))
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+class _Root(BaseModel):
+    """Nested stdlib dataclasses take their model's rules."""
+
+    model_config = ConfigDict(extra="forbid")
+    config: Config
 
 
 def validate(tree: DictConfig) -> Config:
@@ -30,33 +39,54 @@ def validate(tree: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(f"config: {_first_line(error)}") from error
     try:
-        return _ADAPTER.validate_python(plain)
+        return _Root.model_validate({"config": plain}).config
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"][1:]))
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            raise UserError(_unknown(key, _keys(plain))) from error
+            raise UserError(_unknown(key, valid_keys())) from error
         raise UserError(f"config: {key}={first['input']!r}: {first['msg']}") from error
+
+
+def read_tasks(name: str) -> dict[str, TaskConfig]:
+    """The task templates of `conf/task/<name>.yaml`."""
+    tree = OmegaConf.to_container(OmegaConf.load(CONF / "task" / f"{name}.yaml"), resolve=True)
+    return TypeAdapter(dict[str, TaskConfig]).validate_python(tree)
 
 
 def entry(run: Callable[[Config], None]) -> NoReturn:
     """Compose, validate, run; exit 2 with one line on the user's mistakes, 0 when done. `--multirun` sweeps."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
 
-    @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def compose_and_run(tree: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             overrides = HydraConfig.get().job.override_dirname.replace("/", "_")
             tree.run.name = f"{tree.run.name}-{overrides}"
-        run(validate(tree))
+        try:
+            run(validate(tree))
+        except (UserError, DataError) as error:
+            _fail(str(error))
 
     try:
         compose_and_run()
-    except (UserError, DataError) as error:
-        _fail(str(error))
     except HydraException as error:
         _fail(_explain(error))
     sys.exit(0)
+
+
+def valid_keys(kind: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the settings."""
+    if not is_dataclass(kind):
+        return []
+    hints = get_type_hints(kind)
+    below = [valid_keys(_inner(hints[f.name]), f"{prefix}{f.name}.") for f in fields(kind)]
+    return [f"{prefix}{f.name}" for f in fields(kind)] + [key for keys in below for key in keys]
+
+
+def _inner(hint: Any) -> Any:
+    """The dataclass behind `X | None`."""
+    return next((part for part in get_args(hint) if is_dataclass(part)), hint)
 
 
 def _fail(message: str) -> NoReturn:
@@ -65,27 +95,18 @@ def _fail(message: str) -> NoReturn:
 
 
 def _explain(error: HydraException) -> str:
-    """Hydra's own words, and for an unknown key the nearest valid one."""
+    """An unknown key with its nearest valid one, or Hydra's own words."""
+    valid = [*valid_keys(), *(path.name for path in CONF.iterdir() if path.is_dir())]
     for override in sys.argv[1:]:
-        key = override.split("=", 1)[0].lstrip("+~")
-        if f"'{key}'" in str(error):
-            with hydra.initialize(version_base="1.3", config_path="../conf"):
-                tree = hydra.compose("config", overrides=[], return_hydra_config=False)
-            groups = [name for name in os.listdir(os.path.join(os.path.dirname(__file__), "..", "conf"))]
-            return _unknown(key, [*_keys(OmegaConf.to_container(tree, resolve=False)), *groups])
+        key, equals, _ = override.partition("=")
+        if equals and not key.startswith(("-", "+", "~", "hydra")) and key not in valid:
+            return _unknown(key, valid)
     return f"config: {_first_line(error)}"
 
 
-def _unknown(key: str, valid: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.0)
-    return f"config: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-
-
-def _keys(tree: Any, prefix: str = "") -> list[str]:
-    if not isinstance(tree, dict):
-        return []
-    below = [name for key, value in tree.items() for name in _keys(value, f"{prefix}{key}.")]
-    return [*(f"{prefix}{key}" for key in tree), *below]
+def _unknown(key: str, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
+    return f"config: unknown key {key!r}; did you mean {near[0]!r}?"
 
 
 def _first_line(error: Exception) -> str:

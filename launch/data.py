@@ -44,9 +44,7 @@ class ImageStore:
         handle = self._handles.get(sample.image_path)
         if handle is None:
             data = Path(sample.image_path).read_bytes()
-            handle = ImageHandle(
-                key=content_key(data), height=sample.height, width=sample.width, ref=ray.put(data)
-            )
+            handle = ImageHandle(key=content_key(data), height=sample.height, width=sample.width, ref=ray.put(data))
             self._handles[sample.image_path] = handle
             if len(self._handles) > self._capacity:
                 self._handles.popitem(last=False)

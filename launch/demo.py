@@ -1,6 +1,6 @@
-"""`make demo`: write the synthetic data set if it is missing, train on it, print before and after.
+"""`make demo`: train on the synthetic world, print before and after.
 
-    python -m launch.demo [steps=60] [seed=42]
+python -m launch.demo [steps=60] [seed=42]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launch import rundir, world
+from launch import rundir
 from launch.arguments import call
 from launch.cluster import ROOT
 
@@ -22,9 +22,6 @@ RUN = "quickstart"
 
 def demo(steps: int | None = None, seed: int | None = None) -> None:
     """Runs in the project's folder, whatever the current one."""
-    if not (ROOT / "data/world/eval.json").is_file():
-        Console().print("writing the synthetic data set to data/world")
-        world.write(ROOT / "data/world")
     overrides = [f"recipe={RUN}"]
     overrides += [f"algorithm.steps={steps}"] if steps is not None else []
     overrides += [f"run.seed={seed}"] if seed is not None else []
@@ -38,10 +35,16 @@ def show(run_dir: Path) -> None:
     """The before/after table and where to look next."""
     summary = json.loads((run_dir / rundir.SUMMARY).read_text())
     before, after = summary["before"], summary["after"]
-    table = Table(title=f"{summary['steps']} GRPO steps, {summary['seconds']:.0f} s, {after['samples']} held-out scenes")
+    table = Table(
+        title=f"{summary['steps']} GRPO steps, {summary['seconds']:.0f} s, {after['samples']} held-out scenes"
+    )
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="right" if heading else "left")
-    rows = (("gIoU, greedy answers", "giou_greedy"), ("gIoU, sampled answers (T=1)", "giou_sampled"), ("parsed", "parse_ok"))
+    rows = (
+        ("gIoU, greedy answers", "giou_greedy"),
+        ("gIoU, sampled answers (T=1)", "giou_sampled"),
+        ("parsed", "parse_ok"),
+    )
     for label, key in rows:
         table.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}")
     console = Console(width=100)

@@ -19,14 +19,15 @@ import numpy as np
 from launch import cluster
 from launch.config import entry
 from launch.preflight import check
+from launch.prepare import prepare
 from launch.system import System
 from perception.config import Config
-from perception.datasets import load
 from perception.types import Sample, SamplingSpec, ScoredGroup
 
 EVALUATION_SEED_STEP = 0
 """Training steps count from 1, so evaluation draws from seeds of its own."""
 SAMPLED_ANSWERS = 4
+HELD_OUT = ("mask_iou",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ async def evaluate(system: System, samples: Sequence[Sample], pictures: int = 0)
         SamplingSpec(n=1, temperature=0.0, max_new_tokens=rollout.max_new_tokens),
         SamplingSpec(n=SAMPLED_ANSWERS, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens),
     )
-    greedy, sampled = [await system.answer(prompts, way, masks=pictures, held_out=True) for way in ways]
+    greedy, sampled = [await system.answer(prompts, way, masks=pictures, metrics=HELD_OUT) for way in ways]
     return Evaluation(
         giou_greedy=_mean_iou(greedy),
         giou_sampled=_mean_iou(sampled),
@@ -69,19 +70,20 @@ def _mean_iou(scored: Sequence[ScoredGroup]) -> float:
     return float(np.mean([score.metrics["mask_iou"] for entry in scored for score in entry.scores]))
 
 
-async def _evaluate_once(config: Config) -> Evaluation:
+async def _evaluate_once(config: Config, held_out: Sequence[Sample]) -> Evaluation:
     system = System(config)
     try:
         await system.start()
-        return await evaluate(system, load(config.data, "eval")[: config.data.eval_samples])
+        return await evaluate(system, held_out)
     finally:
         await system.shutdown()
 
 
 def run(config: Config) -> None:
-    check(config)
+    prepare(config, say=print)
+    _, held_out = check(config)
     cluster.connect(config.placement)
-    print(json.dumps(asyncio.run(_evaluate_once(config)).metrics()))
+    print(json.dumps(asyncio.run(_evaluate_once(config, held_out)).metrics()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -19,18 +18,19 @@ from perception.config import Config, ModelConfig
 from perception.datasets import load
 from perception.frames import smart_resize
 from perception.types import Sample
+from reward_workers.rewards import components_in_use
 
 _POLICY_FILES = {
     "config.json": "the model's shape",
     "tokenizer.json": "the tokenizer",
     "tokenizer_config.json": "the tokenizer's settings",
-    "preprocessor_config.json": "the image processor",
 }
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 _SEGMENTER_FILES = {"config.yaml": "the model's shape", "model.safetensors": "the weights"}
 
 
-def check(config: Config) -> None:
-    """Go through everything a run needs, cheapest first.
+def check(config: Config) -> tuple[list[Sample], list[Sample]]:
+    """Go through everything a run needs, cheapest first; returns its training and its held-out samples.
 
     Raises UserError for what is missing or contradictory, `perception.errors.DataError` for a damaged data set.
     """
@@ -42,7 +42,8 @@ def check(config: Config) -> None:
     train = load(config.data, "train")
     held_out = load(config.data, "eval")
     check_data(config, train, held_out)
-    check_lengths(config, [*train, *held_out[: config.data.eval_samples]])
+    check_lengths(config, [*train, *held_out])
+    return train, held_out
 
 
 def check_settings(config: Config) -> None:
@@ -60,12 +61,10 @@ def check_settings(config: Config) -> None:
         )
     if not config.reward.components and not config.reward.ranked:
         raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
-    from reward_workers.rewards import COMPONENTS  # after the cheap checks
-
-    for name in (*config.reward.components, *config.reward.ranked):
-        if name not in COMPONENTS:
-            near = difflib.get_close_matches(name, COMPONENTS, n=1, cutoff=0.0)
-            raise UserError(f"reward={config.reward.name}: unknown component {name!r}; did you mean {near[0]!r}?")
+    try:
+        components_in_use(config.reward)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if config.wandb.mode == "online" and not logged_in():
         raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use wandb.mode=auto")
 
@@ -88,14 +87,19 @@ def check_model(model: ModelConfig) -> None:
     path = Path(model.path)
     _check_files("model.path", path, _POLICY_FILES)
     settings = {name: _read_json(path / name) for name in _POLICY_FILES}
+    _image_processor(path)
     if "image_token_id" not in settings["config.json"]:
-        raise UserError(f"{path}/config.json has no image_token_id: not a vision-language model; choose another model.path")
+        raise UserError(
+            f"{path}/config.json has no image_token_id: not a vision-language model; choose another model.path"
+        )
     weights = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
         weights = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
     if not weights:
-        raise UserError(f"model.path={path}: no *.safetensors there (the weights); export the model with save_pretrained")
+        raise UserError(
+            f"model.path={path}: no *.safetensors there (the weights); export the model with save_pretrained"
+        )
     for file in weights:
         _check_weights(file)
 
@@ -136,19 +140,22 @@ def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
         text = {sample.id: len(prompts.tokens(sample.question, sample.task)) for sample in longest.values()}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path={config.model.path}: the tokenizer cannot build a prompt: {error}") from error
-    image = max(image_tokens(config.model, s.height, s.width) for s in {(s.height, s.width): s for s in samples}.values())
+    image = max(
+        image_tokens(config.model, s.height, s.width) for s in {(s.height, s.width): s for s in samples}.values()
+    )
     worst = max(text, key=text.__getitem__)
     needed = text[worst] + image - 1 + config.rollout.max_new_tokens
     if needed > config.rollout.max_model_len:
         raise UserError(
-            f"rollout.max_model_len={config.rollout.max_model_len} is too short: {text[worst] - 1} text tokens ({worst}) + "
-            f"{image} image tokens + rollout.max_new_tokens={config.rollout.max_new_tokens} = {needed}; raise it to that"
+            f"rollout.max_model_len={config.rollout.max_model_len} is too short; raise it to {needed} = "
+            f"{text[worst] - 1} text tokens ({worst}) + {image} image tokens + "
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens}"
         )
 
 
 def image_tokens(model: ModelConfig, height: int, width: int) -> int:
     """Tokens the policy's image processor makes of an image of this size (pixels)."""
-    settings = _read_json(Path(model.path) / "preprocessor_config.json")
+    settings = _image_processor(Path(model.path))
     size = settings.get("size") or {}
     factor = settings["patch_size"] * settings["merge_size"]
     lowest = settings.get("min_pixels") or size["shortest_edge"]
@@ -161,9 +168,23 @@ def _length(sample: Sample) -> int:
     return len(sample.question)
 
 
+def _image_processor(path: Path) -> dict[str, Any]:
+    found = next((path / name for name in _PROCESSOR_FILES if (path / name).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"model.path={path}: {_PROCESSOR_FILES[0]} is missing (the image processor); "
+            "copy it from the model you started from"
+        )
+    settings = _read_json(found)
+    processor: dict[str, Any] = settings.get("image_processor", settings)
+    return processor
+
+
 def _check_files(key: str, path: Path, needed: dict[str, str]) -> None:
     if not path.is_dir():
-        raise UserError(f"{key}={path}: no such directory; give the directory of a model, or build one (python -m launch.sft)")
+        raise UserError(
+            f"{key}={path}: no such directory; give the directory of a model, or build one (python -m launch.sft)"
+        )
     for name, role in needed.items():
         if not (path / name).is_file():
             raise UserError(f"{key}={path}: {name} is missing ({role}); copy it from the model you started from")

@@ -33,7 +33,7 @@ class PromptMaker:
     """Builds unexpanded prompts: one image placeholder per image, nothing re-tokenised later."""
 
     def __init__(self, model: ModelConfig, tasks: Mapping[str, TaskConfig]) -> None:
-        self._tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(model.path)
+        self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(model.path)
         self._tasks = tasks
         self._frame = model.answer_frame
         images = AutoImageProcessor.from_pretrained(model.path)
@@ -53,8 +53,8 @@ class PromptMaker:
                 ],
             },
         ]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def answer_frame(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the frame the policy answers in for an image of this size."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,22 @@ from launch.data import Cursor
 from launch.errors import UserError
 from launch.system import System
 from perception.config import Config
-from perception.datasets import load
-from perception.types import RankStoreState
+from perception.types import RankStoreState, Sample
 from reward_workers.ranking import RankStore
 
 CHECKPOINTS = "checkpoints"
 LEARNER = "learner"
 STATE = "state.json"
 RANKS = "ranks.npz"
+RANKED = "ranks.json"
 
 
 @dataclass(slots=True)
 class RunState:
     config: Config
     cursor: Cursor
-    ranks: RankStore
+    ranks: RankStore | None
+    """None where the reward ranks nothing."""
     step: int = 0
     before: dict[str, float] | None = None
     """Metrics of the starting policy, once evaluated."""
@@ -41,12 +42,13 @@ class RunState:
     """Where this run goes on from."""
 
     @classmethod
-    def fresh(cls, config: Config) -> RunState:
-        cursor = Cursor(load(config.data, "train"), config.run.seed)
-        return cls(config=config, cursor=cursor, ranks=RankStore(config.reward))
+    def fresh(cls, config: Config, samples: Sequence[Sample]) -> RunState:
+        reward = config.reward
+        ranks = RankStore(tuple(reward.ranked), reward.rank) if reward.rank is not None else None
+        return cls(config=config, cursor=Cursor(samples, config.run.seed), ranks=ranks)
 
     @classmethod
-    def resume(cls, config: Config) -> RunState:
+    def resume(cls, config: Config, samples: Sequence[Sample]) -> RunState:
         """The newest complete checkpoint of `run.resume`. Raises UserError when there is none."""
         run_dir = rundir.resume_dir(config.run)
         found = sorted((run_dir / CHECKPOINTS).glob(f"step-*/{STATE}"))
@@ -54,11 +56,11 @@ class RunState:
             raise UserError(f"run.resume={config.run.resume}: no checkpoint under {run_dir / CHECKPOINTS}")
         folder = found[-1].parent
         saved: Mapping[str, Any] = json.loads(found[-1].read_text())
-        state = cls.fresh(config)
+        state = cls.fresh(config, samples)
         state.cursor.position, state.step = saved["position"], saved["step"]
         state.before, state.earlier_seconds, state.checkpoint = saved["before"], saved["seconds"], folder
-        with np.load(folder / RANKS) as rows:
-            state.ranks.restore(RankStoreState(names=tuple(saved["ranked"]), rows={k: rows[k] for k in rows.files}))
+        if state.ranks is not None:
+            state.ranks.restore(_read_ranks(folder, run_dir))
         return state
 
     async def restore(self, system: System) -> None:
@@ -72,14 +74,13 @@ class RunState:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         await system.learner.save_checkpoint(str((folder / LEARNER).resolve()), {"step": self.step})
-        ranks = self.ranks.state()
-        np.savez(folder / RANKS, **ranks.rows)
+        if self.ranks is not None:
+            _write_ranks(folder, self.ranks.state())
         saved = {
             "step": self.step,
             "position": self.cursor.position,
             "before": self.before,
             "seconds": self.seconds,
-            "ranked": ranks.names,
         }
         rundir.write_text(folder / STATE, json.dumps(saved, indent=2))
         for older in sorted((run_dir / CHECKPOINTS).glob("step-*"))[:-2]:
@@ -98,3 +99,18 @@ class RunState:
             "parse_ok": after["parse_ok"],
             "seed": self.config.run.seed,
         }
+
+
+def _write_ranks(folder: Path, ranks: RankStoreState) -> None:
+    np.savez(folder / RANKS, **ranks.rows)
+    rundir.write_text(folder / RANKED, json.dumps({"names": ranks.names, "steps": dict(ranks.steps)}))
+
+
+def _read_ranks(folder: Path, run_dir: Path) -> RankStoreState:
+    if not (folder / RANKED).is_file():
+        raise UserError(f"{run_dir} was trained without reward.rank and cannot be continued with it")
+    saved = json.loads((folder / RANKED).read_text())
+    with np.load(folder / RANKS) as rows:
+        return RankStoreState(
+            names=tuple(saved["names"]), rows={name: rows[name] for name in rows.files}, steps=saved["steps"]
+        )

@@ -1,145 +1,50 @@
-"""Supervised warm start, on the synthetic world.
+"""Train the models the demo starts from, from random weights, on the synthetic world.
 
-    python -m launch.sft                    # the policy, from random weights
-    python -m launch.sft target=tool        # the SAM2 mask decoder, from random weights
+    python -m launch.sft                    # the policy: assets/policy
+    python -m launch.sft target=tool        # the SAM2 model: assets/segmenter
 
-Fresh scenes are drawn as they are needed, from seeds that no data set on disk uses; only the answer's tokens are trained on.
+`steps`, `batch`, `lr`, `seed` and `threads` may be given; their defaults are those of the shipped models.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
-from rich.console import Console
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import Qwen2VLImageProcessor
 
-from launch import mini
-from launch.prompts import PromptMaker
-from learner import vision_attention
-from perception.config import ModelConfig, TaskConfig
-from perception.dialogue import ideal_completion
-from perception.scenes import SceneStyle, ask, generate
-
-SEED_BASE = 1_000_000_000
-"""First scene seed of supervised training; data sets on disk use small seeds."""
+from launch.arguments import call
+from launch.config import read_tasks
+from launch.warm_start import SEED_BASE, SEEDS_PER_RUN, WarmStart, train_policy
+from perception.scenes import stream
+from reward_workers.training import train_tool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SftConfig:
-    out: str
-    steps: int
-    batch: int = 64
-    lr: float = 2e-3
-    warmup: int = 200
-    seed: int = 0
-    threads: int = 1
-    save_every: int = 500
-    style: SceneStyle = SceneStyle()
+def sft(
+    target: Literal["policy", "tool"] = "policy",
+    out: Path | None = None,
+    steps: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    threads: int = 1,
+) -> None:
+    """Train `target` and write it to `out`."""
+    torch.set_num_threads(threads)
+    given = {name: value for name, value in (("steps", steps), ("batch", batch), ("lr", lr)) if value is not None}
+    if target == "policy":
+        config = replace(WarmStart(seed=seed), **given)
+        train_policy(out or Path("assets/policy"), config, read_tasks("brief"), _say)
+    else:
+        settings = {"steps": 3000, "batch": 16, "lr": 2e-3} | given
+        scenes = stream(SEED_BASE + seed * SEEDS_PER_RUN)
+        train_tool(out or Path("assets/segmenter"), scenes, seed=seed, device="cpu", log=_say, **settings)
 
 
-def train_policy(config: SftConfig, tasks: dict[str, TaskConfig], log: Console) -> None:
-    """Train a mini policy from random weights and save it, tokenizer and processor included, under `config.out`."""
-    torch.set_num_threads(config.threads)
-    out = Path(config.out)
-    tokenizer = mini.make_tokenizer(_corpus(config, tasks))
-    model = mini.make_model(tokenizer, config.seed)
-    mini.save(model, tokenizer, out)
-    model.model.visual.config._attn_implementation_internal = vision_attention.NAME
-    prompts = PromptMaker(ModelConfig(path=str(out), segmenter=""), tasks)
-    batches = iter(DataLoader(_Dialogues(config, prompts), batch_size=None, num_workers=1, prefetch_factor=8))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
-    started, losses = time.monotonic(), []
-    for step in range(1, config.steps + 1):
-        loss = model(**next(batches)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        if step % 100 == 0:
-            rate = step * config.batch / (time.monotonic() - started)
-            log.print(f"step {step}/{config.steps}  loss {np.mean(losses[-100:]):.4f}  {rate:.0f} samples/s")
-        if step % config.save_every == 0 or step == config.steps:
-            model.save_pretrained(out)
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
-def _rate(step: int, config: SftConfig) -> float:
-    """Linear warm-up, then a cosine to a twentieth."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _dialogue(seed: int, style: SceneStyle) -> tuple[np.ndarray, str, str, str]:
-    """(image, question, task, ideal completion) of one scene."""
-    scene = generate(seed, style)
-    question = ask(scene, np.random.default_rng(seed), style)
-    targets = [scene.objects[i] for i in question.targets]
-    answer = ideal_completion([t.box for t in targets], [t.point for t in targets], style.side, style.side)
-    return scene.image, question.text, question.task, answer
-
-
-def _corpus(config: SftConfig, tasks: dict[str, TaskConfig]) -> Iterator[str]:
-    for task in tasks.values():
-        yield from [f"system\n{task.system}\nuser\nassistant\n{task.template}"] * 50
-    for seed in range(SEED_BASE - 4000, SEED_BASE):
-        _, question, task, answer = _dialogue(seed, config.style)
-        yield tasks[task].template.replace("{question}", question) + answer
-
-
-class _Dialogues(IterableDataset):
-    """Batches ready for the model: right-padded, labels only on the completion."""
-
-    def __init__(self, config: SftConfig, prompts: PromptMaker) -> None:
-        self._config, self._prompts = config, prompts
-        self._processor = Qwen2VLImageProcessor.from_pretrained(config.out)
-        self._image_tokens = (config.style.side // (mini.PATCH * 2)) ** 2
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        torch.set_num_threads(1)
-        tokenizer = self._prompts._tokenizer
-        image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        seed = SEED_BASE + self._config.seed * 100_000_000
-        while True:
-            images, rows, prompt_lengths = [], [], []
-            for seed in range(seed, seed + self._config.batch):
-                image, question, task, answer = _dialogue(seed, self._config.style)
-                prompt = list(self._prompts.tokens(question, task))
-                at = prompt.index(image_id)
-                prompt[at : at + 1] = [image_id] * self._image_tokens
-                images.append(image)
-                rows.append(prompt + tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id])
-                prompt_lengths.append(len(prompt))
-            seed += 1
-            yield self._collate(images, rows, prompt_lengths, tokenizer.pad_token_id, image_id)
-
-    def _collate(
-        self, images: list[np.ndarray], rows: list[list[int]], prompt_lengths: list[int], pad: int, image_id: int
-    ) -> dict[str, torch.Tensor]:
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), pad)
-        labels = torch.full((len(rows), width), -100)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, (row, start) in enumerate(zip(rows, prompt_lengths, strict=True)):
-            ids[i, : len(row)] = torch.tensor(row)
-            labels[i, start : len(row)] = ids[i, start : len(row)]
-            mask[i, : len(row)] = 1
-        pixels = self._processor(images=images, return_tensors="pt")
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "attention_mask": mask,
-            "mm_token_type_ids": (ids == image_id).int(),
-            "pixel_values": pixels["pixel_values"],
-            "image_grid_thw": pixels["image_grid_thw"],
-        }
+if __name__ == "__main__":
+    call(sft)

@@ -80,11 +80,18 @@ class System:
         await self.sync_weights(self.version)
 
     async def answer(
-        self, prompts: Sequence[Prompt], sampling: SamplingSpec, masks: int = 0, on_sampled: asyncio.Event | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSpec,
+        *,
+        masks: int = 0,
+        metrics: tuple[str, ...] | None = None,
+        on_sampled: asyncio.Event | None = None,
     ) -> list[ScoredGroup]:
-        """Sample a group per prompt and score it as soon as it is there, in prompt order.
+        """Sample a group per prompt and score it as soon as it is there; the results are in prompt order.
 
-        The first `masks` groups come back with predicted masks, for pictures. `on_sampled` is set once all are sampled.
+        `metrics` are the components to measure, by default those of the configured reward. The first `masks` groups come
+        back with predicted masks, for pictures. `on_sampled` is set once all are sampled.
         """
         waiting = len(prompts)
 
@@ -94,6 +101,6 @@ class System:
             waiting -= 1
             if not waiting and on_sampled is not None:
                 on_sampled.set()
-            return await self.rewards.score(group, want_masks=position < masks)
+            return await self.rewards.score(group, want_masks=position < masks, names=metrics)
 
         return list(await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts))))

@@ -1,24 +1,24 @@
 """GRPO for models that see: sample groups, score them, rank the rewards, take a step, send the weights back.
 
-    python -m launch.train recipe=quickstart learner.lr=2e-5
-    python -m launch.train --multirun learner.lr=2e-5,5e-5
-    python -m launch.train recipe=quickstart run.resume=quickstart
-    ray job submit --working-dir . -- python -m launch.train recipe=quickstart
+python -m launch.train recipe=quickstart learner.lr=2e-5
+python -m launch.train --multirun learner.lr=2e-5,5e-5
+python -m launch.train recipe=quickstart run.resume=quickstart
+ray job submit --working-dir . -- python -m launch.train recipe=quickstart
 """
 
 from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Sequence
 
 from launch import cluster
 from launch.config import entry
-from launch.data import Cursor
-from launch.errors import UserError
-from launch.evaluate import Evaluation, evaluate
+from launch.evaluate import evaluate
 from launch.metrics import StageClock, step_metrics
 from launch.parity import parity_gate
 from launch.preflight import check
+from launch.prepare import prepare
 from launch.progress import Progress
 from launch.recorder import Recorder
 from launch.report import write_report
@@ -27,8 +27,7 @@ from launch.system import System
 from learner.advantages import step_advantages
 from perception import names
 from perception.config import Config
-from perception.datasets import load
-from perception.types import SamplingSpec, ScoredGroup, TrainGroup
+from perception.types import Sample, SamplingSpec, TrainGroup
 from reward_workers.rewards import combine
 
 
@@ -46,17 +45,16 @@ async def train(system: System, state: RunState, recorder: Recorder, progress: P
         clock = StageClock()
         prompts = system.prompts(state.cursor.next(algorithm.prompts_per_step), step)
         with clock.generate_and_score() as sampled:
-            scored = await system.answer(prompts, sampling, config.run.rollouts_kept, sampled)
+            scored = await system.answer(prompts, sampling, masks=config.run.rollouts_kept, on_sampled=sampled)
         rewards = combine(scored, config.reward, state.ranks)
         advantages = step_advantages(scored, rewards, algorithm.scale)
         if step == first:
             await parity_gate(system, scored, progress)
         with clock.stage(names.SECONDS_LEARN):
-            batch = [
-                TrainGroup(group=s.group, advantages=a) for s, a in zip(scored, advantages.values, strict=True)
-            ]
+            batch = [TrainGroup(group=s.group, advantages=a) for s, a in zip(scored, advantages.values, strict=True)]
             report = await system.learner.train_step(batch)
-        state.ranks.flush()
+        if state.ranks is not None:
+            state.ranks.flush()
         with clock.stage(names.SECONDS_SYNC):
             updates = await system.sync_weights(version=step)
         state.step = step
@@ -69,12 +67,13 @@ async def train(system: System, state: RunState, recorder: Recorder, progress: P
             return
 
 
-async def session(config: Config, recorder: Recorder, state: RunState, progress: Progress) -> None:
+async def session(
+    config: Config, held_out: Sequence[Sample], recorder: Recorder, state: RunState, progress: Progress
+) -> None:
     """Everything around the algorithm: workers up, evaluation before and after, summary and report, workers down."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    held_out = load(config.data, "eval")[: config.data.eval_samples]
     progress.phase("starting engine, SAM2 worker and learner")
     system = System(config)
     try:
@@ -99,14 +98,15 @@ async def session(config: Config, recorder: Recorder, state: RunState, progress:
 
 
 def run(config: Config) -> None:
-    check(config)
-    state = RunState.resume(config) if config.run.resume else RunState.fresh(config)
+    prepare(config, say=print)
+    samples, held_out = check(config)
+    state = RunState.resume(config, samples) if config.run.resume else RunState.fresh(config, samples)
     cluster.connect(config.placement)
     with (
         Recorder(config, resume_step=state.step if config.run.resume else None) as recorder,
         Progress(config.algorithm.steps) as progress,
     ):
-        asyncio.run(session(config, recorder, state, progress))
+        asyncio.run(session(config, held_out, recorder, state, progress))
     report = write_report(recorder.run_dir)
     progress.say(f"report: {report}")
 

@@ -1,6 +1,6 @@
 """Write the synthetic world to disk as a COCO-format data set with referring expressions.
 
-    python -m launch.world [out=data/world] [train=8192] [eval=512] [side=112] [seed=0]
+    python -m launch.world [out=data/world] [train=4096] [eval=256] [side=112] [seed=0]
 
 The training scenes and the held-out scenes come from different seeds; the same arguments write the same bytes.
 """
@@ -20,7 +20,7 @@ from perception.scenes import SceneStyle, ask, generate
 EVAL_SEED = 500_000_000
 
 
-def write(out: Path = Path("data/world"), train: int = 8192, eval: int = 512, side: int = 112, seed: int = 0) -> None:
+def write(out: Path = Path("data/world"), train: int = 4096, eval: int = 256, side: int = 112, seed: int = 0) -> None:
     style = SceneStyle(side=side, max_objects=3)
     for split, count, first in (("train", train, seed), ("eval", eval, EVAL_SEED + seed)):
         coco.write(out / f"{split}.json", records(range(first, first + count), style))

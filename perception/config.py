@@ -25,6 +25,8 @@ class ModelConfig:
     segmenter: str
     """SAM2 directory: `config.yaml` + `model.safetensors`, or `random:<hiera name>` for random weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    shape: str | None = None
+    """If `path` is missing, random weights of this shape (`launch.policies.SHAPES`) are written there."""
     answer_frame: Literal["resized", "thousand"] = "resized"
     """Frame the policy answers in: pixels of the resized image (Qwen2.5-VL) or 0..1000 (Qwen3-VL)."""
 
@@ -38,6 +40,8 @@ class DataConfig:
     """Path of the held-out annotations, same format."""
     eval_samples: Positive = 128
     """The first so many held-out samples, always the same."""
+    world_side: Positive | None = None
+    """If `train` is missing, the synthetic world (`launch.world`) is written beside it, with images of this side."""
     max_pixels: Positive = 50_000_000
     """A larger image is refused before anything starts."""
 
@@ -83,6 +87,8 @@ class RewardConfig:
     workers: Positive = 1
     image_cache: Positive = 64
     """SAM2 embeddings kept per worker."""
+    timeout_s: Rate = 120.0
+    """Longest wait for a group's score, and for a worker's start."""
     max_failure_rate: Fraction = 0.5
     """Engine or scorer failures above this share of a step stop the run."""
 

@@ -348,8 +348,7 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     rivals = [
         i
         for i in _matching(scene, noun)
-        if i != anchor
-        and (scene.objects[i].point[axis] - scene.objects[anchor].point[axis]) * np.sign(gap[axis]) > 0
+        if i != anchor and (scene.objects[i].point[axis] - scene.objects[anchor].point[axis]) * np.sign(gap[axis]) > 0
     ]
     if rivals != [target]:
         return None

@@ -85,7 +85,7 @@ def printable(text: str) -> str:
 def breakdown(row: Row, reward: Mapping[str, Any]) -> tuple[Part, ...]:
     """How the reward came about: weight x raw value per component; ranks are only known as their sum.
 
-    A difference that the components do not explain (ranks, the rule for failed answers) is a line of its own: the points
+    What the components do not explain (ranks, the rule for failed answers) is a line of its own, so that the points
     always add up to the reward. Measured but unrewarded metrics follow without points.
     """
     metrics = row["metrics"]

@@ -1,13 +1,16 @@
-"""A Qwen2.5-VL small enough for two CPU cores: real architecture, own tokenizer and processor, random weights.
+"""Random-weight policies of Qwen2.5-VL's architecture, with a tokenizer and a processor of their own.
 
-Differences from the released models, all by configuration: few and narrow layers, RoPE theta 10 (on a 4x4
-grid the default leaves the width axis almost no signal), and a tokenizer whose digits and answer scaffold are single tokens.
+`mini` is small enough for two CPU cores; it differs from the released models by configuration only: few and narrow layers,
+and RoPE theta 10 (on a 4x4 grid the default leaves the width axis almost no signal). `3b` has the released 3B model's shape,
+for real-size steps where no weights can be had. Digits and the answer's scaffold are single tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -82,11 +85,18 @@ def make_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """About 1.4 M float32 parameters, tied embeddings."""
-    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
-    config = Qwen2_5_VLConfig(
-        text_config={
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    dtype: torch.dtype
+    max_side: int
+    """Larger images are resized to about this side."""
+
+
+SHAPES = {
+    "mini": Shape(
+        text={
             "vocab_size": VOCABULARY,
             "hidden_size": 128,
             "intermediate_size": 384,
@@ -94,22 +104,51 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForCo
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
-            "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]},
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
         },
-        vision_config={
+        vision={
             "depth": 3,
             "hidden_size": 96,
             "intermediate_size": 192,
             "num_heads": 3,
-            "patch_size": PATCH,
             "out_hidden_size": 128,
-            "window_size": 112,
             "fullatt_block_indexes": [0, 1, 2],
         },
+        dtype=torch.float32,
+        max_side=448,
+    ),
+    "3b": Shape(
+        text={
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        dtype=torch.bfloat16,
+        max_side=1008,
+    ),
+}
+
+
+def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Random weights, tied embeddings; `mini` has 1.4 M parameters."""
+    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
+    ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    config = Qwen2_5_VLConfig(
+        text_config=shape.text | ends | {"bos_token_id": ids["<|endoftext|>"], "tie_word_embeddings": True},
+        vision_config=shape.vision | {"patch_size": PATCH, "window_size": 112},
         tie_word_embeddings=True,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -117,20 +156,22 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForCo
         vision_end_token_id=ids["<|vision_end|>"],
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = ids["<|im_end|>"]
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=shape.dtype)
+    model.generation_config.eos_token_id = ends["eos_token_id"]
+    model.generation_config.pad_token_id = ends["pad_token_id"]
     return model
 
 
-def save(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+def save(
+    model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, path: Path, max_side: int
+) -> None:
     """Write the policy as any released one is: transformers and vLLM load the directory."""
     model.save_pretrained(path)
     settings = {
         "patch_size": PATCH,
         "merge_size": 2,
         "temporal_patch_size": 2,
-        "size": {"shortest_edge": 56 * 56, "longest_edge": 448 * 448},
+        "size": {"shortest_edge": 56 * 56, "longest_edge": max_side**2},
     }
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**settings),
