@@ -167,7 +167,7 @@ class RolloutEngine:
 
         Raises EngineDead; every other failure comes back as marked trajectories.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         self._stats.requests += 1
         try:
@@ -176,7 +176,7 @@ class RolloutEngine:
             group = Group(prompt=prompt, trajectories=trajectories)
         except EngineDeadError as error:
             raise EngineDead(str(error)) from error
-        except (EngineGenerateError, ValueError, OSError, ray.exceptions.GetTimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - vLLM's classes for a bad request differ between versions
             group = failed_group(prompt, sampling.n, str(error.__cause__ or error))
         self._stats.failures += sum(t.failure is not None for t in group.trajectories)
         self._stats.sampled_tokens += sum(t.sampled_tokens for t in group.trajectories)
