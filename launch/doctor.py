@@ -7,6 +7,7 @@ Reads package metadata and the machine's own figures; heavy libraries are not im
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -60,8 +61,8 @@ def tested_versions() -> dict[str, str]:
 
 
 def _python() -> Finding:
-    found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] == (3, 11):
+    found = platform.python_version()
+    if found.startswith("3.11."):
         return Finding("ok", "python", found)
     return Finding("fail", "python", f"{found}; this program is built for 3.11: run `make setup`")
 

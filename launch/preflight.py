@@ -70,7 +70,7 @@ def check_settings(config: Config) -> None:
 
 
 def check_output(config: Config) -> None:
-    """The run's directory can be made, or the run to resume is there."""
+    """The run's directory can be made, or the run to resume is there. Makes nothing yet."""
     if config.run.resume is not None:
         rundir.resume_dir(config.run)
     path = Path(config.run.output).absolute()

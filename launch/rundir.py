@@ -42,12 +42,18 @@ def resume_dir(run: RunConfig) -> Path:
 
 
 def create(run: RunConfig) -> Path:
-    """A new, empty directory for the run; what was there before is moved aside. Raises UserError."""
+    """The directory for a new run. An older run of that name is moved aside, unless it ended before it recorded anything.
+
+    Raises UserError if the directory cannot be made, is in use, or holds something that is no run.
+    """
     path = Path(run.output) / run.name
     try:
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            if not (path / CONFIG).is_file():
+                raise UserError(f"{path} holds files that are not a run; choose another run.name or run.output")
             lock(path).close()
-            path.rename(_free_name(path))
+            if _recorded(path):
+                path.rename(_free_name(path))
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {path}: {error.strerror}; choose another run.output") from error
@@ -103,6 +109,10 @@ def forget_after(run_dir: Path, step: int) -> None:
     for path in (run_dir / ROLLOUTS).glob("*.parquet"):
         if int(path.stem.rpartition("-")[2]) > step:
             path.unlink()
+
+
+def _recorded(path: Path) -> bool:
+    return any(file.is_file() and file.stat().st_size > 0 for file in (path / METRICS, path / EVALUATIONS))
 
 
 def _free_name(path: Path) -> Path:

@@ -86,6 +86,20 @@ def test_an_older_run_is_moved_aside_whole(tmp_path: Path) -> None:
     assert steps_in(tmp_path / "quickstart.2") == [1, 2]
 
 
+def test_a_run_that_recorded_nothing_leaves_no_trace(tmp_path: Path) -> None:
+    for _ in range(2):
+        Recorder(config(tmp_path)).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart"]
+
+
+def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="not a run"):
+        Recorder(config(tmp_path))
+    assert (tmp_path / "quickstart" / "thesis.tex").is_file()
+
+
 def test_two_runs_never_share_a_directory(tmp_path: Path) -> None:
     with Recorder(config(tmp_path)) as recorder:
         record(recorder, 1)

@@ -148,14 +148,14 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _labels(ticks: Sequence[float]) -> list[str]:
-    """Just enough digits to tell the ticks apart; powers of ten where those would be many."""
-    step = ticks[1] - ticks[0]
-    decimals = next((d for d in range(6) if abs(round(step, d) - step) < 1e-6 * step), None)
-    largest = max(map(abs, ticks))
-    if decimals is None or largest >= 1e6:
-        digits = math.floor(math.log10(largest)) - math.floor(math.log10(step)) + 1
-        return [f"{tick:.{digits}e}".replace("e-0", "e-").replace("e+0", "e") if tick else "0" for tick in ticks]
-    return [f"{tick:,.{decimals}f}" for tick in ticks]
+    """The shortest digits that still say where the ticks are; powers of ten for the very large and very small."""
+    fixed = [f".{digits}f" for digits in range(6)] if max(map(abs, ticks)) < 1e6 else []
+    allowed = (ticks[1] - ticks[0]) / 100
+    for form in (*fixed, *(f".{digits}e" for digits in range(16))):
+        labels = [format(tick, form) for tick in ticks]
+        if all(abs(float(label) - tick) <= allowed for label, tick in zip(labels, ticks, strict=True)):
+            break
+    return [f"{tick:,{form}}".replace("e-0", "e-").replace("e+0", "e") for tick in ticks]
 
 
 def _line(xs: Sequence[float], ys: Sequence[float | None]) -> str:
