@@ -5,9 +5,9 @@ The standard JSON (`images`, `annotations`, `categories`) plus a list `expressio
     {"id": 7, "image_id": 3, "question": "the red circle", "task": "segment", "annotation_ids": [12]}
 
 `annotation_ids` may be empty: nothing is there. An annotation's `segmentation` is a list of polygons or run-length
-encoding, its `bbox` is [x, y, width, height]; either may be missing. A key `point` [x, y] inside the object is optional;
-the default is the centre of the largest inscribed circle. Image names are relative to the JSON file or to `images/`
-beside it.
+encoding, its `bbox` is [x, y, width, height]; either may be missing. A key `point` [x, y] inside the object is
+optional; the default is the centre of the largest inscribed circle. Image names are relative to the JSON file or to
+`images/` beside it.
 """
 
 from __future__ import annotations

@@ -50,6 +50,9 @@ def read_segmentation(value: Any, height: int, width: int, where: str) -> Rle:
     try:
         encoded = value
         if isinstance(value, list):
+            reach = 2 * max(height, width)  # beyond it, or with NaN, pycocotools would draw for hours
+            if not all(np.abs(polygon).max() <= reach for polygon in value):
+                raise DataError(f"{where}: a polygon lies far outside the {width}x{height} image; give original pixels")
             encoded = coco.merge(coco.frPyObjects(value, height, width))
         elif isinstance(value["counts"], list):
             encoded = coco.frPyObjects(value, *value["size"])
@@ -58,10 +61,8 @@ def read_segmentation(value: Any, height: int, width: int, where: str) -> Rle:
         empty = not masks.decode(mask).any()
     except DataError:
         raise
-    except Exception as error:  # noqa: BLE001  pycocotools raises bare Exception for some malformed input
-        raise DataError(
-            f"{where}: unreadable segmentation ({error!r}); give polygons or COCO run-length encoding"
-        ) from error
+    except Exception as error:  # pycocotools raises Exception itself for some malformed input
+        raise DataError(f"{where}: unreadable segmentation ({error}); give polygons or run-length encoding") from error
     if empty:
         raise DataError(f"{where}: the mask has no pixel; remove the object, or mend its segmentation")
     return mask
@@ -92,9 +93,7 @@ def _box(item: TrueObject, height: int, width: int, where: str) -> tuple[float, 
     if not (x1 < x2 and y1 < y2):
         raise DataError(f"{where}: box {_show(item.box)} is empty; it needs x1 < x2 and y1 < y2")
     if min(x1, y1) < -_TOLERANCE or x2 > width + _TOLERANCE or y2 > height + _TOLERANCE:
-        raise DataError(
-            f"{where}: box {_show(item.box)} leaves the {width}x{height} image; boxes are pixels of the original image"
-        )
+        raise DataError(f"{where}: box {_show(item.box)} leaves the {width}x{height} image; boxes are original pixels")
     return max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height)
 
 
@@ -106,7 +105,7 @@ def _point(
     x, y = item.point
     if not (-_TOLERANCE <= x <= width + _TOLERANCE and -_TOLERANCE <= y <= height + _TOLERANCE):
         raise DataError(
-            f"{where}: point {_show(item.point)} leaves the {width}x{height} image; points are pixels of the original image"
+            f"{where}: point {_show(item.point)} leaves the {width}x{height} image; points are original pixels"
         )
     return min(max(x, 0.0), width), min(max(y, 0.0), height)
 

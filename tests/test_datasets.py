@@ -1,0 +1,339 @@
+"""Guards the readers: what is on disk is what a sample says, and every fault is one line naming where and what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import pytest
+
+from perception import masks
+from perception.config import DataConfig
+from perception.datasets import coco, jsonl, load
+from perception.datasets.objects import inner_point
+from perception.errors import DataError
+from perception.types import Sample
+
+H, W = 20, 30
+
+
+def png(pixels: np.ndarray) -> bytes:
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def rectangle(x1: int, y1: int, x2: int, y2: int, height: int = H, width: int = W) -> np.ndarray:
+    mask = np.zeros((height, width), bool)
+    mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def config(path: Path, **changes: Any) -> DataConfig:
+    kind: Literal["coco", "jsonl"] = "coco" if path.suffix == ".json" else "jsonl"
+    return DataConfig(**{"format": kind, "train": str(path), "eval": str(path)} | changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An image a.png of 30x20, and a broken one of each kind."""
+    data = png(np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8))
+    (tmp_path / "a.png").write_bytes(data)
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "corrupt.png").write_bytes(b"\x89PNG and then nothing")
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "large.png").write_bytes(png(np.zeros((40, 40), np.uint8)))
+    (tmp_path / "mask.png").write_bytes(png(rectangle(5, 5, 15, 10).astype(np.uint8) * 255))
+    (tmp_path / "small_mask.png").write_bytes(png(np.ones((10, 15), np.uint8)))
+    (tmp_path / "black.png").write_bytes(png(np.zeros((H, W), np.uint8)))
+    return tmp_path
+
+
+def same(a: Sample, b: Sample) -> bool:
+    return all(
+        (np.array_equal(x, y))
+        for x, y in (
+            (a.target.boxes, b.target.boxes),
+            (a.target.points, b.target.points),
+            (a.target.masks, b.target.masks),
+        )
+    )
+
+
+# ---------------------------------------------------------------- JSONL
+
+
+def write_lines(folder: Path, *lines: dict | str) -> Path:
+    path = folder / "mine.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def line(**changes: Any) -> dict:
+    return {"image": "a.png", "question": "the red car", "boxes": [[5, 5, 15, 10]]} | changes
+
+
+def test_a_plain_line(folder: Path) -> None:
+    (sample,) = load(config(write_lines(folder, line(), "")), "train")
+    assert (sample.id, sample.question, sample.task) == ("mine:1", "the red car", "segment")
+    assert (sample.height, sample.width, sample.image_path) == (H, W, str(folder / "a.png"))
+    assert sample.target.boxes.tolist() == [[5, 5, 15, 10]]
+    assert sample.target.points.tolist() == [[10, 7.5]]
+    assert sample.target.masks == ()
+    assert sample.target.boxes.dtype == sample.target.points.dtype == np.float32
+
+
+def test_masks_come_as_png_or_run_lengths(folder: Path) -> None:
+    rle = masks.encode(rectangle(5, 5, 15, 10))
+    text = {"size": [H, W], "counts": rle.counts.decode()}
+    column_major = {"size": [H, W], "counts": [5 * H + 5] + [5, H - 5] * 9 + [5, H * W - (14 * H + 10)]}
+    lines = [line(mask=given) for given in ("mask.png", ["mask.png"], text, [text], column_major)]
+    lines += [line(mask="mask.png") | {"boxes": None}]
+    for sample in load(config(write_lines(folder, *lines)), "eval"):
+        assert sample.target.masks == (rle,)
+        assert sample.target.boxes.tolist() == [[5, 5, 15, 10]]
+        x, y = sample.target.points[0]
+        assert (5 <= x < 15, y) == (True, 7)
+
+
+def test_nothing_there_and_other_tasks(folder: Path) -> None:
+    path = write_lines(
+        folder,
+        line(boxes=[]),
+        line(task="count", boxes=[[0, 0, 2, 2], [4, 4, 6, 6]], points=[[1, 1], [5, 5]], id="two"),
+    )
+    nothing, two = load(config(path), "eval")
+    assert (nothing.target.count, nothing.target.boxes.shape, nothing.target.points.shape) == (0, (0, 4), (0, 2))
+    assert (two.id, two.task, two.target.points.tolist()) == ("two", "count", [[1, 1], [5, 5]])
+
+
+def test_a_pixel_of_slack_is_clipped(folder: Path) -> None:
+    (sample,) = jsonl.read(write_lines(folder, line(boxes=[[-1, -0.5, W + 1, H]])), 1000)
+    assert sample.target.boxes.tolist() == [[0, 0, W, H]]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ('{"image": "a.png", ', "not one JSON object"),
+        ("[1, 2]", "record: "),
+        ("[" * 100_000, "not one JSON object"),
+        ({"image": "a.png", "boxes": []}, "question: Field required"),
+        (line(question=""), "question: "),
+        (line(boxes=[[1, 2, 3]]), "boxes.0.3: Field required"),
+        (line(boxes=[[1, 2, 3, "x"]]), "boxes.0.3: "),
+        (
+            '{"image": "a.png", "question": "q", "boxes": [[1, 2, NaN, 4]]}',
+            "boxes.0.2: Input should be a finite number",
+        ),
+        (line(boxes=None), "neither boxes nor mask"),
+        (line(boxes=[[15, 5, 5, 10]]), r"box \[15, 5, 5, 10\] is empty"),
+        (line(boxes=[[5, 5, 5, 10]]), "is empty"),
+        (line(boxes=[[5, 5, 32, 10]]), r"box \[5, 5, 32, 10\] leaves the 30x20 image"),
+        (line(boxes=[[-2, 5, 15, 10]]), "leaves the 30x20 image"),
+        (line(points=[[31, 22]]), r"point \[31, 22\] leaves"),
+        (line(points=[]), "0 in points for 1 objects"),
+        (line(mask=["mask.png", "mask.png"]), "2 in mask for 1 objects"),
+        (line(mask="small_mask.png"), "the mask is 15x10 but the image 30x20"),
+        (line(mask="black.png"), "no pixel"),
+        (line(mask="nowhere.png"), "no such image"),
+        (line(mask={"size": [H, W]}), "unreadable segmentation"),
+        (line(mask={"size": [10, 15], "counts": [150]}), "the mask is 15x10"),
+        (line(mask={"size": [H, W], "counts": [H * W]}), "no pixel"),
+        (line(mask={"size": [H, W], "counts": "!!"}), "segmentation|no pixel"),
+        (line(mask={"size": [H, W], "counts": [5, 10**6]}), "unreadable segmentation"),
+        (line(task="dance"), "unknown task 'dance'; use one of segment, ground, count"),
+        (line(image="nowhere.png"), "no image nowhere.png"),
+        (line(image="empty.png"), "empty"),
+        (line(image="corrupt.png"), "not a readable image"),
+        (line(image="large.png"), "1600 pixels, more than 1000"),
+        (line(id="twice"), "'twice' was used before"),
+    ],
+)
+def test_a_bad_line_is_named(folder: Path, bad: dict | str, says: str) -> None:
+    path = write_lines(folder, line(id="twice"), "", bad)
+    with pytest.raises(DataError, match=says) as caught:
+        load(config(path, max_pixels=1000), "train")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"{path}:3" in message or ".png:" in message
+
+
+# ---------------------------------------------------------------- COCO
+
+
+def document() -> dict[str, Any]:
+    polygon = [5, 5, 15, 5, 15, 10, 5, 10]
+    return {
+        "images": [{"id": 1, "file_name": "a.png", "height": H, "width": W}],
+        "categories": [{"id": 3, "name": "car"}],
+        "annotations": [
+            {
+                "id": 11,
+                "image_id": 1,
+                "category_id": 3,
+                "bbox": [5, 5, 10, 5],
+                "segmentation": [polygon],
+                "point": [6, 6],
+            },
+            {
+                "id": 12,
+                "image_id": 1,
+                "category_id": 3,
+                "segmentation": {"size": [H, W], "counts": [0, 60, H * W - 60]},
+            },
+            {"id": 13, "image_id": 1, "bbox": [0, 0, 2, 2]},
+        ],
+        "expressions": [
+            {"id": "a", "image_id": 1, "question": "both cars", "annotation_ids": [11, 12]},
+            {"id": "b", "image_id": 1, "question": "the bus", "annotation_ids": []},
+            {"id": "c", "image_id": 1, "question": "how many", "task": "count", "annotation_ids": [13]},
+        ],
+    }
+
+
+def write_json(folder: Path, content: Any) -> Path:
+    path = folder / "annotations.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_coco_with_expressions(folder: Path) -> None:
+    both, bus, count = load(config(write_json(folder, document())), "eval")
+    assert (both.id, both.question, both.task, both.target.labels) == ("a", "both cars", "segment", ("car", "car"))
+    assert both.target.boxes.tolist() == [[5, 5, 15, 10], [0, 0, 3, H]]  # the second from its three columns
+    assert both.target.points[0].tolist() == [6, 6]
+    assert both.target.points[1][0] == 1
+    assert masks.decode(both.target.masks[0])[5:10, 5:15].all()
+    assert (masks.decode(both.target.masks[1]) == rectangle(0, 0, 3, H)).all()
+    assert (bus.target.count, bus.target.masks) == (0, ())
+    assert (count.target.boxes.tolist(), count.target.masks, count.target.labels) == ([[0, 0, 2, 2]], (), ())
+
+
+def test_images_may_lie_in_a_folder_beside(folder: Path) -> None:
+    (folder / "images").mkdir()
+    (folder / "a.png").rename(folder / "images" / "a.png")
+    samples = coco.read(write_json(folder, document()), 1000)
+    assert samples[0].image_path == str(folder / "images" / "a.png")
+
+
+def change(*keys: str | int, to: Any) -> Callable[[dict], Any]:
+    def edit(content: Any) -> Any:
+        place = content
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = to
+        return content
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda _: "{", "not JSON"),
+        (lambda _: [], "record: "),
+        (lambda content: {k: v for k, v in content.items() if k != "expressions"}, "expressions: Field required"),
+        (change("expressions", to=[]), "the data set is empty"),
+        (change("expressions", 1, "id", to="a"), "two expression entries have id a"),
+        (change("annotations", 1, "id", to=11), "two annotation entries have id 11"),
+        (change("expressions", 1, "image_id", to=9), "expression b: no image has id 9"),
+        (change("expressions", 0, "annotation_ids", to=[99]), "expression a: image 1 has no annotation 99"),
+        (change("expressions", 0, "annotation_ids", to=[11, 13]), "expression a: 1 of 2 objects have a mask"),
+        (change("expressions", 0, "task", to="x"), "unknown task"),
+        (change("images", 0, "file_name", to="b.png"), "no image b.png"),
+        (change("images", 0, "file_name", to="large.png"), "more than 1000"),
+        (change("images", 0, "height", to=21), "is 30x20 but the JSON says 30x21"),
+        (change("annotations", 0, "segmentation", to=[[1, 2, "x", 4, 5, 6]]), "annotation 11: unreadable segmentation"),
+        (
+            change("annotations", 0, "segmentation", to=[[1e9, 2, 3, 4, 5, 6]]),
+            "annotation 11: a polygon lies far outside",
+        ),
+        (change("annotations", 0, "segmentation", to=[[float("nan"), 2, 3, 4, 5, 6]]), "a polygon lies far outside"),
+        (change("annotations", 0, "segmentation", to=[40, 40, 50]), "annotation 11: "),
+        (change("annotations", 0, "bbox", to=[25, 5, 10, 5]), "leaves the 30x20 image"),
+        (change("annotations", 0, "bbox", to=[5, 5, 0, 5]), "is empty"),
+        (change("annotations", 2, "bbox", to=None), "neither box nor mask"),
+    ],
+)
+def test_a_bad_coco_file_is_named(folder: Path, edit: Callable[[dict], Any], says: str) -> None:
+    path = write_json(folder, edit(document()))
+    with pytest.raises(DataError, match=says) as caught:
+        load(config(path, max_pixels=1000), "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.json: no such file"):
+        load(config(tmp_path / "nowhere.json"), "train")
+    with pytest.raises(DataError, match="cannot be read"):
+        load(DataConfig(format="coco", train=str(tmp_path), eval=""), "train")
+    (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="UTF-8"):
+        load(config(tmp_path / "latin.jsonl"), "train")
+
+
+def test_a_cut_image_is_found_by_decoding(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"cut\.png: the image is damaged"):
+        load(config(write_lines(folder, line(), line(image="cut.png"))), "train")
+
+
+def test_held_out_samples_are_the_first_ones_and_need_masks(folder: Path) -> None:
+    path = write_lines(folder, line(mask="mask.png"), line(mask="mask.png"), line())
+    assert [sample.id for sample in load(config(path, eval_samples=2), "eval")] == ["mine:1", "mine:2"]
+    assert len(load(config(path), "train")) == 3
+    with pytest.raises(DataError, match="mine:3: task segment is evaluated by masks"):
+        load(config(path), "eval")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def record(seed: int) -> coco.Record:
+    rng = np.random.default_rng(seed)
+    boxes = [(int(x), int(y), int(x) + 6, int(y) + 5) for x, y in rng.integers(0, 14, (seed % 3, 2))]
+    shapes = [rectangle(*box) for box in boxes]
+    return coco.Record(
+        image=png(rng.integers(0, 255, (H, W, 3), dtype=np.uint8)),
+        height=H,
+        width=W,
+        question=f"thing {seed}",
+        task="count" if seed % 2 else "segment",
+        masks=shapes,
+        boxes=boxes,
+        points=[inner_point(masks.encode(shape)) for shape in shapes],
+        labels=["thing"] * len(boxes),
+    )
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "train.json"
+    records = [record(seed) for seed in range(7)]
+    assert coco.write(path, iter(records)) == 7
+    samples = load(config(path), "eval")
+    assert [sample.id for sample in samples] == [str(i) for i in range(1, 8)]
+    for written, sample in zip(records, samples, strict=True):
+        assert (sample.question, sample.task) == (written.question, written.task)
+        assert Path(sample.image_path).read_bytes() == written.image
+        assert sample.target.boxes.tolist() == [list(box) for box in written.boxes]
+        assert sample.target.points.tolist() == [list(point) for point in written.points]
+        assert sample.target.masks == tuple(masks.encode(mask) for mask in written.masks)
+    again = load(config(path), "train")
+    assert all(same(a, b) for a, b in zip(samples, again, strict=True))
+
+
+def test_a_broken_off_write_leaves_no_annotations(tmp_path: Path) -> None:
+    def broken() -> Any:
+        yield record(1)
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        coco.write(tmp_path / "train.json", broken())
+    assert not (tmp_path / "train.json").exists()
+
+
+def test_the_inner_point_is_the_centre_of_the_largest_circle() -> None:
+    mask = rectangle(0, 0, 30, 2) | rectangle(10, 0, 19, 9)  # a thin bar with a 9x9 block
+    assert inner_point(masks.encode(mask)) == (14, 4)

@@ -1,0 +1,165 @@
+"""Guards images and masks: sizes from headers, pixels as displayed, one line for a broken file, run-length sets."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from perception import masks
+from perception.errors import DataError
+from perception.images import ImageCache, content_key, decode, probe
+from perception.types import ImageHandle
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png_header(height: int, width: int) -> bytes:
+    """A PNG that claims a size and holds no pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">II", zlib.crc32(chunk), 0) + b"IDAT"
+
+
+def test_decode_gives_the_pixels_in_rgb() -> None:
+    pixels = noise(5, 7)
+    image = decode(png(pixels))
+    assert (image == pixels).all()
+    assert image.dtype == np.uint8
+    assert image.flags.c_contiguous
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK"])
+def test_every_8_bit_mode_decodes_to_rgb(mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(4, 6)).convert(mode).save(buffer, "TIFF")
+    assert decode(buffer.getvalue()).shape == (4, 6, 3)
+
+
+def test_probe_reads_the_size_without_the_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "header.png"
+    path.write_bytes(png_header(30, 40))
+    assert probe(path, max_pixels=1200) == (30, 40)
+
+
+def test_a_photograph_is_what_a_viewer_shows(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16, 0] = 255  # red on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn 90 degrees clockwise: left goes up
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    image = decode(path.read_bytes())
+    assert probe(path, 1000) == image.shape[:2] == (32, 16)
+    assert image[4, 8, 0] > 200
+    assert image[28, 8, 0] < 50
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (None, "no such image file"),
+        (b"", "empty"),
+        (b"not an image at all", "not a readable image"),
+        (png_header(10_000, 10_000), "more than 50000000"),
+        (png_header(30_000, 30_000), "more than 50000000"),  # PIL's own bomb limit comes first
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path, data: bytes | None, says: str) -> None:
+    path = tmp_path / "bad.png"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(DataError, match=says) as caught:
+        probe(path, max_pixels=50_000_000)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_16_bits_are_refused_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((3, 3), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match="8 bits"):
+        probe(tmp_path / "deep.png", 100)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 200), st.integers(0, 255))
+def test_damaged_bytes_decode_or_say_so(cut: int, value: int) -> None:
+    data = bytearray(png(noise(6, 6)))
+    position = cut % len(data)
+    for broken in (bytes(data[:position]), bytes(data[:position]) + bytes([value]) + bytes(data[position + 1 :])):
+        with suppress(DataError):  # anything else is a bug
+            assert decode(broken).ndim == 3
+
+
+def test_cache_keeps_the_last_used_and_counts() -> None:
+    encoded = {f"ref{i}": png(noise(2, 2, i)) for i in range(3)}
+    handles = [ImageHandle(key=content_key(data), height=2, width=2, ref=ref) for ref, data in encoded.items()]
+    cache = ImageCache(fetch=encoded.__getitem__, capacity=2)
+    first, second, third = handles
+    assert cache.get(first) is cache.get(first)
+    cache.get(second)
+    cache.get(first)
+    cache.get(third)  # drops the second
+    assert (cache.hits, cache.misses) == (2, 3)
+    cache.get(first)
+    assert (cache.get(second) == noise(2, 2, 1)).all()
+    assert (cache.hits, cache.misses) == (3, 4)
+    assert not cache.get(first).flags.writeable
+
+
+def test_content_key_is_sha256() -> None:
+    assert content_key(b"abc") == hashlib.sha256(b"abc").hexdigest()
+    assert content_key(b"abc").startswith("ba7816bf")
+
+
+binary = arrays(bool, st.tuples(st.integers(1, 20), st.integers(1, 20)))
+
+
+@settings(max_examples=40)
+@given(binary)
+def test_masks_survive_encoding(mask: np.ndarray) -> None:
+    rle = masks.encode(mask)
+    assert (masks.decode(rle) == mask).all()
+    assert masks.area(rle) == mask.sum()
+    assert (rle.height, rle.width) == mask.shape
+
+
+@settings(max_examples=40)
+@given(
+    st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(
+        lambda s: st.lists(arrays(bool, s), min_size=2, max_size=4)
+    )
+)
+def test_mask_sets_equal_numpy(planes: list[np.ndarray]) -> None:
+    encoded = [masks.encode(plane) for plane in planes]
+    joined = masks.union(encoded, *planes[0].shape)
+    assert (masks.decode(joined) == np.logical_or.reduce(planes)).all()
+    both, either = masks.intersection_and_union(encoded[0], encoded[1])
+    assert both == (planes[0] & planes[1]).sum()
+    assert either == (planes[0] | planes[1]).sum()
+
+
+def test_mask_box_and_sizes() -> None:
+    mask = np.zeros((6, 8), bool)
+    mask[1:4, 2:7] = True
+    assert masks.bounding_box(masks.encode(mask)) == (2, 1, 7, 4)
+    assert masks.area(masks.union([], 6, 8)) == 0
+    with pytest.raises(ValueError, match="different sizes"):
+        masks.intersection_and_union(masks.encode(mask), masks.encode(mask[:5]))

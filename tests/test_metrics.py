@@ -1,0 +1,144 @@
+"""Guards what an answer is worth: published values by hand, no-target questions, exact areas against pixels."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perception import formats, masks, metrics
+from perception.matching import Matched, Objects, match
+
+TRUE = Objects(boxes=np.array([[100.0, 100, 299, 299]]), points=np.array([[200.0, 200]]))
+NONE = Objects(boxes=np.empty((0, 4)), points=np.empty((0, 2)))
+
+
+def published(text: str, true: Objects) -> Matched:
+    found = formats.published_objects(text)
+    return match(Objects(boxes=found.boxes, points=found.points), true, "binary", pixel=1)
+
+
+def answered(*objects: tuple[list, list]) -> str:
+    return f"<answer>{json.dumps([{'bbox_2d': box, 'point_2d': point} for box, point in objects])}</answer>"
+
+
+def test_a_perfect_answer() -> None:
+    matched = published(answered(([100, 100, 299, 299], [200, 200])), TRUE)
+    assert metrics.matched_iou(matched) == metrics.count_ratio(matched) == metrics.point_score(matched) == 1
+    assert metrics.vision_reasoner(matched) == 3
+    assert metrics.count_exact(matched) == 1
+
+
+def test_dr_seg_vector_by_hand() -> None:
+    # Box shifted by half its 200 pixels: IoU 100*200 / (2*40000 - 20000) = 1/3. Points 115 apart: (200-115)/170 = 1/2.
+    # The second object is spurious: count 1/2; it touches neither x1 nor x3.
+    text = answered(([200, 100, 399, 299], [315, 200]), ([600, 600, 700, 700], [650, 650]))
+    matched = match(*(_continuous(text), TRUE), "continuous", pixel=1)
+    assert metrics.matched_iou(matched) == pytest.approx(1 / 3)
+    assert metrics.count_ratio(matched) == 0.5
+    assert metrics.point_score(matched) == pytest.approx(0.5)
+    assert metrics.count_exact(matched) == 0
+
+
+def _continuous(text: str) -> Objects:
+    found = formats.published_objects(text)
+    return Objects(boxes=found.boxes, points=found.points)
+
+
+@pytest.mark.parametrize(
+    ("distance", "worth"), [(0, 1), (30, 1), (31, 169 / 170), (115, 0.5), (199, 1 / 170), (200, 0), (900, 0)]
+)
+def test_point_score_falls_from_30_to_200_pixels(distance: float, worth: float) -> None:
+    away = Objects(boxes=TRUE.boxes, points=TRUE.points + np.array([distance, 0]))
+    assert metrics.point_score(match(away, TRUE, "binary")) == pytest.approx(worth)
+
+
+def test_vision_reasoner_by_hand() -> None:
+    # First: all three hit. Second: IoU 0.9 and L1 (0 + 0 + 20 + 0) / 4 hit, but its point lies outside its box.
+    # 5 hits, shared among the 3 answered.
+    true = Objects(
+        boxes=np.array([[0.0, 0, 100, 100], [400, 400, 600, 600]]), points=np.array([[50.0, 50], [610, 500]])
+    )
+    found = Objects(
+        boxes=np.array([[2.0, 2, 98, 98], [400, 400, 580, 600], [700, 700, 800, 800]]),
+        points=np.array([[40.0, 50], [600, 500], [750, 750]]),
+    )
+    assert metrics.vision_reasoner(match(found, true, "binary", pixel=1)) == pytest.approx(5 / 3)
+    assert metrics.vision_reasoner(match(NONE, true, "binary")) == 0
+
+
+def test_no_target_questions() -> None:
+    nothing, invented, missed = match(NONE, NONE, "binary"), match(TRUE, NONE, "binary"), match(NONE, TRUE, "binary")
+    for metric in (metrics.matched_iou, metrics.point_score):
+        assert [metric(matched) for matched in (nothing, invented, missed)] == [1, 0, 0]
+        assert metric(nothing, empty=0.0) == 0  # the published systems
+    for metric in (metrics.count_ratio, metrics.count_exact):
+        assert [metric(matched) for matched in (nothing, invented, missed)] == [1, 0, 0]
+    assert metrics.box_iou(NONE.boxes, NONE.boxes) == 1
+    assert metrics.box_iou(TRUE.boxes, NONE.boxes) == metrics.box_iou(NONE.boxes, TRUE.boxes) == 0
+
+
+def test_unusable_arrays_still_count() -> None:
+    matched = published(answered(([1, 2, 3], [4, 5])), TRUE)
+    assert (metrics.matched_iou(matched), metrics.count_ratio(matched), metrics.point_score(matched)) == (0, 1, 0)
+
+
+box = st.tuples(*[st.integers(0, 24)] * 4).map(
+    lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))
+)
+
+
+def painted(boxes: list[tuple[int, int, int, int]]) -> np.ndarray:
+    canvas = np.zeros((24, 24), bool)
+    for x1, y1, x2, y2 in boxes:
+        canvas[y1:y2, x1:x2] = True
+    return canvas
+
+
+@settings(max_examples=80)
+@given(st.lists(box, max_size=5), st.lists(box, max_size=5))
+def test_covered_areas_equal_painted_pixels(a: list, b: list) -> None:
+    arrays = [np.array(boxes, float).reshape(-1, 4) for boxes in (a, b)]
+    canvases = [painted(boxes) for boxes in (a, b)]
+    either = np.logical_or(*canvases).sum()
+    expected = np.logical_and(*canvases).sum() / either if either else 1.0
+    assert metrics.box_iou(*arrays) == pytest.approx(expected)
+    assert metrics.mask_iou(*(masks.encode(canvas) for canvas in canvases)) == pytest.approx(expected)
+
+
+def test_a_missing_box_covers_nothing() -> None:
+    boxes = np.array([[0, 0, 10, 10], [np.nan] * 4, [5, 5, 5, 9.0]])
+    assert metrics.box_iou(boxes, np.array([[0, 0, 10, 5.0]])) == pytest.approx(0.5)
+
+
+def test_masks_by_hand() -> None:
+    a, b, empty = (np.zeros((4, 4), bool) for _ in range(3))
+    a[0], b[:, 0] = True, True  # a row and a column share one pixel
+    rle_a, rle_b, rle_empty = (masks.encode(mask) for mask in (a, b, empty))
+    assert metrics.mask_iou(rle_a, rle_b) == pytest.approx(1 / 7)
+    assert metrics.mask_dice(rle_a, rle_b) == pytest.approx(2 / 8)
+    assert metrics.mask_iou(rle_a, rle_empty) == metrics.mask_dice(rle_empty, rle_a) == 0
+    assert metrics.mask_iou(rle_empty, rle_empty) == metrics.mask_dice(rle_empty, rle_empty) == 1
+
+
+def test_means_over_samples() -> None:
+    assert metrics.giou([1.0, 0.0, 0.5]) == pytest.approx(0.5)
+    assert metrics.ciou([(10, 10), (0, 30)]) == pytest.approx(0.25)
+    assert metrics.ciou([(0, 0)]) == 1
+    for mean in (metrics.giou, metrics.ciou):
+        with pytest.raises(ValueError, match="no sample"):
+            mean([])
+
+
+@settings(max_examples=40)
+@given(st.lists(box, max_size=6), st.lists(box, max_size=6), st.sampled_from(["binary", "continuous"]))
+def test_every_metric_is_finite_and_bounded(a: list, b: list, cost: str) -> None:
+    arrays = [np.array(boxes, float).reshape(-1, 4) for boxes in (a, b)]
+    sides = [Objects(boxes=array, points=array[:, :2]) for array in arrays]
+    matched = match(*sides, cost)
+    for metric in (metrics.matched_iou, metrics.count_ratio, metrics.point_score, metrics.count_exact):
+        assert 0 <= metric(matched) <= 1
+    assert 0 <= metrics.vision_reasoner(matched) <= 3
