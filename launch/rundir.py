@@ -42,7 +42,7 @@ def resume_dir(run: RunConfig) -> Path:
 
 
 def create(run: RunConfig) -> Path:
-    """The directory for a new run. An older run of that name is moved aside, unless it ended before it recorded anything.
+    """The directory for a new run. An older run of that name is moved aside if it recorded anything.
 
     Raises UserError if the directory cannot be made, is in use, or holds something that is no run.
     """

@@ -18,6 +18,7 @@ from perception.config import WandbConfig
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 60.0
+_SERVICE_WAIT_S = 120.0  # for W&B's own process to start; nobody waits for it but the thread
 
 
 def logged_in() -> bool:
@@ -76,7 +77,7 @@ class WandbSink:
                 dir=run_dir,
                 mode=mode,  # type: ignore[arg-type]
                 config=run_config,
-                settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_service_wait=_SERVICE_WAIT_S),
             )
             while (record := self._records.get()) is not None:
                 step, metrics = record

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from launch import rollouts, rundir
+from launch import rollouts, rundir, wandb_sink
 from launch.errors import UserError
 from launch.recorder import Recorder
 from launch.wandb_sink import logged_in, resolved_mode
@@ -158,10 +158,9 @@ def test_wandb_is_offline_unless_logged_in(tmp_path: Path, monkeypatch: pytest.M
     assert resolved_mode(WandbConfig(mode="offline")) == "offline"
 
 
-def test_wandb_writes_an_offline_run(tmp_path: Path) -> None:
-    from launch.wandb_sink import WandbSink
-
-    sink = WandbSink(WandbConfig(mode="offline"), tmp_path, {"lr": 1e-5})
+def test_wandb_writes_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_sink, "CLOSE_TIMEOUT_S", 180.0)  # a busy machine starts W&B slowly
+    sink = wandb_sink.WandbSink(WandbConfig(mode="offline"), tmp_path, {"lr": 1e-5})
     for step in range(1, 4):
         sink.log(step, {names.REWARD_MEAN: 0.1 * step, names.ENTROPY: math.nan})
     sink.close()
