@@ -121,6 +121,7 @@ def metrics(step: int, progress: float, rng: np.random.Generator) -> dict[str, f
         names.ENTROPY: math.nan if step == 7 else 0.81 - 0.2 * progress + 0.02 * noise[6],
         names.RATIO: 1.0 + 0.0004 * noise[7],
         names.CLIP_LOW: 0.004, names.CLIP_HIGH: 0.006,
+        names.LOGPROB_MISMATCH: 4e-7 + 1e-8 * noise[3], names.SYNC_PAUSE: 0.11, names.SYNC_TRANSFER: 0.06,
         names.GRAD_NORM: 0.8 + 0.2 * noise[2] ** 2,
         names.LR: 2e-5,
         names.RESPONSE_TOKENS: 31 - 2 * progress + 0.4 * noise[1],

@@ -31,12 +31,14 @@ HELD_OUT_SHOWN = 8
 TRAINING_SHOWN = 3
 """Groups of each training step shown."""
 FAILURES_SHOWN = 6
+_COLOURS = 6
+"""Series one chart can tell apart."""
 _FAILURE_FILES = 20
 """Failures are looked for in so many of the latest rollout files."""
 
 _HEADLINE = {
     names.GIOU_GREEDY: "gIoU, greedy",
-    names.GIOU_SAMPLED: "gIoU, sampled at T = 1",
+    names.GIOU_SAMPLED: "gIoU, sampled",
     names.HELD_OUT_PARSE_OK: "answers that parse",
 }
 _STAGES = {name: name.partition("/")[2] for name in names.STAGES}
@@ -82,7 +84,7 @@ def write_report(run_dir: Path) -> Path:
         seconds=sum(record.get(names.SECONDS_STEP) or 0.0 for record in metrics),
         changes=_changes(evaluations),
         eval_steps=[record["step"] for record in evaluations],
-        charts=_charts(metrics, evaluations),
+        charts=_charts(metrics, evaluations, config["reward"]),
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         pairs=_pairs(run_dir, config["reward"]),
         training=_training(run_dir, config["reward"]),
@@ -130,18 +132,23 @@ def _changes(evaluations: Sequence[Record]) -> list[Change]:
     return [Change(label, first[name], last[name]) for name, label in both.items()]
 
 
-def _charts(metrics: Sequence[Record], evaluations: Sequence[Record]) -> list[Chart]:
-    components = {n: n.partition("/")[2] for record in metrics for n in record if n.startswith(names.COMPONENT_PREFIX)}
+def _charts(metrics: Sequence[Record], evaluations: Sequence[Record], reward: Record) -> list[Chart]:
+    components = [*reward["components"], *reward["ranked"]]
+    failures = {names.failure(kind): kind.value for kind in FailureKind if kind.value in _failure_shares(metrics)}
     held_out = Spec(
         "Held-out gIoU", "mean IoU", {names.GIOU_SAMPLED: "sampled", names.GIOU_GREEDY: "greedy"}, marks=True
     )
     specs = (
         Spec("Reward", "mean per step", {names.REWARD_MEAN: "reward"}, smooth=True),
         Spec("Training gIoU", "mean IoU", {names.GIOU: "gIoU"}, smooth=True),
-        Spec("Reward components", "mean raw value", components),
+        *(
+            Spec("Reward components", "mean raw value", {names.component(n): n for n in components[i : i + _COLOURS]})
+            for i in range(0, len(components), _COLOURS)
+        ),
         Spec("Time of a step", "seconds", _STAGES, stacked=True),
         Spec("Entropy", "nats per token", {names.ENTROPY: "entropy"}, smooth=True),
         Spec("Importance ratio", "learner / engine", {names.RATIO: "ratio"}),
+        Spec("Engine against learner", "mean |log-prob difference|", {names.LOGPROB_MISMATCH: "mismatch"}),
         Spec("Clipped tokens", "share", {names.CLIP_LOW: "below the range", names.CLIP_HIGH: "above the range"}),
         Spec("KL to the reference", "nats per token", {names.KL: "KL"}),
         Spec("Gradient norm", "before clipping", {names.GRAD_NORM: "norm"}, smooth=True),
@@ -149,6 +156,8 @@ def _charts(metrics: Sequence[Record], evaluations: Sequence[Record]) -> list[Ch
         Spec("Boxes", "mean per sample", {names.BOXES_ANSWERED: "answered", names.BOXES_TRUE: "true"}),
         Spec("Spread of rewards", "standard deviation", {names.REWARD_STD: "reward"}, smooth=True),
         Spec("Groups with equal rewards", "share", {names.ZERO_VARIANCE: "share"}, smooth=True),
+        Spec("Failed answers", "share", failures),
+        Spec("Weight sync", "seconds", {names.SYNC_PAUSE: "engine paused", names.SYNC_TRANSFER: "transfer"}),
         Spec("Throughput", "sampled tokens / s", {names.TOKENS_PER_S: "tokens / s"}, smooth=True),
         Spec("Learning rate", "", {names.LR: "lr"}),
     )
