@@ -48,6 +48,36 @@ def intersection_and_union(a: Rle, b: Rle) -> tuple[int, int]:
     return both, area(a) + area(b) - both
 
 
+def run_lengths(counts: bytes) -> np.ndarray:
+    """Runs of 0, 1, 0, ... pixels, column by column, from COCO's compressed text: (R,) int64.
+
+    The text holds signed numbers of 5 bits a character, least significant first (bit 5: more follows); from the fourth
+    on, each is the difference to the run two before. Raises ValueError where it breaks off or holds other characters.
+    """
+    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        raise ValueError("the run-length text is damaged")
+    last = np.flatnonzero(digits & 32 == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    size = last - first + 1
+    if size.max() > 7:
+        raise ValueError("the run-length text holds a number beyond 32 bits")
+    place = np.arange(len(digits)) - np.repeat(first, size)
+    numbers = np.add.reduceat((digits & 31) << 5 * place, first)
+    numbers -= np.where(digits[last] & 16, 1 << 5 * size, 0)
+    numbers[1::2] = numbers[1::2].cumsum()
+    numbers[2::2] = numbers[2::2].cumsum()
+    return numbers
+
+
+def check_runs(runs: np.ndarray, height: int, width: int) -> None:
+    """Raises ValueError unless the runs cover the image exactly: pycocotools itself would write beyond its end."""
+    pixels = height * width
+    whole = runs.ndim == 1 and runs.dtype.kind == "i" and runs.min(initial=0) >= 0 and runs.max(initial=0) <= pixels
+    if not whole or int(runs.sum()) != pixels:
+        raise ValueError(f"the runs do not add up to {height} x {width} pixels")
+
+
 def to_coco(rle: Rle) -> dict:
     """The dictionary pycocotools works on."""
     return {"size": [rle.height, rle.width], "counts": rle.counts}

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from perception import masks
 from perception.config import DataConfig
 from perception.datasets import coco, jsonl, load
-from perception.datasets.objects import inner_point
+from perception.datasets.objects import inner_point, read_segmentation
 from perception.errors import DataError
 from perception.types import Sample
 
@@ -142,7 +146,7 @@ def test_a_pixel_of_slack_is_clipped(folder: Path) -> None:
         (line(mask={"size": [H, W]}), "unreadable segmentation"),
         (line(mask={"size": [10, 15], "counts": [150]}), "the mask is 15x10"),
         (line(mask={"size": [H, W], "counts": [H * W]}), "no pixel"),
-        (line(mask={"size": [H, W], "counts": "!!"}), "segmentation|no pixel"),
+        (line(mask={"size": [H, W], "counts": "!!"}), "the run-length text is damaged"),
         (line(mask={"size": [H, W], "counts": [5, 10**6]}), "unreadable segmentation"),
         (line(task="dance"), "unknown task 'dance'; use one of segment, ground, count"),
         (line(image="nowhere.png"), "no image nowhere.png"),
@@ -249,7 +253,7 @@ def change(*keys: str | int, to: Any) -> Callable[[dict], Any]:
         (change("annotations", 0, "segmentation", to=[[1, 2, "x", 4, 5, 6]]), "annotation 11: unreadable segmentation"),
         (
             change("annotations", 0, "segmentation", to=[[1e9, 2, 3, 4, 5, 6]]),
-            "annotation 11: a polygon lies far outside",
+            "annotation 11: .*far outside",
         ),
         (change("annotations", 0, "segmentation", to=[[float("nan"), 2, 3, 4, 5, 6]]), "a polygon lies far outside"),
         (change("annotations", 0, "segmentation", to=[40, 40, 50]), "annotation 11: "),
@@ -263,6 +267,24 @@ def test_a_bad_coco_file_is_named(folder: Path, edit: Callable[[dict], Any], say
     with pytest.raises(DataError, match=says) as caught:
         load(config(path, max_pixels=1000), "train")
     assert "\n" not in str(caught.value)
+
+
+numbers = st.one_of(st.integers(-5, 700), st.sampled_from([2**31, 2**63, 1e18, math.nan, None, True, "a", []]))
+sizes = st.sampled_from([[H, W], [H, W], [W, H], [0, 0], [-1, W], [10**9, 10**9], [H], None, "x", [20.5, 30]])
+segmentations = (
+    st.fixed_dictionaries({"size": sizes, "counts": st.lists(numbers, max_size=6) | st.text("0PQoO`8 !é", max_size=12)})
+    | st.lists(st.lists(st.floats(-70, 70) | numbers, max_size=9), max_size=3)
+    | numbers
+)
+
+
+@settings(max_examples=200)
+@given(segmentations)
+def test_no_segmentation_crashes_the_reader(value: Any) -> None:
+    """pycocotools trusts its input and corrupts memory; nothing damaged may reach it."""
+    with suppress(DataError):
+        mask = read_segmentation(value, H, W, "here")
+        assert masks.decode(mask).shape == (H, W)
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:

@@ -139,6 +139,9 @@ def test_masks_survive_encoding(mask: np.ndarray) -> None:
     assert (masks.decode(rle) == mask).all()
     assert masks.area(rle) == mask.sum()
     assert (rle.height, rle.width) == mask.shape
+    runs = masks.run_lengths(rle.counts)
+    masks.check_runs(runs, *mask.shape)
+    assert (np.repeat(np.arange(len(runs)) % 2 == 1, runs) == mask.ravel(order="F")).all()
 
 
 @settings(max_examples=40)
@@ -163,3 +166,15 @@ def test_mask_box_and_sizes() -> None:
     assert masks.area(masks.union([], 6, 8)) == 0
     with pytest.raises(ValueError, match="different sizes"):
         masks.intersection_and_union(masks.encode(mask), masks.encode(mask[:5]))
+
+
+@pytest.mark.parametrize("counts", [b"", b"o", b"0!", b"\x7f", b"oooooooo0"])
+def test_damaged_run_lengths_never_reach_pycocotools(counts: bytes) -> None:
+    with pytest.raises(ValueError, match="run-length text"):
+        masks.run_lengths(counts)
+
+
+@pytest.mark.parametrize("runs", [[5], [7], [-1, 7], [2.0, 4.0], [[6]], []])
+def test_runs_must_cover_the_image(runs: list) -> None:
+    with pytest.raises(ValueError, match="add up"):
+        masks.check_runs(np.array(runs), 2, 3)

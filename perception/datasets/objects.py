@@ -46,25 +46,41 @@ def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -
 
 
 def read_segmentation(value: Any, height: int, width: int, where: str) -> Rle:
-    """COCO's `segmentation`: polygons, or run-length encoding with counts as text or as a list."""
+    """COCO's `segmentation`: polygons, or run-length encoding with counts as text or as a list. Raises DataError."""
     try:
-        encoded = value
-        if isinstance(value, list):
-            reach = 2 * max(height, width)  # beyond it, or with NaN, pycocotools would draw for hours
-            if not all(np.abs(polygon).max() <= reach for polygon in value):
-                raise DataError(f"{where}: a polygon lies far outside the {width}x{height} image; give original pixels")
-            encoded = coco.merge(coco.frPyObjects(value, height, width))
-        elif isinstance(value["counts"], list):
-            encoded = coco.frPyObjects(value, *value["size"])
-        mask = masks.from_coco(encoded)
-        check_mask_size((mask.height, mask.width), height, width, where)
-        empty = not masks.decode(mask).any()
-    except DataError:
-        raise
-    except Exception as error:  # pycocotools raises Exception itself for some malformed input
-        raise DataError(f"{where}: unreadable segmentation ({error}); give polygons or run-length encoding") from error
-    if empty:
+        mask = _polygons(value, height, width) if isinstance(value, list) else _run_lengths(value)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{where}: unreadable segmentation ({error!r}); give polygons or run-length encoding"
+        ) from error
+    check_mask_size((mask.height, mask.width), height, width, where)
+    if masks.area(mask) == 0:
         raise DataError(f"{where}: the mask has no pixel; remove the object, or mend its segmentation")
+    return mask
+
+
+def _polygons(value: list[Any], height: int, width: int) -> Rle:
+    """Checked here first, since pycocotools reads beyond a polygon that is too short and draws a huge one for hours."""
+    polygons = [np.asarray(polygon, np.float64) for polygon in value]
+    if not polygons:
+        raise ValueError("no polygon")
+    for polygon in polygons:
+        if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError("a polygon is x y x y x y ...")
+        if not np.abs(polygon).max() <= 2 * max(height, width):
+            raise ValueError("a polygon lies far outside the image")
+    return masks.from_coco(coco.merge(coco.frPyObjects([polygon.tolist() for polygon in polygons], height, width)))
+
+
+def _run_lengths(value: dict[str, Any]) -> Rle:
+    counts, (height, width) = value["counts"], value["size"]
+    if type(height) is not int or type(width) is not int or not (0 < height < 2**16 and 0 < width < 2**16):
+        raise ValueError(f"size must be [height, width], got {value['size']}")
+    if isinstance(counts, list):
+        masks.check_runs(np.array(counts), height, width)
+        return masks.from_coco(coco.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+    mask = Rle(height=height, width=width, counts=counts.encode("ascii"))
+    masks.check_runs(masks.run_lengths(mask.counts), height, width)
     return mask
 
 
