@@ -11,6 +11,8 @@ import numpy as np
 from perception.types import Failure, FailureKind, ScoredGroup
 
 EPSILON = 1e-6
+ROUNDING = 1e-9
+"""Rewards closer than this are equal: sums of the same components in another order."""
 INFRASTRUCTURE = frozenset({FailureKind.ENGINE, FailureKind.SCORER})
 """Failures that say nothing about the policy: their rewards are not evidence."""
 
@@ -53,7 +55,7 @@ def group_advantages(
     mask = np.asarray(counted, dtype=bool)
     advantages = np.zeros_like(values)
     kept = values[mask]
-    if kept.size < 2 or np.ptp(kept) == 0.0:
+    if kept.size < 2 or np.ptp(kept) <= ROUNDING:
         return advantages
     centred = kept - kept.mean()
     advantages[mask] = centred / (kept.std(ddof=1) + EPSILON) if scale == "group" else centred

@@ -1,8 +1,8 @@
 """Groups of trajectories -> padded rows.
 
 A row is [prompt | turn 1 | fed | turn 2 | ...] with image placeholders expanded, padded on the right. Padding needs no
-mask: attention is causal, so no real token ever sees it. Only sampled tokens are trained on. An image that many rows share
-is in the batch once.
+mask: attention is causal, so no real token ever sees it. Only sampled tokens are trained on. An image that many rows
+share is in the batch once.
 """
 
 from __future__ import annotations

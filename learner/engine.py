@@ -98,6 +98,7 @@ def _settings(config: LearnerConfig, dtype: str) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.grad_clip,
         "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
         "steps_per_print": 1 << 30,
     }

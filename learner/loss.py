@@ -1,7 +1,7 @@
 """The GRPO objective on flat token vectors: pure functions, no model, no process group.
 
-Every vector is (N,): the N sampled tokens of a micro-batch, whatever row they came from. Losses and statistics are SUMS,
-so that a step cut into micro-batches over ranks adds up to exactly the uncut step; one division comes at the end.
+Every vector is (N,): the N sampled tokens of a micro-batch, whatever row they came from. Losses and statistics are
+SUMS, so that a step cut into micro-batches over ranks adds up to exactly the uncut step; one division comes at the end.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def policy_loss(
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """(N,) r - 1 - log r with r = pi_ref / pi: unbiased and >= 0 as an estimate of KL(pi || pi_ref) (Schulman 2020)."""
     delta = reference_logprobs - logprobs
-    return torch.exp(delta) - 1.0 - delta
+    return torch.expm1(delta) - delta
 
 
 @torch.no_grad()

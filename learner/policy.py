@@ -1,4 +1,4 @@
-"""The policy as the learner sees it: log-probs of sampled tokens under the very distribution the engine samples from."""
+"""The policy as the learner sees it: log-probs of sampled tokens under the distribution the engine samples from."""
 
 from __future__ import annotations
 

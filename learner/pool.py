@@ -145,7 +145,7 @@ class LearnerPool:
         try:
             return list(await asyncio.wait_for(asyncio.gather(*refs), self._config.timeout_s))
         except TimeoutError as error:
-            message = f"learner: {method} on {len(refs)} rank(s) took longer than {self._config.timeout_s:.0f} s"
+            message = f"learner: {method} on {len(refs)} rank(s) took longer than {self._config.timeout_s:g} s"
             raise TimeoutError(message) from error
 
 

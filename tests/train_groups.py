@@ -45,7 +45,7 @@ def train_group(
         return tuple(rng.integers(0, vocabulary, length).tolist())
 
     first = tuple(image(rng, side, side) for _ in range(images))
-    token_ids = ids(3) + (spec.image_token_id,) * images + ids(prompt_tokens)
+    token_ids = ids(3) + (spec.image_token_id, 5) * images + ids(prompt_tokens)
     sample = Sample(
         id=f"s{rng.integers(1 << 30)}",
         image_path="",
