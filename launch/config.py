@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -85,7 +85,9 @@ def valid_keys(kind: Any = Config, prefix: str = "") -> list[str]:
 
 
 def _inner(hint: Any) -> Any:
-    """The dataclass behind `X | None`."""
+    """The dataclass behind `X | None`; a dict's keys are the user's own."""
+    if get_origin(hint) is dict:
+        return None
     return next((part for part in get_args(hint) if is_dataclass(part)), hint)
 
 

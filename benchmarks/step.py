@@ -1,0 +1,58 @@
+"""Where a training step's time goes: seconds per stage, and the controller's own share.
+
+    python -m benchmarks.step [--recipe quickstart] [--steps 12] [--json]
+
+A real run of `launch.train`; the first two steps, which warm everything up, are left out of the medians. The controller's
+share is everything that is neither generation, scoring, learning nor sync. There is no rival in this benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from benchmarks.common import print_result
+from launch import rundir
+from perception import names
+
+WARM_UP = 2
+
+
+def measure(recipe: str, steps: int, overrides: list[str]) -> dict[str, float]:
+    """Median of every metric over the steps after the warm-up. Raises CalledProcessError when the run fails."""
+    with tempfile.TemporaryDirectory() as output:
+        settings = [f"recipe={recipe}", f"algorithm.steps={steps}", f"run.output={output}", "run.name=step"]
+        command = [sys.executable, "-m", "launch.train", *settings, "data.eval_samples=8", *overrides]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        lines = (Path(output) / "step" / rundir.METRICS).read_text().splitlines()
+    rows = [json.loads(line) for line in lines][WARM_UP:]
+    return {name: median([row[name] for row in rows]) for name in rows[0] if name != "step"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--json", action="store_true", help="one JSON line; there is no other output")
+    parser.add_argument("overrides", nargs="*", help="as for launch.train")
+    arguments = parser.parse_args()
+    metrics = measure(arguments.recipe, arguments.steps, arguments.overrides)
+    seconds = {name.partition("/")[2]: round(metrics[name], 4) for name in names.STAGES}
+    share = metrics[names.SECONDS_CONTROLLER] / metrics[names.SECONDS_STEP]
+    ours = {
+        "seconds": seconds,
+        "step_s": round(metrics[names.SECONDS_STEP], 4),
+        "samples_per_s": round(metrics[names.SAMPLES_PER_S], 2),
+        "tokens_per_s": round(metrics[names.TOKENS_PER_S], 1),
+    }
+    settings = {"recipe": arguments.recipe, "steps": arguments.steps, "overrides": arguments.overrides}
+    print_result("step", ours, None, None, settings, controller_share=round(share, 4))
+
+
+if __name__ == "__main__":
+    main()
