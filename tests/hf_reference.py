@@ -69,7 +69,7 @@ class Reference:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.model.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
 
     def buckets(self, limit: int = 400_000) -> Iterator[WeightBucket]:
         """All parameters, in buckets of at least `limit` bytes."""
