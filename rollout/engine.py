@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,6 +75,9 @@ class EngineStats:
     """Expanded: image tokens included."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
+    image_hits: int = 0
+    image_misses: int = 0
+    """Images that had to be decoded."""
 
 
 def environment(device: str, threads: int) -> dict[str, str]:
@@ -192,7 +195,7 @@ class RolloutEngine:
     async def load_bucket(self, bucket: WeightBucket) -> None:
         """Take some of the new parameters. Between `begin_update` and `end_update`, in any order, each exactly once.
 
-        Raises ValueError for a parameter the model does not have.
+        Raises what vLLM raises for a parameter the model does not have; the message names it.
         """
         start = time.monotonic()
         slots = [(s.name, s.dtype, s.shape, s.offset) for s in bucket.slots]
@@ -223,7 +226,7 @@ class RolloutEngine:
         )
 
     async def stats(self) -> EngineStats:
-        return self._stats
+        return replace(self._stats, image_hits=self._images.hits, image_misses=self._images.misses)
 
     async def shutdown(self) -> None:
         self._decoder.shutdown()

@@ -132,3 +132,4 @@ def test_the_group_shares_its_prompt(engine: Any, groups: list[Group]) -> None:
     after = ray.get(engine.stats.remote(), timeout=30)
     assert after.requests == before.requests + 1
     assert after.cached_tokens > before.cached_tokens
+    assert (after.image_hits, after.image_misses) == (before.image_hits + 1, before.image_misses)
