@@ -87,7 +87,8 @@ def published_objects(text: str) -> PublishedObjects:
     """The objects the published accuracy reward scores.
 
     Differs from `answers.parse`: one item without `bbox_2d` or `point_2d` empties the list, and one that is no pair of
-    numeric lists leaves only the count. Unlike the published code, a value that is not finite counts as not numeric.
+    numeric lists leaves only the count. A null becomes NaN, as published; it matches nothing, where the published
+    metric would turn NaN.
     """
     data = _load_answer(text)
     try:
@@ -124,9 +125,9 @@ def _normal(sentence: str) -> str:
 
 
 def _numeric(rows: list[Any], width: int) -> np.ndarray | None:
-    """(N, width) float64 of finite numbers, or None."""
+    """(N, width) float64, or None."""
     try:
         array = np.array(rows, dtype=np.float64) if rows else np.empty((0, width))
     except (ValueError, TypeError, OverflowError):
         return None
-    return array if array.shape == (len(rows), width) and np.isfinite(array).all() else None
+    return array if array.shape == (len(rows), width) else None

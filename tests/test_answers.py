@@ -215,7 +215,9 @@ def test_published_objects_are_all_or_nothing() -> None:
     assert (two.count, two.boxes.tolist(), two.points.tolist()) == (2, [[1, 2, 3, 4], [5, 6, 7, 8]], [[2, 3], [2, 3]])
     assert formats.published_objects(answer(json.dumps([item(), {"bbox_2d": [1, 2, 3, 4]}]))).count == 0
     assert formats.published_objects(answer(json.dumps({"bbox_2d": [1, 2, 3, 4]}))).count == 0
-    for wrong in (item(box=[1, 2, 3]), item(point="x"), item(box=[1, 2, None, 4]), item(point=[math.inf, 1])):
+    null = formats.published_objects(answer(json.dumps([item(), item(point=[None, 1])])))
+    np.testing.assert_equal(null.points, [[2, 3], [np.nan, 1]])
+    for wrong in (item(box=[1, 2, 3]), item(point="x"), item(box=[[1, 2], [3, 4]]), item(point=[10**400, 1])):
         unusable = formats.published_objects(answer(json.dumps([item(), wrong])))
         assert unusable.count == 2
         assert np.isnan(unusable.boxes).all()
