@@ -36,7 +36,7 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def two_nodes(cpus: tuple[int, int] = (1, 1), start_timeout_s: float = 120.0) -> Iterator[RayCluster]:
+def two_nodes(cpus: tuple[int, int] = (1, 1), start_timeout_s: float = 180.0) -> Iterator[RayCluster]:
     """Head and second node with so many CPUs each; ready for jobs when entered."""
     port, dashboard, *others = _free_ports(5)
     # Short, because sockets lie below it; its own, so that no other Ray here takes this cluster for its own.

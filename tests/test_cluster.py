@@ -4,13 +4,15 @@ without a cluster it starts its own; what cannot fit is refused in one line befo
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
 
-from launch import cluster
+from launch import cluster, world
 from launch.errors import UserError
 from perception.config import (
     AlgorithmConfig,
@@ -24,6 +26,8 @@ from perception.config import (
     RunConfig,
 )
 from tests.ray_cluster import RayCluster, two_nodes
+
+pytestmark = pytest.mark.timeout(660)  # starting two raylets counts towards the first test
 
 HALF = PlacementConfig(name="cpu", device="cpu", engine_cpus=0.5, reward_cpus=0.5, learner_cpus=0.5)
 
@@ -74,6 +78,24 @@ def test_a_submitted_program_joins_the_cluster_with_the_repository_on_every_node
     job = nodes.submit("python", "-c", program, timeout_s=120)
     assert job.returncode == 0, job.stdout + job.stderr
     assert "nodes 2 cpus 2.0 uploaded True" in job.stdout
+
+
+def test_a_training_run_submitted_as_a_job_writes_where_it_was_told(nodes: RayCluster, tmp_path: Path) -> None:
+    world.write(tmp_path / "world", train=16, eval=4)
+    job = nodes.submit(
+        *("python", "-m", "launch.train", "recipe=quickstart"),
+        *("algorithm.steps=2", "algorithm.prompts_per_step=4", "algorithm.group_size=4", "learner.lr=2e-5"),
+        *(f"data.{split}={tmp_path}/world/{split}.json" for split in ("train", "eval")),
+        *("data.eval_samples=4", "reward.timeout_s=300", f"run.output={tmp_path}/runs"),
+        timeout_s=400,
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    run = tmp_path / "runs" / "quickstart"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert {"giou_greedy", "giou_sampled"} <= set(summary["after"])
+    assert (run / "report.html").stat().st_size > 0
+    assert (run / "policy" / "model.safetensors").is_file()
 
 
 def test_a_reservation_spreads_over_the_nodes_and_is_given_back(joined: None) -> None:
