@@ -2,8 +2,9 @@
 
     python -m benchmarks.step [--recipe quickstart] [--steps 12] [--json]
 
-A real run of `launch.train`; the first two steps, which warm everything up, are left out of the medians. The controller's
-share is everything that is neither generation, scoring, learning nor sync. There is no rival in this benchmark.
+A real run of `launch.train`; the first two steps, which warm everything up, are left out of the medians. The
+controller's share is everything that is neither generation, scoring, learning nor sync. There is no rival in this
+benchmark.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python -m launch.evaluate recipe=quickstart model.path=runs/quickstart/policy
 
-gIoU is the mean over samples of the IoU between the union of the predicted masks and the union of the true ones; an answer
-that does not parse counts 0, no target rightly answered counts 1. `giou_greedy` is at temperature 0, `giou_sampled` at the
-rollout temperature, the mean over several answers per sample (Dr. Seg evaluates one sample at temperature 1, unseeded).
+gIoU is the mean over samples of the IoU between the union of the predicted masks and the union of the true ones; an
+answer that does not parse counts 0, no target rightly answered counts 1. `giou_greedy` is at temperature 0,
+`giou_sampled` at the rollout temperature, the mean over several answers per sample (Dr. Seg evaluates one sample at
+temperature 1, unseeded).
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ async def evaluate(system: System, samples: Sequence[Sample], pictures: int = 0)
 
 
 def _mean_iou(scored: Sequence[ScoredGroup]) -> float:
-    for entry in scored:
-        for score in entry.scores:
+    for one in scored:
+        for score in one.scores:
             if score.failure is not None and "mask_iou" not in score.metrics:
-                raise RuntimeError(f"evaluation of {entry.group.prompt.sample.id}: {score.failure.detail}")
-    return float(np.mean([score.metrics["mask_iou"] for entry in scored for score in entry.scores]))
+                raise RuntimeError(f"evaluation of {one.group.prompt.sample.id}: {score.failure.detail}")
+    return float(np.mean([score.metrics["mask_iou"] for one in scored for score in one.scores]))
 
 
 async def _evaluate_once(config: Config, held_out: Sequence[Sample]) -> Evaluation:

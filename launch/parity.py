@@ -23,6 +23,6 @@ async def parity_gate(system: System, scored: Sequence[ScoredGroup], progress: P
     if not mismatch <= limit:
         raise UserError(
             f"engine and learner disagree: mean |log-prob difference| {mismatch:.3g} > learner.parity_limit={limit:g}. "
-            "Usual causes: other weights in the two, another image processor or resize, temperature or token masks that "
-            "differ, or a dtype coarser than the limit allows (bfloat16 wants about 0.05)"
+            "Usual causes: other weights in the two, another image processor or resize, temperature or token masks "
+            "that differ, or a dtype coarser than the limit allows (bfloat16 wants about 0.05)"
         )

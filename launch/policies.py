@@ -1,8 +1,8 @@
 """Random-weight policies of Qwen2.5-VL's architecture, with a tokenizer and a processor of their own.
 
-`mini` is small enough for two CPU cores; it differs from the released models by configuration only: few and narrow layers,
-and RoPE theta 10 (on a 4x4 grid the default leaves the width axis almost no signal). `3b` has the released 3B model's shape,
-for real-size steps where no weights can be had. Digits and the answer's scaffold are single tokens.
+`mini` is small enough for two CPU cores; it differs from the released models by configuration only: few and narrow
+layers, and RoPE theta 10 (on a 4x4 grid the default leaves the width axis almost no signal). `3b` has the released 3B
+model's shape, for real-size steps where no weights can be had. Digits and the answer's scaffold are single tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a recipe may ask to be made first: the synthetic world, a random-weight policy. Made once, whole or not at all."""
+"""What a recipe may ask to be made first: the synthetic world, a random-weight policy. Made once, and whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run stands, and how it goes on: step, data cursor, rank store, first evaluation; the learner keeps the rest."""
+"""Where a run stands and how it goes on: step, data cursor, rank store. The learner keeps the rest."""
 
 from __future__ import annotations
 

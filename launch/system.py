@@ -90,8 +90,8 @@ class System:
     ) -> list[ScoredGroup]:
         """Sample a group per prompt and score it as soon as it is there; the results are in prompt order.
 
-        `metrics` are the components to measure, by default those of the configured reward. The first `masks` groups come
-        back with predicted masks, for pictures. `on_sampled` is set once all are sampled.
+        `metrics` are the components to measure, by default those of the configured reward. The first `masks` groups
+        come back with predicted masks, for pictures. `on_sampled` is set once all are sampled.
         """
         waiting = len(prompts)
 

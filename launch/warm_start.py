@@ -1,6 +1,7 @@
 """Supervised warm start of a mini policy, from random weights, on the synthetic world.
 
-Fresh scenes are drawn as they are needed, from seeds that no data set on disk uses; only the answer's tokens are trained on.
+Fresh scenes are drawn as they are needed, from seeds that no data set on disk uses; only the answer's tokens are
+trained on.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +106,10 @@ class _Dialogues(IterableDataset):
         torch.set_num_threads(1)
         tokenizer = self._prompts.tokenizer
         image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        seed = SEED_BASE + self._config.seed * SEEDS_PER_RUN
-        while True:
+        first = SEED_BASE + self._config.seed * SEEDS_PER_RUN
+        for start in count(first, self._config.batch):
             images, rows, prompt_lengths = [], [], []
-            for seed in range(seed, seed + self._config.batch):
+            for seed in range(start, start + self._config.batch):
                 image, question, task, answer = _dialogue(seed, self._config.style)
                 prompt = list(self._prompts.tokens(question, task))
                 at = prompt.index(image_id)
@@ -115,7 +117,6 @@ class _Dialogues(IterableDataset):
                 images.append(image)
                 rows.append(prompt + tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id])
                 prompt_lengths.append(len(prompt))
-            seed += 1
             yield self._collate(images, rows, prompt_lengths, tokenizer.pad_token_id, image_id)
 
     def _collate(

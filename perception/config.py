@@ -1,7 +1,8 @@
 """The typed settings of every room: what `conf/` is validated against (`launch/config.py`).
 
-Frozen dataclasses, so that a worker can be handed exactly the part it needs. Bounds stand beside the type and are enforced
-by pydantic when the program starts; an unknown key, an ill-typed or out-of-range value never reaches a worker.
+Frozen dataclasses, so that a worker can be handed exactly the part it needs. Bounds stand beside the type and are
+enforced by pydantic when the program starts; an unknown key, an ill-typed or out-of-range value never reaches a
+worker.
 """
 
 from __future__ import annotations

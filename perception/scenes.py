@@ -1,10 +1,10 @@
 """The synthetic world: procedurally drawn scenes with exact masks, and questions about them.
 
-    scene = generate(seed=7)                      # objects with shape, colour, size, texture, digit, camouflage, occlusion
+    scene = generate(seed=7)     # objects with shape, colour, size, texture, digit, camouflage, occlusion
     question = ask(scene, np.random.default_rng(7))     # "the large red circle", "how many squares", ...
 
-Everything is drawn into one label map, so a mask is exactly the visible part of its object. All coordinates are pixels of
-the scene; everything is a pure function of the seed and the style.
+Everything is drawn into one label map, so a mask is exactly the visible part of its object. All coordinates are
+pixels of the scene; everything is a pure function of the seed and the style.
 """
 
 from __future__ import annotations
