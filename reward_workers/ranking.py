@@ -1,7 +1,7 @@
 """Distribution-Ranked Reward (Dr. Seg): a raw metric becomes its quantile in the recent distribution.
 
-Batch-synchronous and deterministic: a step is ranked against earlier steps only, and `append` takes the step's values in
-prompt order, whatever the order they arrived in. `flush` ends the step.
+Batch-synchronous and deterministic: a step is ranked against earlier steps only, and `append` takes the step's values
+in prompt order, whatever the order they arrived in. `flush` ends the step.
 
     q_j = #{s in queue_j : s <= x_j} / len(queue_j)         ties = "le", the published rule
     q_j = (#{s < x_j} + #{s <= x_j}) / (2 len(queue_j))     ties = "mid"

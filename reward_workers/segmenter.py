@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +102,7 @@ class Segmenter:
         self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
 
     @classmethod
-    def load(
-        cls, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, capacity: int = 64
-    ) -> Segmenter:
+    def load(cls, path: str, device: str = "cpu", dtype: torch.dtype = torch.float32, capacity: int = 64) -> Segmenter:
         """From a directory (`config.yaml` + `model.safetensors`, or an official yaml + `.pt`) or `random:<hiera name>`.
 
         Raises FileNotFoundError or ValueError naming what is missing or wrong.
@@ -113,7 +112,7 @@ class Segmenter:
                 torch.manual_seed(0)
                 return cls(build(official_config(path.removeprefix("random:"))), device, dtype, capacity)
         folder = Path(path)
-        model = build(OmegaConf.load(_only_file(folder, "*.yaml")))
+        model = build(_read_config(_only_file(folder, "*.yaml")))
         weights = _only_file(folder, "*.safetensors", "*.pt")
         if weights.suffix == ".pt":
             state = torch.load(weights, map_location="cpu", weights_only=True)["model"]
@@ -130,10 +129,10 @@ class Segmenter:
     # ------------------------------------------------------------ differentiable parts, for training
 
     def pixels(self, images: Sequence[np.ndarray]) -> Tensor:
-        """RGB uint8 (H, W, 3) images of any size -> normalised (B, 3, side, side) on the device, in the model's dtype."""
+        """RGB uint8 (H, W, 3) images of any size -> normalised (B, 3, side, side) on the device."""
         squares = []
         for image in images:
-            tensor = torch.from_numpy(np.ascontiguousarray(image)).to(self.device).permute(2, 0, 1)[None].float() / 255
+            tensor = torch.tensor(image, device=self.device).permute(2, 0, 1)[None].float() / 255
             squares.append(F.interpolate(tensor, (self.side, self.side), mode="bilinear", antialias=True))
         return ((torch.cat(squares) - self._mean) / self._std).to(self.dtype)
 
@@ -145,13 +144,11 @@ class Segmenter:
             last = last + self.model.no_mem_embed.view(1, -1, 1, 1)
         return tuple(level.to(self.dtype) for level in (*levels[:-1], last))
 
-    def predict(
-        self, maps: Sequence[Tensor], coords: Tensor, labels: Tensor, multimask: bool
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, maps: Sequence[Tensor], coords: Tensor, labels: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
         """One mask decoder call.
 
         maps: of one image (batch 1), or of N images, one per prompt. coords (N, P, 2) in the model's square, labels
-        (N, P) as SAM numbers them. Returns logits (N, M, h, w) and predicted IoUs (N, M); M is 3 with multimask, else 1.
+        (N, P) as SAM numbers them. Returns logits (N, M, h, w) and predicted IoUs (N, M); M is 3 or 1.
         """
         encoder = self.model.sam_prompt_encoder
         sparse, dense = encoder(points=(coords, labels), boxes=None, masks=None)
@@ -228,7 +225,7 @@ class Segmenter:
         answers: int,
         multimask: bool = False,
     ) -> Segmentation:
-        """Masks of `answers` answers about one image. Prompts as in `decode`; owners (N,): the answer of each prompt."""
+        """Masks of `answers` answers about one image. Prompts as in `decode`, owners (N,) their answers."""
         logits, iou = self.decode(embedding, boxes, points, multimask)
         owners = np.asarray(owners, np.int64)
         total = np.bincount(owners, iou.cpu().numpy(), minlength=answers)
@@ -254,7 +251,7 @@ def official_config(name: str) -> DictConfig:
     if name not in OFFICIAL:
         raise ValueError(f"no SAM2 named '{name}'; known: {', '.join(OFFICIAL)}")
     with _hydra_untouched():
-        return OmegaConf.load(str(files("sam2") / f"configs/sam2.1/sam2.1_hiera_{OFFICIAL[name]}.yaml"))
+        return _read_config(files("sam2") / f"configs/sam2.1/sam2.1_hiera_{OFFICIAL[name]}.yaml")
 
 
 def build(config: DictConfig) -> SAM2Base:
@@ -267,6 +264,13 @@ def build(config: DictConfig) -> SAM2Base:
         node.sam_mask_decoder_extra_args = _DYNAMIC_MULTIMASK
     with _hydra_untouched():
         return instantiate(node, _recursive_=True)
+
+
+def _read_config(path: Traversable) -> DictConfig:
+    config = OmegaConf.create(path.read_text())
+    if not isinstance(config, DictConfig) or "model" not in config:
+        raise ValueError(f"{path} holds no `model:` node")
+    return config
 
 
 @contextmanager

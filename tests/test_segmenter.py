@@ -153,7 +153,7 @@ def test_hydra_is_left_as_it_was(tmp_path: Path) -> None:
 def test_a_configuration_cannot_name_foreign_code() -> None:
     config = mini_config()
     config.model.memory_encoder._target_ = "os.system"
-    with pytest.raises(ValueError, match="os.system"):
+    with pytest.raises(ValueError, match="not os"):
         build(config)
 
 

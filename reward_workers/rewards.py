@@ -1,0 +1,196 @@
+"""Reward components, each a documented pure function of one answer and its truth, and the rule that combines them.
+
+Two readings of an answer exist. `matching: binary` is the published one (Dr. Seg, VisionReasoner): their list of
+objects, their IoU with both edge pixels counted, their values for empty matches. `matching: continuous` is ours: item
+by item, and a completion without an answer is worth 0 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from perception import formats, metrics
+from perception.config import RewardConfig
+from perception.frames import METRIC, Frame, convert_boxes, convert_points
+from perception.matching import Matched, Objects, match, objects_of_answer, objects_of_target
+from perception.types import Answer, FailureKind, Score, ScoredGroup, Target
+from reward_workers.ranking import RankStore
+
+UNMEASURED = frozenset({FailureKind.ENGINE, FailureKind.SCORER})
+"""Failures of the infrastructure leave nothing to measure: such a score has no metrics."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One completion beside its truth."""
+
+    text: str
+    answer: Answer
+    """In original pixels."""
+    target: Target
+    image: Frame
+    """The original image: the frame of `answer` and `target`."""
+    answer_frame: Frame
+    """The frame of the numbers in `text`."""
+    published: bool
+    """Read and match as the published systems do."""
+    mask_iou: float = 0.0
+    """Of the union of the answer's SAM2 masks with the union of the true ones, at the original size."""
+    mask_dice: float = 0.0
+
+    @property
+    def answered(self) -> bool:
+        return self.answer.failure is None
+
+    @cached_property
+    def matched(self) -> Matched:
+        """Answered and true objects in pairs; computed once for all components."""
+        truth = objects_of_target(self.target, self.image)
+        if not self.published:
+            return match(objects_of_answer(self.answer, self.image), truth, "continuous")
+        read = formats.published_objects(self.text)
+        objects = Objects(
+            boxes=convert_boxes(read.boxes, self.answer_frame, METRIC),
+            points=convert_points(read.points, self.answer_frame, METRIC),
+        )
+        return match(objects, truth, "binary", pixel=1.0)
+
+    def value(self, of_match: Callable[[Matched], float]) -> float:
+        """A metric of the match; ours is 0 where there is no answer."""
+        return of_match(self.matched) if self.published or self.answered else 0.0
+
+
+def _matched_iou(case: Case) -> float:
+    """Mean box IoU of the matched pairs, 0..1 (Dr. Seg's x1)."""
+    return case.value(lambda matched: metrics.matched_iou(matched, empty=0.0 if case.published else 1.0))
+
+
+def _count_ratio(case: Case) -> float:
+    """min(M, N) / max(M, N) of the answered and true counts, 0..1 (Dr. Seg's x2)."""
+    return case.value(metrics.count_ratio)
+
+
+def _point_score(case: Case) -> float:
+    """Nearness of the matched points, 0..1 (Dr. Seg's x3)."""
+    return case.value(lambda matched: metrics.point_score(matched, empty=0.0 if case.published else 1.0))
+
+
+def _accuracy(case: Case) -> float:
+    """VisionReasoner's thresholded hits, 0..3."""
+    return case.value(metrics.vision_reasoner)
+
+
+def _count_exact(case: Case) -> float:
+    """1 iff as many objects were answered as there are."""
+    return case.value(metrics.count_exact)
+
+
+def _box_iou(case: Case) -> float:
+    """IoU of the areas covered by all answered and all true boxes, 0..1."""
+    answered = np.array([o.box for o in case.answer.objects if o.box]).reshape(-1, 4)
+    return metrics.box_iou(answered, case.target.boxes) if case.answered else 0.0
+
+
+def _mask_iou(case: Case) -> float:
+    """IoU of the answer's SAM2 mask with the true one, 0..1; 1 where rightly nothing was answered."""
+    return case.mask_iou if case.answered else 0.0
+
+
+def _mask_dice(case: Case) -> float:
+    """Dice coefficient of the same masks, 0..1."""
+    return case.mask_dice if case.answered else 0.0
+
+
+def _parsed(case: Case) -> float:
+    """1 iff the completion holds an answer in the task's grammar."""
+    return float(case.answered)
+
+
+def _non_repeat_plain(case: Case) -> float:
+    """VisionReasoner's form: 0 if sentences, split at '.', repeat at least twice in all."""
+    sentences = [sentence for part in case.text.split(".") if (sentence := part.strip())]
+    return float(len(sentences) - len(set(sentences)) < 2)
+
+
+Component = Callable[[Case], float]
+COMPONENTS: Mapping[str, Component] = {
+    "think_format": lambda case: formats.think_format(case.text),
+    "answer_format": lambda case: formats.answer_format(case.text),
+    "look": lambda case: formats.look(case.text),
+    "non_repeat": lambda case: formats.non_repeat(case.text),
+    "non_repeat_plain": _non_repeat_plain,
+    "parsed": _parsed,
+    "matched_iou": _matched_iou,
+    "count_ratio": _count_ratio,
+    "point_score": _point_score,
+    "accuracy": _accuracy,
+    "count_exact": _count_exact,
+    "box_iou": _box_iou,
+    "mask_iou": _mask_iou,
+    "mask_dice": _mask_dice,
+}
+MASK_COMPONENTS = frozenset({"mask_iou", "mask_dice"})
+"""Components that need SAM2."""
+
+
+def components_in_use(config: RewardConfig) -> tuple[str, ...]:
+    """Names the preset measures. Raises ValueError naming one that does not exist."""
+    names = tuple(dict.fromkeys((*config.components, *config.ranked)))
+    unknown = [name for name in names if name not in COMPONENTS]
+    if unknown:
+        raise ValueError(f"reward '{config.name}': no component '{unknown[0]}'; known: {', '.join(COMPONENTS)}")
+    return names
+
+
+def make_store(config: RewardConfig) -> RankStore | None:
+    """The rank store the preset needs, if it ranks."""
+    return RankStore(tuple(config.ranked), config.rank) if config.rank and config.ranked else None
+
+
+def combine(groups: Sequence[ScoredGroup], config: RewardConfig, store: RankStore | None) -> list[tuple[float, ...]]:
+    """Rewards of a step, one tuple per group: weighted components, plus weighted ranks of the ranked ones.
+
+    `groups` in prompt order. The step's values are appended to `store` but not flushed: call `store.flush()` once the
+    step is done. A trajectory without metrics gets 0 and keeps its failure, by which the advantages leave it out where
+    the infrastructure failed.
+    """
+    rewards = [_group_rewards(group, config, store) for group in groups]
+    if store is not None and config.rank is not None:
+        for group in groups:
+            rows = [_row(score, store.names) for score in group.scores if _is_evidence(score, config)]
+            if rows:
+                store.append(group.group.prompt.sample.task, np.array(rows))
+    return rewards
+
+
+def _group_rewards(group: ScoredGroup, config: RewardConfig, store: RankStore | None) -> tuple[float, ...]:
+    measured = [score for score in group.scores if score.metrics]
+    ranked = np.array([_row(score, tuple(config.ranked)) for score in measured]).reshape(len(measured), -1)
+    weights = tuple(config.ranked.values())
+    if store is not None and measured:
+        extra = store.aggregate(store.rank(group.group.prompt.sample.task, ranked), weights)
+    else:
+        extra = ranked @ np.array(weights, np.float64)
+    extras = iter(extra.tolist())
+    return tuple(_reward(score, config, next(extras) if score.metrics else 0.0) for score in group.scores)
+
+
+def _reward(score: Score, config: RewardConfig, ranked: float) -> float:
+    if not score.metrics:
+        return 0.0
+    if score.failure is not None and config.unparsed_reward is not None:
+        return config.unparsed_reward
+    return ranked + sum(weight * score.metrics[name] for name, weight in config.components.items())
+
+
+def _is_evidence(score: Score, config: RewardConfig) -> bool:
+    assert config.rank is not None
+    return bool(score.metrics) and not (config.rank.exclude_unparsed and score.failure is not None)
+
+
+def _row(score: Score, names: Sequence[str]) -> list[float]:
+    return [score.metrics[name] for name in names]

@@ -1,0 +1,209 @@
+"""Guards the reward worker with real SAM2 and real Ray: masks against truth, caching, failures as values, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import ray
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from perception import masks
+from perception.config import ModelConfig, PlacementConfig, RewardConfig
+from perception.images import content_key
+from perception.scenes import Scene, generate
+from perception.types import Failure, FailureKind, Group, ImageHandle, Prompt, Sample, Target, Trajectory, Turn
+from reward_workers.pool import RewardError, RewardPool
+from reward_workers.segmenter import build
+from reward_workers.training import mini_config
+from reward_workers.worker import RewardWorker
+
+MASKED = RewardConfig(name="masked", components={"mask_iou": 1.0, "matched_iou": 1.0, "parsed": 1.0}, timeout_s=240)
+PLAIN = RewardConfig(name="plain", components={"think_format": 1.0, "count_ratio": 1.0}, timeout_s=240)
+PLACEMENT = PlacementConfig(name="test", device="cpu", reward_cpus=0.5, threads=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A SAM2 directory with random weights."""
+    folder = tmp_path_factory.mktemp("segmenter")
+    config = mini_config()
+    torch.manual_seed(0)
+    OmegaConf.save(config, folder / "config.yaml")
+    state = build(config).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
+    return ModelConfig(path="unused", segmenter=str(folder))
+
+
+@pytest.fixture(scope="module")
+def scene() -> Scene:
+    return next(s for s in map(generate, range(100)) if len(s.objects) == 2)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    yield
+    ray.shutdown()
+
+
+def truth(scene: Scene) -> Target:
+    return Target(
+        boxes=np.array([o.box for o in scene.objects], np.float32),
+        points=np.array([o.point for o in scene.objects], np.float32),
+        masks=tuple(masks.encode(o.mask) for o in scene.objects),
+    )
+
+
+def asked(scene: Scene, texts: list[str], ref: object = None, target: Target | None = None) -> Group:
+    """A group whose policy sees the image at twice its size."""
+    data = cv2.imencode(".png", scene.image[..., ::-1])[1].tobytes()
+    image = ImageHandle(key=content_key(data), height=112, width=112, ref=data if ref is None else ref)
+    sample = Sample(
+        id="scene 1",
+        image_path="",
+        height=112,
+        width=112,
+        question="all of them",
+        task="segment",
+        target=truth(scene) if target is None else target,
+    )
+    prompt = Prompt(sample=sample, token_ids=(1,), images=(image,), answer_height=224, answer_width=224, seed=0)
+    return Group(prompt=prompt, trajectories=tuple(trajectory(i, text) for i, text in enumerate(texts)))
+
+
+def trajectory(index: int, text: str) -> Trajectory:
+    turn = Turn(input_ids=(), images=(), token_ids=(), logprobs=(), versions=(), text=text, finish_reason="stop")
+    return Trajectory(index=index, turns=(turn,))
+
+
+def answer(scene: Scene) -> str:
+    items = [f'{{"bbox_2d": {[2 * v for v in o.box]}, "point_2d": {[2 * v for v in o.point]}}}' for o in scene.objects]
+    return f"<think>here</think><answer>[{', '.join(items)}]</answer>"
+
+
+def test_masks_are_compared_with_the_truth(model: ModelConfig, scene: Scene) -> None:
+    worker = RewardWorker(MASKED, model, "cpu", 1)
+    worker.start()
+    texts = [answer(scene), "gibberish", "<answer>[]</answer>"]
+    result = worker.score(asked(scene, texts), want_masks=True)
+    good, unparsed, nothing = result.scores
+    assert good.answer.objects[0].box == tuple(scene.objects[0].box)  # original pixels
+    assert good.metrics["matched_iou"] == 1 and good.failure is None and 0 < good.confidence <= 1
+    assert good.mask is not None
+    union = masks.union([masks.encode(o.mask) for o in scene.objects], 112, 112)
+    both, either = masks.intersection_and_union(good.mask, union)
+    assert good.metrics["mask_iou"] == pytest.approx(both / either)
+    assert unparsed.failure is not None and unparsed.failure.kind == FailureKind.UNPARSED
+    assert unparsed.metrics == {"mask_iou": 0, "matched_iou": 0, "parsed": 0}
+    assert nothing.metrics == {"mask_iou": 0, "matched_iou": 0, "parsed": 1} and nothing.mask is None
+    assert not result.cached and worker.score(asked(scene, texts)).cached
+    assert worker.stats()["cache_hits"] == 1
+
+
+def test_answers_do_not_disturb_each_other(model: ModelConfig, scene: Scene) -> None:
+    """A group's scores are those of its trajectories alone."""
+    worker = RewardWorker(MASKED, model, "cpu", 1)
+    one_object = f'<answer>[{{"bbox_2d": {[2 * v for v in scene.objects[0].box]}}}]</answer>'
+    texts = [answer(scene), one_object, '<answer>[{"point_2d": [90, 90]}]</answer>']
+    together = worker.score(asked(scene, texts))
+    for text, joint in zip(texts, together.scores, strict=True):
+        alone = worker.score(asked(scene, [text])).scores[0]
+        assert alone.metrics == pytest.approx(joint.metrics)
+        assert alone.confidence == pytest.approx(joint.confidence)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        '{"bbox_2d": [-900, -900, -800, -800]}',
+        '{"bbox_2d": [5, 5, 5, 5]}',
+        '{"bbox_2d": [1e5, 0, 1e6, 9]}',
+        '{"point_2d": [-3, 5]}',
+    ],
+)
+def test_prompts_outside_the_image_segment_nothing(model: ModelConfig, scene: Scene, item: str) -> None:
+    result = RewardWorker(MASKED, model, "cpu", 1).score(asked(scene, [f"<answer>[{item}]</answer>"]))
+    assert result.scores[0].metrics["mask_iou"] == 0 and result.scores[0].confidence == 0
+
+
+def test_a_dead_engine_is_not_measured_but_a_silent_policy_is(model: ModelConfig, scene: Scene) -> None:
+    group = asked(scene, [answer(scene)])
+    dead = Trajectory(index=1, turns=(), failure=Failure(kind=FailureKind.ENGINE, detail="the engine died"))
+    mute = Trajectory(index=2, turns=(), failure=Failure(kind=FailureKind.EMPTY, detail="no token"))
+    group = Group(prompt=group.prompt, trajectories=(*group.trajectories, dead, mute))
+    spoken, broken, silent = RewardWorker(MASKED, model, "cpu", 1).score(group).scores
+    assert spoken.failure is None
+    assert broken.metrics == {} and broken.failure == dead.failure
+    assert silent.metrics["mask_iou"] == 0 and silent.failure == mute.failure
+
+
+def test_sam2_is_not_loaded_where_nothing_needs_it(scene: Scene) -> None:
+    nowhere = ModelConfig(path="unused", segmenter="/nowhere")
+    worker = RewardWorker(PLAIN, nowhere, "cpu", 1)
+    worker.start()
+    assert worker.score(asked(scene, [answer(scene)])).scores[0].metrics == {"think_format": 1, "count_ratio": 1}
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        worker.score(asked(scene, [answer(scene)]), names=("mask_iou",))
+
+
+def test_provisional_masks_need_no_truth(model: ModelConfig, scene: Scene) -> None:
+    worker = RewardWorker(MASKED, model, "cpu", 1)
+    group = asked(scene, [answer(scene), "<answer>[]</answer>"])
+    scored = worker.score(group, want_masks=True).scores
+    provisional = worker.segment(group.prompt.images[0], [s.answer for s in scored])
+    assert provisional == [(s.mask, s.confidence) for s in scored]
+    assert provisional[1] == (None, 0.0)
+
+
+def test_pool_scores_by_reference_and_keeps_an_image_in_its_place(
+    cluster: None, model: ModelConfig, scene: Scene
+) -> None:
+    async def run() -> None:
+        pool = RewardPool(MASKED, model, PLACEMENT)
+        await pool.start()
+        group = asked(scene, [answer(scene)])
+        by_reference = asked(scene, [answer(scene)], ref=ray.put(group.prompt.images[0].ref))
+        first, second = await pool.score(by_reference), await pool.score(group)
+        assert first.scores == second.scores and (first.cached, second.cached) == (False, True)
+        assert (await pool.segment(group.prompt.images[0], [first.scores[0].answer]))[0][0] is not None
+        assert (await pool.stats())["groups"] == 2
+        # what a worker raises becomes a marked score that names the sample
+        bare = Target(boxes=truth(scene).boxes, points=truth(scene).points)
+        failed = await pool.score(asked(scene, [answer(scene)] * 2, target=bare))
+        assert [s.failure.kind for s in failed.scores if s.failure] == [FailureKind.SCORER] * 2
+        assert failed.scores[0].failure and "'scene 1' has no masks" in failed.scores[0].failure.detail
+        pool.shutdown()
+
+    asyncio.run(run())
+
+
+def test_pool_restarts_a_dead_worker_and_gives_up_in_the_end(cluster: None, scene: Scene) -> None:
+    async def run() -> None:
+        pool = RewardPool(PLAIN, ModelConfig(path="", segmenter=""), PLACEMENT)
+        await pool.start()
+        group = asked(scene, [answer(scene)])
+        for deaths in range(3):
+            assert (await pool.score(group)).scores[0].metrics == {"think_format": 1, "count_ratio": 1}
+            assert pool.restarts == deaths
+            ray.kill(pool._slots[0].actor)
+        with pytest.raises(RewardError, match="reward worker 0 died 3 times"):
+            await pool.score(group)
+        pool.shutdown()
+
+    asyncio.run(run())
+
+
+def test_pool_says_which_worker_did_not_start(cluster: None, tmp_path: Path) -> None:
+    async def run() -> None:
+        pool = RewardPool(MASKED, ModelConfig(path="", segmenter=str(tmp_path)), PLACEMENT)
+        with pytest.raises(RewardError, match=r"reward worker 0 did not start(.|\n)*has no \*.yaml"):
+            await pool.start()
+
+    asyncio.run(run())
