@@ -6,7 +6,10 @@ method may share its name with one of the worker's own.
 
 from __future__ import annotations
 
+import ctypes
 import pickle
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,11 @@ Slot = tuple[str, str, tuple[int, ...], int]
 
 _DEVICE_ARGUMENT = 6
 """Position of the device index in the arguments of torch's `rebuild_cuda_tensor`."""
+_PR_SET_PDEATHSIG = 1
+
+# A killed actor takes this process with it; vLLM alone would leave the engine running, and holding its memory.
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _plain_linear(layer: Any, remove_weight: bool = False) -> None:
