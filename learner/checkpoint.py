@@ -14,8 +14,9 @@ from learner.engine import ZeroEngine
 from learner.policy import Policy
 
 TAG = "learner"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
-CONFIGS = ("config.json", "generation_config.json")
+TOKENIZER_AND_PROCESSOR = (".json", ".jinja", ".txt", ".model")
+WRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
+"""Files of the same kinds that `save_pretrained` writes itself."""
 
 
 def save(engine: ZeroEngine, folder: Path, client_state: dict[str, Any]) -> None:
@@ -55,7 +56,7 @@ def export(policy: Policy, weights: dict[str, Tensor], source: Path, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     policy.model.save_pretrained(folder, state_dict=weights)
     for file in source.iterdir():
-        if file.is_file() and file.name not in CONFIGS and not file.name.endswith(WEIGHTS):
+        if file.suffix in TOKENIZER_AND_PROCESSOR and file.name not in WRITTEN:
             shutil.copy2(file, folder / file.name)
 
 

@@ -73,7 +73,6 @@ class LearnerRank:
         if self._rank > 0:
             self._store = dist.TCPStore(address, port, self._world, is_master=False, timeout=timeout)
         os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._world), "LOCAL_RANK": "0"}
-        os.environ["DS_ACCELERATOR"] = self._device.type
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
             store=self._store,
