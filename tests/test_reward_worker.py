@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 from omegaconf import OmegaConf
+from ray.exceptions import RayActorError
 from safetensors.torch import save_file
 
 from perception import masks
@@ -184,6 +185,17 @@ def test_pool_scores_by_reference_and_keeps_an_image_in_its_place(
     asyncio.run(run())
 
 
+def kill(actor: ray.actor.ActorHandle) -> None:
+    """Returns once the actor is gone: `ray.kill` alone does not wait."""
+    ray.kill(actor)
+    for _ in range(1000):
+        try:
+            ray.get(actor.stats.remote(), timeout=30)
+        except RayActorError:
+            return
+    raise TimeoutError("the killed reward worker still answers")
+
+
 def test_pool_restarts_a_dead_worker_and_gives_up_in_the_end(cluster: None, scene: Scene) -> None:
     async def run() -> None:
         pool = RewardPool(PLAIN, ModelConfig(path="", segmenter=""), PLACEMENT)
@@ -192,7 +204,7 @@ def test_pool_restarts_a_dead_worker_and_gives_up_in_the_end(cluster: None, scen
         for deaths in range(3):
             assert (await pool.score(group)).scores[0].metrics == {"think_format": 1, "count_ratio": 1}
             assert pool.restarts == deaths
-            ray.kill(pool._slots[0].actor)
+            kill(pool._slots[0].actor)
         with pytest.raises(RewardError, match="reward worker 0 died 3 times"):
             await pool.score(group)
         pool.shutdown()
