@@ -26,6 +26,14 @@ LOCAL_OBJECT_STORE_BYTES = 1 << 30
 GRANT_POLL_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
 
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+"""glibc gives large blocks back to the kernel at once; on the CPU the page faults of taking them again cost half of a
+forward and backward pass (measured: 49 against 90 samples/s)."""
+
 Resources = dict[str, float]
 
 
@@ -77,6 +85,7 @@ def connect(placement: PlacementConfig) -> None:
     Raises UserError if the named cluster does not answer.
     """
     address = _cluster_address()
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves its workers on a busy machine
     options: dict[str, Any] = {
         "address": address or "local",
         "log_to_driver": False,
@@ -193,6 +202,8 @@ def _worker_env(placement: PlacementConfig) -> dict[str, str]:
     env = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "TOKENIZERS_PARALLELISM": "false"}
     if placement.threads:
         env["OMP_NUM_THREADS"] = str(placement.threads)
+    if placement.device == "cpu":
+        env |= KEEP_FREED_MEMORY
     if "working_dir" not in submitted:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {name: value for name, value in env.items() if name not in submitted.get("env_vars", {})}
