@@ -32,7 +32,13 @@ class RayCluster:
     def submit(self, *entrypoint: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir <repository> -- ENTRYPOINT`, until the job ends; `stdout` holds its log."""
         command = [BIN / "ray", "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", *entrypoint]
-        return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=timeout_s)
+        try:
+            return subprocess.run(
+                command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=timeout_s
+            )
+        except subprocess.TimeoutExpired as late:
+            said = (late.stdout or b"").decode()[-4000:]  # bytes even with text=True
+            raise TimeoutError(f"the job did not end within {timeout_s:g} s; it last said: {said}") from late
 
 
 @contextlib.contextmanager
