@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,7 +21,7 @@ class StageClock:
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        self._stages: Counter[str] = Counter()
+        self._stages: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

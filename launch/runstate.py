@@ -65,6 +65,7 @@ class RunState:
 
     async def restore(self, system: System) -> None:
         """Learner first, then its weights into the engines, stamped with the checkpoint's version."""
+        assert self.checkpoint is not None, "only a resumed run is restored"
         await system.learner.load_checkpoint(str((self.checkpoint / LEARNER).resolve()))
         await system.sync_weights(self.step)
 
@@ -102,7 +103,7 @@ class RunState:
 
 
 def _write_ranks(folder: Path, ranks: RankStoreState) -> None:
-    np.savez(folder / RANKS, **ranks.rows)
+    np.savez(folder / RANKS, **dict(ranks.rows))  # type: ignore[arg-type]  # numpy types the keyword allow_pickle only
     rundir.write_text(folder / RANKED, json.dumps({"names": ranks.names, "steps": dict(ranks.steps)}))
 
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +17,7 @@ from launch.arguments import call
 from launch.config import read_tasks
 from launch.warm_start import SEED_BASE, SEEDS_PER_RUN, WarmStart, train_policy
 from perception.scenes import stream
-from reward_workers.training import train_tool
+from reward_workers.training import TOOL_STYLE, train_tool
 
 
 def sft(
@@ -32,14 +31,21 @@ def sft(
 ) -> None:
     """Train `target` and write it to `out`."""
     torch.set_num_threads(threads)
-    given = {name: value for name, value in (("steps", steps), ("batch", batch), ("lr", lr)) if value is not None}
     if target == "policy":
-        config = replace(WarmStart(seed=seed), **given)
+        shipped = WarmStart()
+        config = WarmStart(steps=steps or shipped.steps, batch=batch or shipped.batch, lr=lr or shipped.lr, seed=seed)
         train_policy(out or Path("assets/policy"), config, read_tasks("brief"), _say)
     else:
-        settings = {"steps": 3000, "batch": 16, "lr": 2e-3} | given
-        scenes = stream(SEED_BASE + seed * SEEDS_PER_RUN)
-        train_tool(out or Path("assets/segmenter"), scenes, seed=seed, device="cpu", log=_say, **settings)
+        train_tool(
+            out or Path("assets/segmenter"),
+            stream(SEED_BASE + seed * SEEDS_PER_RUN, TOOL_STYLE),
+            steps=steps or 5500,
+            batch=batch or 8,
+            lr=lr or 2e-3,
+            seed=seed,
+            device="cpu",
+            log=_say,
+        )
 
 
 def _say(text: str) -> None:

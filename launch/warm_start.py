@@ -87,8 +87,8 @@ def _dialogue(seed: int, style: SceneStyle) -> tuple[np.ndarray, str, str, str]:
 
 def corpus(style: SceneStyle, tasks: dict[str, TaskConfig]) -> Iterator[str]:
     """Texts a tokenizer for the synthetic world is trained on."""
-    for task in tasks.values():
-        yield from [f"system\n{task.system}\nuser\nassistant\n{task.template}"] * 50
+    for templates in tasks.values():
+        yield from [f"system\n{templates.system}\nuser\nassistant\n{templates.template}"] * 50
     for seed in range(SEED_BASE - 4000, SEED_BASE):
         _, question, task, answer = _dialogue(seed, style)
         yield tasks[task].template.replace("{question}", question) + answer

@@ -35,8 +35,9 @@ def attend(
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        flat = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
-        out = varlen_attn(*flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
+        assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
         return out.unsqueeze(0), None
     lengths = cu_seq_lens_q.diff()
     if bool((lengths == lengths[0]).all()):
@@ -45,8 +46,8 @@ def attend(
     for length in lengths.unique().tolist():
         starts = cu_seq_lens_q[:-1][lengths == length]
         rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
-        parts = (x[:, :, rows] for x in (query, key, value))
-        output = output.index_copy(0, rows, _equal_windows(*parts, len(starts), scaling))
+        q, k, v = (x[:, :, rows] for x in (query, key, value))
+        output = output.index_copy(0, rows, _equal_windows(q, k, v, len(starts), scaling))
     return output.unsqueeze(0), None
 
 
@@ -55,8 +56,8 @@ def _equal_windows(
 ) -> torch.Tensor:
     """(1, heads, windows * length, dim) -> (windows * length, heads, dim)."""
     _, heads, tokens, dim = query.shape
-    split = [x[0].reshape(heads, windows, tokens // windows, dim).transpose(0, 1) for x in (query, key, value)]
-    out = scaled_dot_product_attention(*split, scale=scaling)
+    q, k, v = (x[0].reshape(heads, windows, tokens // windows, dim).transpose(0, 1) for x in (query, key, value))
+    out = scaled_dot_product_attention(q, k, v, scale=scaling)
     return out.transpose(1, 2).reshape(tokens, heads, dim)
 
 

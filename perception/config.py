@@ -89,7 +89,7 @@ class RewardConfig:
     image_cache: Positive = 64
     """SAM2 embeddings kept per worker."""
     timeout_s: Rate = 120.0
-    """Longest wait for a group's score, and for a worker's start."""
+    """Longest wait for a group's score."""
     max_failure_rate: Fraction = 0.5
     """Engine or scorer failures above this share of a step stop the run."""
 
@@ -165,7 +165,7 @@ class PlacementConfig:
     threads: Natural = 0
     """Intra-op threads of each worker process; 0: the library's default."""
     start_timeout_s: Rate = 300.0
-    """How long to wait for the cluster to grant the placement."""
+    """How long to wait for the cluster to grant the placement, and for a reward worker to be ready."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

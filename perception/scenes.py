@@ -98,7 +98,7 @@ class Question:
     """Indices into `Scene.objects`, left to right."""
 
 
-def _polygon(angles: Sequence[float], radii: Sequence[float] = (1.0,)) -> np.ndarray:
+def _polygon(angles: Sequence[float] | np.ndarray, radii: Sequence[float] = (1.0,)) -> np.ndarray:
     a = np.deg2rad(np.asarray(angles, float))
     r = np.resize(np.asarray(radii, float), a.shape)
     return np.stack([r * np.cos(a), r * np.sin(a)], axis=1)
@@ -125,7 +125,7 @@ def generate(seed: int, style: SceneStyle = SceneStyle()) -> Scene:
     background = _background(rng, side)
     labels = np.zeros((side, side), np.uint8)
     wanted = int(rng.integers(style.min_objects, style.max_objects + 1))
-    traits = []
+    traits: list[_Traits] = []
     for _ in range(wanted * 4):
         if len(traits) == wanted:
             break

@@ -119,10 +119,10 @@ class RewardPool:
         worker = ray.remote(RewardWorker).options(**slot.options)
         actor = worker.remote(self._config, self._model, self._placement.device, self._placement.threads)
         try:
-            seconds = await asyncio.wait_for(actor.start.remote(), self._config.timeout_s)
+            seconds = await asyncio.wait_for(actor.start.remote(), self._placement.start_timeout_s)
         except TimeoutError as error:
             ray.kill(actor)
-            limit = f"{self._config.timeout_s:g} s (reward.timeout_s)"
+            limit = f"{self._placement.start_timeout_s:g} s (placement.start_timeout_s)"
             raise RewardError(f"reward worker {slot.number} was not ready within {limit}") from error
         except RayError as error:
             ray.kill(actor)

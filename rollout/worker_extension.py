@@ -36,10 +36,22 @@ def _plain_linear(layer: Any, remove_weight: bool = False) -> None:
     layer.cpu_linear = functional.linear
 
 
+class _CpuGenerator(torch.Generator):
+    """vLLM rewinds a seeded request's generator when its prompt was only computed in part. torch's CPU generator cannot
+    rewind and raises, which ends the engine; here the request goes on with the next random numbers instead."""
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        """Nothing to do."""
+
+
 # vLLM's CPU linears keep a packed copy of their weights, and nothing repacks the tied head when new weights come: it
 # would silently go on with the old ones. Unpacked linears read the parameter itself. On CUDA nothing is packed.
 if current_platform.is_cpu():
     vllm_layers.dispatch_cpu_unquantized_gemm = _plain_linear
+    torch.Generator = _CpuGenerator  # type: ignore[misc]
 
 
 def _tensors(flat: torch.Tensor, slots: Sequence[Slot]) -> Iterator[tuple[str, torch.Tensor]]:

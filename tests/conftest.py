@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.update(
     HF_HUB_OFFLINE="1",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",
     TOKENIZERS_PARALLELISM="false",
     WANDB_MODE="offline",
     WANDB_SILENT="true",

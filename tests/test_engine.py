@@ -133,3 +133,11 @@ def test_the_group_shares_its_prompt(engine: Any, groups: list[Group]) -> None:
     assert after.requests == before.requests + 1
     assert after.cached_tokens > before.cached_tokens
     assert (after.image_hits, after.image_misses) == (before.image_hits + 1, before.image_misses)
+
+
+def test_more_prompt_tokens_than_one_batch_takes_leave_the_engine_alive(engine: Any, reference: Reference) -> None:
+    """vLLM then computes some prompts in part and rewinds their generators, which torch's CPU generator cannot do."""
+    few = SamplingSpec(n=8, temperature=1.0, max_new_tokens=4)
+    groups = generate(engine, [reference.prompt(seed) for seed in range(64)], few)
+    failures = {t.failure.kind for group in groups for t in group.trajectories if t.failure is not None}
+    assert failures <= {FailureKind.TRUNCATED}
