@@ -86,7 +86,7 @@ def test_a_training_run_submitted_as_a_job_writes_where_it_was_told(nodes: RayCl
         *("python", "-m", "launch.train", "recipe=quickstart"),
         *("algorithm.steps=2", "algorithm.prompts_per_step=4", "algorithm.group_size=4", "learner.lr=2e-5"),
         *(f"data.{split}={tmp_path}/world/{split}.json" for split in ("train", "eval")),
-        *("data.eval_samples=4", "reward.timeout_s=300", f"run.output={tmp_path}/runs"),
+        *("data.eval_samples=4", f"run.output={tmp_path}/runs"),
         timeout_s=400,
     )
     assert job.returncode == 0, job.stdout + job.stderr
