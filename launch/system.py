@@ -94,10 +94,13 @@ class System:
         come back with predicted masks, for pictures. `on_sampled` is set once all are sampled.
         """
         waiting = len(prompts)
+        # What vLLM computes beside a request changes the last bits of its log-probs; alone, it always gets the same.
+        gate = asyncio.Semaphore(1 if self.config.run.deterministic else waiting)
 
         async def one(position: int, prompt: Prompt) -> ScoredGroup:
             nonlocal waiting
-            group = await self.engines.generate(prompt, sampling)
+            async with gate:
+                group = await self.engines.generate(prompt, sampling)
             waiting -= 1
             if not waiting and on_sampled is not None:
                 on_sampled.set()

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from launch import cluster
 from launch.config import entry
 from launch.evaluate import evaluate
+from launch.failures import check_failures
 from launch.metrics import StageClock, step_metrics
 from launch.parity import parity_gate
 from launch.preflight import check
@@ -31,25 +33,25 @@ from perception.types import Sample, SamplingSpec, TrainGroup
 from reward_workers.rewards import combine
 
 
-async def train(system: System, state: RunState, recorder: Recorder, progress: Progress, stop: asyncio.Event) -> None:
-    """The algorithm. Ends after `algorithm.steps` steps, or after the current one when `stop` is set."""
-    config = system.config
-    algorithm = config.algorithm
+async def train(run: Session) -> None:
+    """The algorithm. Ends after `algorithm.steps` steps, or after the current one once `stop` is set."""
+    config, system, state = run.config, run.system, run.state
+    algorithm, first = config.algorithm, run.state.step + 1
     sampling = SamplingSpec(
         n=algorithm.group_size,
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
     )
-    first = state.step + 1
     for step in range(first, algorithm.steps + 1):
         clock = StageClock()
         prompts = system.prompts(state.cursor.next(algorithm.prompts_per_step), step)
         with clock.generate_and_score() as sampled:
             scored = await system.answer(prompts, sampling, masks=config.run.rollouts_kept, on_sampled=sampled)
+        check_failures(scored, config.reward.max_failure_rate)
         rewards = combine(scored, config.reward, state.ranks)
         advantages = step_advantages(scored, rewards, algorithm.scale)
         if step == first:
-            await parity_gate(system, scored, progress)
+            await parity_gate(system, scored, run.progress)
         with clock.stage(names.SECONDS_LEARN):
             batch = [TrainGroup(group=s.group, advantages=a) for s, a in zip(scored, advantages.values, strict=True)]
             report = await system.learner.train_step(batch)
@@ -59,42 +61,55 @@ async def train(system: System, state: RunState, recorder: Recorder, progress: P
             updates = await system.sync_weights(version=step)
         state.step = step
         metrics = step_metrics(scored, rewards, advantages, report, updates, clock)
-        recorder.step(step, metrics, scored, rewards, advantages.values)
-        progress.step(step, metrics)
-        if stop.is_set() or step == algorithm.steps or step % config.run.checkpoint_every == 0:
-            await state.save(system, recorder.run_dir)
-        if stop.is_set():
+        run.recorder.step(step, metrics, scored, rewards, advantages.values)
+        run.progress.step(step, metrics)
+        if run.stop.is_set() or step == algorithm.steps or step % config.run.checkpoint_every == 0:
+            await state.save(system, run.recorder.run_dir)
+        if run.stop.is_set():
             return
+        if config.run.eval_every and step % config.run.eval_every == 0 and step < algorithm.steps:
+            await run.assess(f"evaluating after step {step}")
 
 
-async def session(
-    config: Config, held_out: Sequence[Sample], recorder: Recorder, state: RunState, progress: Progress
-) -> None:
-    """Everything around the algorithm: workers up, evaluation before and after, summary and report, workers down."""
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    progress.phase("starting engine, SAM2 worker and learner")
-    system = System(config)
-    try:
-        await system.start()
-        if state.step:
-            await state.restore(system)
-        if state.before is None:
-            progress.phase("evaluating the starting policy")
-            evaluation = await evaluate(system, held_out, config.run.rollouts_kept)
-            recorder.evaluation(0, evaluation.metrics(), evaluation.groups)
-            state.before = evaluation.metrics()
-        await train(system, state, recorder, progress, stop)
-        if not stop.is_set():
-            progress.phase("evaluating the trained policy")
-            evaluation = await evaluate(system, held_out, config.run.rollouts_kept)
-            recorder.evaluation(state.step, evaluation.metrics(), evaluation.groups)
-            await system.learner.export(str(recorder.run_dir.resolve() / "policy"))
-            recorder.summary(state.summary(evaluation.metrics()))
-    finally:
-        progress.phase("shutting down")
-        await system.shutdown()
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Everything around the algorithm."""
+
+    config: Config
+    held_out: Sequence[Sample]
+    state: RunState
+    system: System
+    recorder: Recorder
+    progress: Progress
+    stop: asyncio.Event
+    """Set by Ctrl-C and SIGTERM."""
+
+    async def assess(self, phase: str) -> dict[str, float]:
+        """Evaluate the current policy on the held-out samples, and record it."""
+        self.progress.phase(phase)
+        evaluation = await evaluate(self.system, self.held_out, self.config.run.rollouts_kept)
+        self.recorder.evaluation(self.state.step, evaluation.metrics(), evaluation.groups)
+        return evaluation.metrics()
+
+    async def run(self) -> None:
+        """Workers up, evaluation before and after, summary and exported policy, workers down."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop.set)
+        self.progress.phase("starting engine, SAM2 worker and learner")
+        try:
+            await self.system.start()
+            if self.state.step:
+                await self.state.restore(self.system)
+            if self.state.before is None:
+                self.state.before = await self.assess("evaluating the starting policy")
+            await train(self)
+            if not self.stop.is_set():
+                after = await self.assess("evaluating the trained policy")
+                await self.system.learner.export(str(self.recorder.run_dir.resolve() / "policy"))
+                self.recorder.summary(self.state.summary(after))
+        finally:
+            self.progress.phase("shutting down")
+            await self.system.shutdown()
 
 
 def run(config: Config) -> None:
@@ -106,9 +121,15 @@ def run(config: Config) -> None:
         Recorder(config, resume_step=state.step if config.run.resume else None) as recorder,
         Progress(config.algorithm.steps) as progress,
     ):
-        asyncio.run(session(config, held_out, recorder, state, progress))
+        asyncio.run(_session(config, held_out, state, recorder, progress))
     report = write_report(recorder.run_dir)
     progress.say(f"report: {report}")
+
+
+async def _session(
+    config: Config, held_out: Sequence[Sample], state: RunState, recorder: Recorder, progress: Progress
+) -> None:
+    await Session(config, held_out, state, System(config), recorder, progress, asyncio.Event()).run()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 420, 200
-LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 26
 MAX_POINTS = 300
 """A longer curve is shown by the means of so many equal stretches."""
 _TICKS = 4
