@@ -30,7 +30,7 @@ _MAX_JITTER = 0.12
 _POSITION_SCALE = 0.25
 
 
-def mini_config(side: int = 128, embed_dim: int = 16, width: int = 64) -> DictConfig:
+def mini_config(side: int = 192, embed_dim: int = 16, width: int = 64) -> DictConfig:
     """SAM 2.1's architecture at 1.3 M parameters: masks come out at a quarter of `side`.
 
     Hiera's later windows span the whole map; the memory parts, unused on single images, are kept minimal.
@@ -67,15 +67,35 @@ def train_tool(
 ) -> None:
     """Train a mini SAM2 and save `config.yaml` and `model.safetensors` (float16) under `out_dir`.
 
+    Half of the steps at 128 px, where prompts are learned cheaply, half at 192 px and half the rate, for sharp edges:
+    SAM2's weights do not depend on the image's size. `lr` is the peak rate of a one-cycle schedule in each half.
     Loss per prompt: BCE + Dice of the full-size logits, and the squared error of the predicted IoU (SAM's three terms).
     """
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    config = mini_config()
-    segmenter = Segmenter(build(config), device)
-    model = segmenter.model.train()
+    coarse = Segmenter(build(mini_config(128)), device)
     # SAM's random Fourier features are too fine for a model this narrow to learn positions from.
-    model.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix *= _POSITION_SCALE
+    coarse.model.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix *= _POSITION_SCALE
+    _train(coarse, scenes, steps // 2, batch, lr, np.random.default_rng(seed), log)
+    config = mini_config()
+    fine = Segmenter(build(config), device)
+    fine.model.load_state_dict(coarse.model.state_dict())
+    _train(fine, scenes, steps - steps // 2, batch, lr / 2, np.random.default_rng(seed + 1), log)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, out_dir / "config.yaml")
+    state = {name: value.half().cpu().contiguous() for name, value in fine.model.state_dict().items()}
+    save_file(state, out_dir / "model.safetensors")
+
+
+def _train(
+    segmenter: Segmenter,
+    scenes: Iterator[Scene],
+    steps: int,
+    batch: int,
+    lr: float,
+    rng: np.random.Generator,
+    log: Callable[[str], None],
+) -> None:
+    model = segmenter.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     seen: list[float] = []
@@ -89,11 +109,8 @@ def train_tool(
         schedule.step()
         seen.append(iou.item())
         if step % 50 == 0 or step == steps:
-            log(f"step {step}/{steps}  loss {loss.item():.3f}  mask IoU {np.mean(seen[-50:]):.3f}")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, out_dir / "config.yaml")
-    state = {name: value.half().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, out_dir / "model.safetensors")
+            at = f"{segmenter.side} px, step {step}/{steps}"
+            log(f"{at}  loss {loss.item():.3f}  mask IoU {np.mean(seen[-50:]):.3f}")
 
 
 @torch.no_grad()
