@@ -43,8 +43,8 @@ class _CpuGenerator(torch.Generator):
     def get_offset(self) -> int:
         return 0
 
-    def set_offset(self, offset: int) -> None:
-        """Nothing to do."""
+    def set_offset(self, offset: int) -> torch.Generator:
+        return self
 
 
 # vLLM's CPU linears keep a packed copy of their weights, and nothing repacks the tied head when new weights come: it
