@@ -39,7 +39,7 @@ def sft(
         train_tool(
             out or Path("assets/segmenter"),
             stream(SEED_BASE + seed * SEEDS_PER_RUN, TOOL_STYLE),
-            steps=steps or 5500,
+            steps=steps or 3600,
             batch=batch or 8,
             lr=lr or 2e-3,
             seed=seed,
