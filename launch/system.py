@@ -47,8 +47,13 @@ class System:
             bundles=seats.learners,
         )
 
-    async def start(self) -> None:
-        await asyncio.gather(self.engines.start(), self.rewards.start(), self.learner.start())
+    async def start(self) -> str:
+        """Everything at once; returns a line that says how long each took to be ready."""
+        engines, rewards, learner = await asyncio.gather(
+            self.engines.start(), self.rewards.start(), self.learner.start()
+        )
+        slowest = max(engine.seconds for engine in engines)
+        return f"ready: vLLM {engines[0].version} {slowest:.0f} s, SAM2 {rewards:.0f} s, learner {learner:.0f} s"
 
     async def shutdown(self) -> None:
         try:

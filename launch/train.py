@@ -2,7 +2,7 @@
 
 python -m launch.train recipe=quickstart learner.lr=2e-5
 python -m launch.train --multirun learner.lr=2e-5,5e-5
-python -m launch.train recipe=quickstart run.resume=quickstart
+python -m launch.train recipe=quickstart resume=quickstart
 ray job submit --working-dir . -- python -m launch.train recipe=quickstart
 """
 
@@ -97,7 +97,7 @@ class Session:
             asyncio.get_running_loop().add_signal_handler(number, self.stop.set)
         self.progress.phase("starting engine, SAM2 worker and learner")
         try:
-            await self.system.start()
+            self.progress.say(await self.system.start())
             if self.state.step:
                 await self.state.restore(self.system)
             if self.state.before is None:

@@ -196,6 +196,8 @@ class RunConfig:
 class Config:
     """One run, whole."""
 
+    resume: str | None = None
+    """Short for `run.resume`, which takes its value from here."""
     run: RunConfig
     model: ModelConfig
     data: DataConfig

@@ -81,7 +81,7 @@ def finish(output: Path, *overrides: str) -> None:
 
 @pytest.fixture(scope="module")
 def finished(stopped: Path) -> Path:
-    finish(stopped.parent, "run.resume=small")
+    finish(stopped.parent, "resume=small")
     return stopped
 
 
