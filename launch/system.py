@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import ray
 
@@ -29,8 +30,10 @@ class System:
         self._images = ImageStore()
         self._seats = cluster.reserve(config)
         seats, placement = self._seats, config.placement
+        # What vLLM computes beside a sequence changes the last bits of its log-probs; alone, it always gets the same.
+        rollout = replace(config.rollout, max_num_seqs=1) if config.run.deterministic else config.rollout
         self.engines = RolloutPool(
-            self.policy, config.rollout, placement, group=seats.group, bundles=seats.engines, resync=self.resync
+            self.policy, rollout, placement, group=seats.group, bundles=seats.engines, resync=self.resync
         )
         self.rewards = RewardPool(
             config.reward, config.model, placement, group=seats.group, bundles=seats.reward_workers
@@ -99,7 +102,6 @@ class System:
         come back with predicted masks, for pictures. `on_sampled` is set once all are sampled.
         """
         waiting = len(prompts)
-        # What vLLM computes beside a request changes the last bits of its log-probs; alone, it always gets the same.
         gate = asyncio.Semaphore(1 if self.config.run.deterministic else waiting)
 
         async def one(position: int, prompt: Prompt) -> ScoredGroup:

@@ -184,7 +184,7 @@ class RunConfig:
     resume: str | None = None
     """A run's name or directory to go on from."""
     deterministic: bool = False
-    """Bit-exact on the CPU: groups are sampled one at a time, and torch uses deterministic algorithms only."""
+    """Bit-exact on the CPU: sequences are sampled one at a time, and torch uses deterministic algorithms only."""
     eval_every: Natural = 0
     """Steps between held-out evaluations; 0: only before and after."""
     checkpoint_every: Natural = 50

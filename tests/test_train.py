@@ -19,13 +19,13 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from launch.cluster import ROOT
 
 START_S = 240.0
-STEPS = 8
+STEPS = 6
 SMALL = (
     "recipe=quickstart",
     "algorithm.prompts_per_step=4",
     "algorithm.group_size=4",
     "learner.micro_groups=2",
-    "data.eval_samples=8",
+    "data.eval_samples=4",
     "reward=dr_seg",
     "run.deterministic=true",
     "run.name=small",
