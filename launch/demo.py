@@ -1,6 +1,6 @@
 """`make demo`: train on the synthetic world, print before and after.
 
-python -m launch.demo [steps=60] [seed=42]
+python -m launch.demo [steps=120] [seed=42]
 """
 
 from __future__ import annotations
