@@ -19,7 +19,7 @@ $(STAMP):
 	touch $@
 
 demo: setup
-	.venv/bin/python -m launch.demo
+	.venv/bin/python -m launch.train recipe=quickstart
 
 test: setup
 	.venv/bin/python -m pytest -m "not gpu" --durations=15

@@ -28,7 +28,7 @@ def _world(data: DataConfig, side: int, say: Callable[[str], None]) -> None:
             f"data.world_side writes train.json and eval.json into one folder, not {data.train} and {data.eval}"
         )
     say(f"writing the synthetic world to {out}")
-    _whole(out, lambda folder: world.write(folder, side=side))
+    _whole(out, lambda folder: world.write(folder, train=data.world_train, side=side))
 
 
 def _random_policy(model: ModelConfig, shape: str, say: Callable[[str], None]) -> None:

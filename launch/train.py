@@ -25,6 +25,7 @@ from launch.progress import Progress
 from launch.recorder import Recorder
 from launch.report import write_report
 from launch.runstate import RunState
+from launch.summary import show
 from launch.system import System
 from learner.advantages import step_advantages
 from perception import names
@@ -123,7 +124,8 @@ def run(config: Config) -> None:
     ):
         asyncio.run(_session(config, held_out, state, recorder, progress))
     report = write_report(recorder.run_dir)
-    progress.say(f"report: {report}")
+    show(recorder.run_dir)
+    progress.say(f"report   {report}")
 
 
 async def _session(

@@ -43,6 +43,8 @@ class DataConfig:
     """The first so many held-out samples, always the same."""
     world_side: Positive | None = None
     """If `train` is missing, the synthetic world (`launch.world`) is written beside it, with images of this side."""
+    world_train: Positive = 4096
+    """How many training scenes are then written."""
     max_pixels: Positive = 50_000_000
     """A larger image is refused before anything starts."""
 
