@@ -137,7 +137,7 @@ def _cumulative(lines: Sequence[Values]) -> list[Values]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`."""
-    if high - low < 1e-9 * max(1.0, abs(high)):
+    if high - low <= 1e-5 * max(abs(low), abs(high)):  # rounding errors around one value are no curve
         margin = abs(high) * 0.1 or 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / _TICKS
