@@ -119,6 +119,7 @@ class BareVllm:
 
     async def shutdown(self) -> None:
         self._engine.shutdown()
+        del self._engine  # its finaliser fails once the interpreter is going down
 
 
 def bare_request(prompt: Prompt) -> tuple[dict[str, Any], int]:

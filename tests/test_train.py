@@ -25,6 +25,7 @@ SMALL = (
     "algorithm.prompts_per_step=4",
     "algorithm.group_size=4",
     "learner.micro_groups=2",
+    "learner.schedule=constant",
     "data.eval_samples=4",
     "reward=dr_seg",
     "run.deterministic=true",
