@@ -98,6 +98,7 @@ def connect(placement: PlacementConfig) -> None:
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
+        options["runtime_env"]["worker_process_setup_hook"] = f"{__name__}.{leave_terminal.__name__}"
     else:
         _require_listener(address)
     with warnings.catch_warnings():
@@ -106,6 +107,11 @@ def connect(placement: PlacementConfig) -> None:
             ray.init(**options)
         except ConnectionError as error:
             raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there; unset it to run locally") from error
+
+
+def leave_terminal() -> None:
+    """Run in every local worker: Ctrl-C is for the controller, which ends the run after its step."""
+    os.setpgrp()
 
 
 def reserve(config: Config) -> Reservation:

@@ -169,7 +169,8 @@ def combine(groups: Sequence[ScoredGroup], config: RewardConfig, store: RankStor
 
 def _group_rewards(group: ScoredGroup, config: RewardConfig, store: RankStore | None) -> tuple[float, ...]:
     measured = [score for score in group.scores if score.metrics]
-    ranked = np.array([_row(score, tuple(config.ranked)) for score in measured]).reshape(len(measured), -1)
+    rows = [_row(score, tuple(config.ranked)) for score in measured]
+    ranked = np.array(rows).reshape(len(measured), len(config.ranked))
     weights = tuple(config.ranked.values())
     if store is not None and measured:
         extra = store.aggregate(store.rank(group.group.prompt.sample.task, ranked), weights)

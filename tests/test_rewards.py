@@ -199,3 +199,9 @@ def test_dr_seg_preset_first_and_second_step() -> None:
         store.flush()
     # 2048 rows of ones: a zero has rank 0, half right has rank 0, equal counts rank 1
     assert combine([scored(good, bad)], config, store) == [(6.0, 1.0)]
+
+
+@pytest.mark.parametrize("ranked", [{}, {"matched_iou": 1.0}])
+def test_a_group_of_which_nothing_could_be_measured_gets_nothing(ranked: dict[str, float]) -> None:
+    config = RewardConfig(name="test", components={"parsed": 1.0}, ranked=ranked)
+    assert combine([scored(score(FailureKind.ENGINE), score(FailureKind.SCORER))], config, None) == [(0.0, 0.0)]

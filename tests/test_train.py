@@ -1,4 +1,4 @@
-"""The whole path for real: train, stop on SIGTERM with a checkpoint, go on, finish, and leave what was promised."""
+"""The whole path for real: train, stop on Ctrl-C with a checkpoint, go on, finish, and leave what was promised."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ def launch(output: Path, *overrides: str) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "launch.train", *SMALL, f"run.output={output}", *overrides]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
 
 
@@ -55,7 +61,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         while not steps(output / "small") and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -64,7 +70,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "small"
 
 
-def test_sigterm_ends_the_run_after_the_step_with_a_checkpoint(stopped: Path) -> None:
+def test_ctrl_c_ends_the_run_after_the_step_with_a_checkpoint(stopped: Path) -> None:
     done = steps(stopped)
     assert done == list(range(1, len(done) + 1)) and 1 <= len(done) < 100
     assert json.loads((stopped / f"checkpoints/step-{done[-1]:06d}/state.json").read_text())["step"] == done[-1]
