@@ -58,6 +58,9 @@ def check_resources(config: Config) -> None:
     Raises UserError naming what was asked and what there is.
     """
     placement = config.placement
+    local = _cluster_address() is None
+    if local and placement.device == "cuda" and not _local_gpus():
+        raise UserError(f"placement={placement.name} needs a CUDA GPU and this machine shows none: use placement=cpu")
     for role in ("engine", "reward", "learner"):
         if not getattr(placement, f"{role}_cpus") and not getattr(placement, f"{role}_gpus"):
             raise UserError(f"placement.{role}_cpus and placement.{role}_gpus are both 0: give one of them a share")
@@ -69,12 +72,8 @@ def check_resources(config: Config) -> None:
         )
     if placement.device == "cpu" and asked["GPU"]:
         raise UserError("placement.device=cpu asks for GPU shares: set placement.*_gpus=0 or placement.device=cuda")
-    if _cluster_address() is None:
+    if local:
         have = {"CPU": float(_local_cpus()), "GPU": float(_local_gpus()) if placement.device == "cuda" else 0.0}
-        if placement.device == "cuda" and not have["GPU"]:
-            raise UserError(
-                f"placement={placement.name} needs a CUDA GPU and this machine shows none: use placement=cpu"
-            )
         if _short(asked, have):
             raise UserError(_shortage(placement, asked, "this machine", have))
 

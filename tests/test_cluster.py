@@ -145,7 +145,6 @@ def test_without_a_cluster_a_local_one_is_started(monkeypatch: pytest.MonkeyPatc
         (dataclasses.replace(HALF, name="one_gpu", device="cuda", engine_gpus=0.5), 1, "needs a CUDA GPU"),
         (dataclasses.replace(HALF, engine_gpus=0.5), 1, "placement.device=cpu asks for GPU shares"),
         (dataclasses.replace(HALF, reward_cpus=0.0), 1, "placement.reward_cpus and placement.reward_gpus are both 0"),
-        (dataclasses.replace(HALF, device="cuda", learner_gpus=0.6, transport="ipc"), 2, "add up to 1.2"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(
@@ -154,6 +153,14 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match=message):
         cluster.check_resources(settings(placement, ranks))
+
+
+def test_cuda_ipc_wants_everyone_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_local_gpus", lambda: 2)
+    shared = dataclasses.replace(HALF, device="cuda", learner_gpus=0.6, transport="ipc")
+    with pytest.raises(UserError, match=r"add up to 1\.2"):
+        cluster.check_resources(settings(shared, ranks=2))
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
