@@ -19,6 +19,7 @@ from launch.system import System
 from perception.config import Config
 from perception.types import RankStoreState, Sample
 from reward_workers.ranking import RankStore
+from reward_workers.rewards import make_store
 
 CHECKPOINTS = "checkpoints"
 LEARNER = "learner"
@@ -43,9 +44,7 @@ class RunState:
 
     @classmethod
     def fresh(cls, config: Config, samples: Sequence[Sample]) -> RunState:
-        reward = config.reward
-        ranks = RankStore(tuple(reward.ranked), reward.rank) if reward.rank is not None else None
-        return cls(config=config, cursor=Cursor(samples, config.run.seed), ranks=ranks)
+        return cls(config=config, cursor=Cursor(samples, config.run.seed), ranks=make_store(config.reward))
 
     @classmethod
     def resume(cls, config: Config, samples: Sequence[Sample]) -> RunState:
