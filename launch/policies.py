@@ -115,7 +115,7 @@ SHAPES = {
             "fullatt_block_indexes": [0, 1, 2],
         },
         dtype=torch.float32,
-        max_side=448,
+        max_side=112,
     ),
     "3b": Shape(
         text={

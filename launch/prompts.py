@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
@@ -13,6 +14,7 @@ from perception.config import ModelConfig, TaskConfig
 from perception.frames import smart_resize
 from perception.types import ImageHandle, PolicySpec, Prompt, Sample
 
+_ANSWER = "an answer that stands nowhere else"
 PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -40,20 +42,23 @@ class PromptMaker:
         self._factor = images.patch_size * images.merge_size
         self._min_pixels, self._max_pixels = images.size["shortest_edge"], images.size["longest_edge"]
 
-    def tokens(self, question: str, task: str) -> tuple[int, ...]:
+    def tokens(self, question: str, task: str, inline: bool = False) -> tuple[int, ...]:
         """Chat-formatted ids of one image and one question; raises KeyError for a task without a template."""
         template = self._tasks[task]
-        messages = [
-            {"role": "system", "content": template.system},
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image"},
-                    {"type": "text", "text": template.template.replace("{question}", question.lower().strip("."))},
-                ],
-            },
-        ]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        asked = (template.inline if inline else template.template).replace("{question}", question.lower().strip("."))
+        return self._encode(self._chat([{"role": "system", "content": template.system}, _user(asked)]))
+
+    def again(self, task: str) -> tuple[int, ...]:
+        """What is fed after an answer's end-of-turn id to show a second image and ask again."""
+        template = self._tasks[task]
+        before = [{"role": "system", "content": template.system}, _user("")]
+        text = self._chat([*before, {"role": "assistant", "content": _ANSWER}, _user(template.again)])
+        return self._encode(text.partition(_ANSWER)[2].removeprefix(self.tokenizer.eos_token))
+
+    def _chat(self, messages: list[dict[str, Any]]) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def answer_frame(self, height: int, width: int) -> tuple[int, int]:
@@ -62,16 +67,20 @@ class PromptMaker:
             return 1000, 1000
         return smart_resize(height, width, self._factor, self._min_pixels, self._max_pixels)
 
-    def prompt(self, sample: Sample, image: ImageHandle, seed: int) -> Prompt:
+    def prompt(self, sample: Sample, image: ImageHandle, seed: int, inline: bool = False) -> Prompt:
         height, width = self.answer_frame(sample.height, sample.width)
         return Prompt(
             sample=sample,
-            token_ids=self.tokens(sample.question, sample.task),
+            token_ids=self.tokens(sample.question, sample.task, inline),
             images=(image,),
             answer_height=height,
             answer_width=width,
             seed=seed,
         )
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
 
 
 def prompt_seed(run_seed: int, step: int, position: int) -> int:

@@ -39,8 +39,10 @@ class DataConfig:
     """Path of the training annotations (JSON for coco, JSONL for jsonl)."""
     eval: str
     """Path of the held-out annotations, same format."""
+    also: dict[str, str] = field(default_factory=dict)
+    """Further held-out sets, evaluated with the first one: name -> path of the annotations."""
     eval_samples: Positive = 128
-    """The first so many held-out samples, always the same."""
+    """The first so many samples of each held-out set, always the same."""
     world_side: Positive | None = None
     """If `train` is missing, the synthetic world (`launch.world`) is written beside it, with images of this side."""
     world_train: Positive = 4096
@@ -56,11 +58,41 @@ class TaskConfig:
     system: str
     template: str
     """User turn; `{question}` is replaced. The image placeholder is put before it."""
+    inline: str
+    """The same under `look=inline`: it asks for `<look>` inside the thinking."""
+    again: str
+    """User turn of every later pass under `look=relook`, after the closer view's image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankConfig:
-    """Distribution-Ranked Reward (Dr. Seg); see `reward_workers/ranking.py`."""
+class LookConfig:
+    """Look-to-Confirm: `inline` is Dr. Seg's single pass, `relook` looks again where an answer is unsure."""
+
+    mode: Literal["none", "inline", "relook"] = "none"
+    components: dict[str, float] = field(default_factory=dict)
+    """Reward components that belong to the mode: added to the reward's own, which win where both name one."""
+    trigger: Literal["confidence", "always", "never"] = "confidence"
+    """When to look again: below the learned threshold, whenever there is something to enlarge, or never."""
+    max_passes: Annotated[int, Ge(2)] = 2
+    margin: NonNegative = 0.5
+    """Around what was answered, in longer sides of it."""
+    smallest: Annotated[float, Gt(0.0), Le(1.0)] = 0.25
+    """Side of the smallest view, as a share of the image's shorter side."""
+    min_zoom: Annotated[float, Ge(1.0)] = 1.3
+    """A view enlarged by less than this is not worth a pass."""
+    pixels: Positive = 12544
+    """Pixels of a view's picture."""
+    cost: NonNegative = 0.01
+    """Mask IoU that a further pass must gain to be worth its time."""
+    explore: Fraction = 0.1
+    """While training: share of the confident answers that are looked at again all the same, to measure what it gains."""
+    window: Positive = 4096
+    """Judged answers the calibration is fitted to, the newest ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EcdfConfig:
+    """Distribution-Ranked Reward (Dr. Seg): a metric's quantile among recent ones (`reward_workers/ranking.py`)."""
 
     capacity: Positive = 2048
     initial_zero_rows: Natural = 0
@@ -75,13 +107,26 @@ class RankConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRankConfig:
+    """Soft rank among all candidate masks of the prompt: every pass of every sample (`reward_workers/group_rank.py`)."""
+
+    by: Literal["iou", "dice", "ap"] = "iou"
+    temperature: Rate = 0.1
+    """Difference of the metric that counts as clearly better; towards 0 the rank becomes a hard one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
     name: str
     components: dict[str, float]
     """Added to the reward as they are: component name -> weight."""
     ranked: dict[str, float] = field(default_factory=dict)
-    """Components that are ranked first (`rank`), or added raw where `rank` is null: name -> weight."""
-    rank: RankConfig | None = None
+    """Components that `rank` is about: name -> weight."""
+    rank: Literal["none", "ecdf", "group"] = "none"
+    """none: `ranked` is added raw. ecdf: as quantiles of recent rollouts. group: one soft rank of the masks takes its
+    place, with the sum of its weights."""
+    ecdf: EcdfConfig = field(default_factory=EcdfConfig)
+    group: GroupRankConfig = field(default_factory=GroupRankConfig)
     matching: Literal["continuous", "binary"] = "continuous"
     unparsed_reward: float | None = 0.0
     """Reward of a failed trajectory; null lets its components stand (the published systems' rule)."""
@@ -205,6 +250,7 @@ class Config:
     data: DataConfig
     task: dict[str, TaskConfig]
     """By task name, as samples carry it: segment, ground, count."""
+    look: LookConfig
     reward: RewardConfig
     algorithm: AlgorithmConfig
     learner: LearnerConfig

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from perception.types import Answer, AnswerObject
+from perception.types import Answer, AnswerObject, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,31 @@ def convert_answer(answer: Answer, source: Frame, target: Frame) -> Answer:
     """The same answer, its boxes and points measured in `target`."""
     x, y = _scale(source, target).tolist()
     return replace(answer, objects=tuple(_scaled(item, x, y) for item in answer.objects))
+
+
+def view_to_image(answer: Answer, view: View) -> Answer:
+    """An answer about a view, in its own frame -> original pixels."""
+    whole = convert_answer(answer, Frame(view.height, view.width), _extent(view))
+    return replace(whole, objects=tuple(_moved(item, view.left, view.top) for item in whole.objects))
+
+
+def image_to_view(answer: Answer, view: View) -> Answer:
+    """An answer in original pixels -> the view's own frame."""
+    near = replace(answer, objects=tuple(_moved(item, -view.left, -view.top) for item in answer.objects))
+    return convert_answer(near, _extent(view), Frame(view.height, view.width))
+
+
+def _extent(view: View) -> Frame:
+    return Frame(view.bottom - view.top, view.right - view.left)
+
+
+def _moved(item: AnswerObject, x: float, y: float) -> AnswerObject:
+    box, point = item.box, item.point
+    return AnswerObject(
+        box=(box[0] + x, box[1] + y, box[2] + x, box[3] + y) if box else None,
+        point=(point[0] + x, point[1] + y) if point else None,
+        label=item.label,
+    )
 
 
 def _scale(source: Frame, target: Frame) -> np.ndarray:

@@ -27,6 +27,16 @@ GIOU_GREEDY = "giou_greedy"  # temperature 0
 GIOU_SAMPLED = "giou_sampled"  # the rollout temperature
 HELD_OUT_PARSE_OK = "parse_ok"  # of the sampled answers
 
+# Look-to-Confirm (look=relook): over the trajectories of a step
+LOOK_PASSES = "look/passes"  # per trajectory
+RELOOK_RATE = "look/relook_rate"  # share looked at again
+RELOOK_GAIN = "look/gain"  # mask IoU of the kept answer less the first one's, mean over those looked at again
+RELOOK_CHANGED = "look/changed"  # share of those whose kept answer is not the first one
+CONFIDENCE = "look/confidence"  # mean expected mask IoU of the kept answers
+THRESHOLD = "look/threshold"  # below this confidence an answer is looked at again
+CALIBRATION_ERROR = "look/calibration_error"  # |expected - true mask IoU| over ten bins, before this step is learned from
+PREFIX_HITS = "look/prefix_hits"  # share of what a second pass shares with the first that came from the prefix cache
+
 # Responses
 RESPONSE_TOKENS = "response/tokens_mean"
 RESPONSE_TRUNCATED = "response/truncated"  # share that met the token limit

@@ -52,6 +52,14 @@ class SceneStyle:
     no_target: float = 0.04
 
 
+WORLD = SceneStyle(side=224, max_objects=3, min_size=0.08, camouflage=0.12)
+"""The demo's scenes. The mini policy sees them at half their side: a crop shows what the whole image cannot."""
+SHIFTED = SceneStyle(
+    side=224, min_objects=3, max_objects=5, min_size=0.07, max_size=0.2, camouflage=0.2, texture=0.5, relation=0.3
+)
+"""Out of the demo's domain: more objects, smaller and better hidden, more relations to follow."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SceneObject:
     shape: str

@@ -113,6 +113,21 @@ class VersionSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """The part of the original image that a later pass of Look-to-Confirm is shown, enlarged."""
+
+    left: int
+    top: int
+    right: int
+    """Original pixels, exclusive."""
+    bottom: int
+    """Original pixels, exclusive."""
+    height: int
+    """Of the frame in which the policy answers about the view."""
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """What was newly fed and what was then sampled. The first turn's input is the prompt itself."""
 
@@ -128,6 +143,18 @@ class Turn:
     text: str
     """`token_ids` decoded, without special tokens; only ever parsed, never re-tokenised."""
     finish_reason: str
+    view: View | None = None
+    """What the last image of `images` shows; None: the whole image, as in every first turn."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feed:
+    """What the next turn of a dialogue is given; the first turn of all is given the prompt."""
+
+    input_ids: tuple[int, ...]
+    """Unexpanded, the ids after the previous turn's end-of-turn id."""
+    images: tuple[ImageHandle, ...]
+    view: View | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,18 +223,66 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LookState:
+    """When to look again and what to believe, as learned so far (`perception.calibration`)."""
+
+    weights: tuple[float, ...]
+    """Of the logistic calibration: the bias, then one per feature. () while nothing has been learned."""
+    threshold: float
+    """An answer of lower confidence is looked at again."""
+    explore: float
+    """Share of the other answers that are looked at again all the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What the reward pool says of an answer without any truth, and the closer view of it where one is due."""
+
+    confidence: float
+    """Expected mask IoU, 0..1."""
+    view: tuple[int, int, int, int] | None = None
+    """left, top, right, bottom in original pixels, the last two exclusive; None: no further look."""
+    picture: bytes = b""
+    """The view as an encoded image, the provisional mask outlined."""
+    picture_height: int = 0
+    picture_width: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """What one pass of a trajectory answered and what came of it."""
+
+    answer: Answer
+    """In original pixels."""
+    features: tuple[float, ...]
+    """Confidence features (`perception.calibration.FEATURES`)."""
+    confidence: float
+    """Expected mask IoU by those features, 0..1."""
+    mask_iou: float | None = None
+    """With the union of the true masks; None where masks were not compared."""
+    mask_dice: float | None = None
+    mask: Rle | None = None
+    """For pictures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """What the reward pool says of one trajectory, before any ranking."""
 
     metrics: Mapping[str, float]
-    """Raw component values by name (`reward_workers.rewards.COMPONENTS`); finite, never NaN."""
+    """Raw component values by name (`reward_workers.rewards.COMPONENTS`) of the kept candidate; finite, never NaN."""
     answer: Answer
-    """In original pixels."""
+    """The kept candidate's, in original pixels."""
     mask: Rle | None = None
-    """Union of the predicted masks, for pictures; None when nothing was segmented."""
+    """Union of the kept candidate's masks, for pictures; None when nothing was segmented."""
     confidence: float = 0.0
-    """Mean of SAM2's predicted IoU over the answered objects."""
+    """Of the kept candidate; 0 where nothing was segmented."""
     failure: Failure | None = None
+    """Of the trajectory, or of any of its passes."""
+    candidates: tuple[Candidate, ...] = ()
+    """One per pass; () where nothing could be measured."""
+    kept: int = 0
+    """Index of the most confident candidate: the trajectory's answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +343,17 @@ class EngineInfo:
     """vLLM's version."""
     seconds: float
     """From construction to ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibratorState:
+    """The calibrator as a checkpoint keeps it."""
+
+    look: LookState
+    judged: np.ndarray
+    """(rows, features + 1) float64: features and true mask IoU of past answers, oldest first."""
+    decisions: np.ndarray
+    """(rows, features + 2) float64: features of an answer that was looked at again, the gain, its weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
