@@ -5,23 +5,28 @@
 gIoU is the mean over samples of the IoU between the union of the predicted masks and the union of the true ones; an
 answer that does not parse counts 0, no target rightly answered counts 1. `giou_greedy` is at temperature 0,
 `giou_sampled` at the rollout temperature, the mean over several answers per sample (Dr. Seg evaluates one sample at
-temperature 1, unseeded).
+temperature 1, unseeded). Under `look=relook` the policy looks again as it does in training, without exploring, by the
+calibration saved with it (`look.json`), and the answer it is most confident of counts; no truth is used for that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from launch import cluster
+from launch.calibrate import calibrate
 from launch.config import entry
-from launch.preflight import check
+from launch.metrics import look_metrics
+from launch.preflight import MAIN, check
 from launch.prepare import prepare
 from launch.system import System
+from perception import names
 from perception.config import Config
 from perception.types import Sample, SamplingSpec, ScoredGroup
 
@@ -38,11 +43,16 @@ class Evaluation:
     parse_ok: float
     """Share of the sampled answers that parse."""
     samples: int
+    relook_rate: float | None
+    """Share of the sampled answers that were looked at again; None where the run never does."""
+    look_gain: float | None
+    """Mask IoU of what was kept less that of the first pass, mean over the sampled answers."""
     groups: tuple[ScoredGroup, ...]
     """The greedy answers, for pictures."""
 
     def metrics(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in ("giou_greedy", "giou_sampled", "parse_ok", "samples")}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "groups"}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 async def evaluate(system: System, samples: Sequence[Sample], pictures: int = 0) -> Evaluation:
@@ -54,13 +64,26 @@ async def evaluate(system: System, samples: Sequence[Sample], pictures: int = 0)
         SamplingSpec(n=SAMPLED_ANSWERS, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens),
     )
     greedy, sampled = [await system.answer(prompts, way, masks=pictures, metrics=HELD_OUT) for way in ways]
+    scores = [score for entry in sampled for score in entry.scores]
+    looks = look_metrics(scores) if system.config.look.mode == "relook" else {}
     return Evaluation(
         giou_greedy=_mean_iou(greedy),
         giou_sampled=_mean_iou(sampled),
-        parse_ok=float(np.mean([score.answer.failure is None for entry in sampled for score in entry.scores])),
+        parse_ok=float(np.mean([score.answer.failure is None for score in scores])),
         samples=len(samples),
+        relook_rate=looks.get(names.RELOOK_RATE),
+        look_gain=looks[names.RELOOK_GAIN] * looks[names.RELOOK_RATE] if looks else None,
         groups=tuple(greedy),
     )
+
+
+async def evaluate_all(
+    system: System, held_out: Mapping[str, Sequence[Sample]], pictures: int = 0
+) -> tuple[dict[str, float], tuple[ScoredGroup, ...]]:
+    """Metrics of every held-out set, those of a further one as `name/set`, and the groups of the first for pictures."""
+    done = {name: await evaluate(system, samples, 0 if name else pictures) for name, samples in held_out.items()}
+    metrics = {f"{key}/{name}" if name else key: v for name, one in done.items() for key, v in one.metrics().items()}
+    return metrics, done[MAIN].groups
 
 
 def _mean_iou(scored: Sequence[ScoredGroup]) -> float:
@@ -71,20 +94,24 @@ def _mean_iou(scored: Sequence[ScoredGroup]) -> float:
     return float(np.mean([score.metrics["mask_iou"] for one in scored for score in one.scores]))
 
 
-async def _evaluate_once(config: Config, held_out: Sequence[Sample]) -> Evaluation:
+async def _evaluate_once(
+    config: Config, train: Sequence[Sample], held_out: Mapping[str, Sequence[Sample]]
+) -> dict[str, float]:
     system = System(config)
     try:
         await system.start()
-        return await evaluate(system, held_out)
+        if system.must_calibrate:
+            print(await calibrate(system, train), file=sys.stderr)
+        return (await evaluate_all(system, held_out))[0]
     finally:
         await system.shutdown()
 
 
 def run(config: Config) -> None:
     prepare(config, say=print)
-    _, held_out = check(config)
+    train, held_out = check(config)
     cluster.connect(config.placement)
-    print(json.dumps(asyncio.run(_evaluate_once(config, held_out)).metrics()))
+    print(json.dumps(asyncio.run(_evaluate_once(config, train, held_out))))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import numpy as np
 
 from learner.advantages import Advantages
 from perception import names
-from perception.types import FailureKind, LearnerReport, ScoredGroup
-from rollout.engine import UpdateReport
+from perception.calibration import calibration_error
+from perception.types import FailureKind, LearnerReport, Score, ScoredGroup, UpdateReport
 
 
 class StageClock:
@@ -79,6 +79,27 @@ def step_metrics(
         names.SAMPLES_PER_S: len(trajectories) / seconds[names.SECONDS_STEP],
         names.SAM_CACHE_HITS: float(np.mean([entry.cached for entry in scored])),
     }
+
+
+def look_metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """Passes, how often a second look was taken and what it brought; 0 gain where there was none."""
+    measured = [score for score in scores if score.candidates]
+    again = [score for score in measured if len(score.candidates) > 1]
+    gains = [_iou(score, score.kept) - _iou(score, 0) for score in again]
+    judged = [one for score in measured for one in score.candidates if one.mask_iou is not None]
+    sure = np.array([one.confidence for one in judged])
+    return {
+        names.LOOK_PASSES: float(np.mean([len(score.candidates) for score in measured])),
+        names.RELOOK_RATE: len(again) / max(1, len(measured)),
+        names.RELOOK_GAIN: float(np.mean(gains)) if gains else 0.0,
+        names.RELOOK_CHANGED: float(np.mean([score.kept > 0 for score in again])) if again else 0.0,
+        names.CONFIDENCE: float(np.mean([score.confidence for score in measured])),
+        names.CALIBRATION_ERROR: calibration_error(sure, np.array([one.mask_iou for one in judged], np.float64)),
+    }
+
+
+def _iou(score: Score, candidate: int) -> float:
+    return score.candidates[candidate].mask_iou or 0.0
 
 
 def _rewards(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -18,7 +19,10 @@ from perception.config import Config, ModelConfig
 from perception.datasets import load
 from perception.frames import smart_resize
 from perception.types import Sample
-from reward_workers.rewards import components_in_use
+from reward_workers.rewards import compares_masks, components_in_use
+
+if TYPE_CHECKING:
+    from launch.prompts import PromptMaker
 
 _POLICY_FILES = {
     "config.json": "the model's shape",
@@ -29,8 +33,12 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the 
 _SEGMENTER_FILES = {"config.yaml": "the model's shape", "model.safetensors": "the weights"}
 
 
-def check(config: Config) -> tuple[list[Sample], list[Sample]]:
-    """Go through everything a run needs, cheapest first; returns its training and its held-out samples.
+MAIN = ""
+"""Name of the held-out set a run is judged by."""
+
+
+def check(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
+    """Go through everything a run needs, cheapest first; returns its training samples and its held-out ones by set.
 
     Raises UserError for what is missing or contradictory, `perception.errors.DataError` for a damaged data set.
     """
@@ -40,9 +48,10 @@ def check(config: Config) -> tuple[list[Sample], list[Sample]]:
     check_segmenter(config.model)
     check_resources(config)
     train = load(config.data, "train")
-    held_out = load(config.data, "eval")
+    held_out = {MAIN: load(config.data, "eval")}
+    held_out |= {name: load(config.data, "eval", path) for name, path in config.data.also.items()}
     check_data(config, train, held_out)
-    check_lengths(config, [*train, *held_out])
+    check_lengths(config, [*train, *(sample for samples in held_out.values() for sample in samples)])
     return train, held_out
 
 
@@ -113,21 +122,34 @@ def check_segmenter(model: ModelConfig) -> None:
     _check_weights(path / "model.safetensors")
 
 
-def check_data(config: Config, train: Sequence[Sample], held_out: Sequence[Sample]) -> None:
-    """Enough samples for a step, and a prompt template for each of their tasks."""
+def check_data(config: Config, train: Sequence[Sample], held_out: Mapping[str, Sequence[Sample]]) -> None:
+    """Enough samples for a step, a prompt template for each of their tasks, and masks where masks are learned from."""
     prompts = config.algorithm.prompts_per_step
     if prompts > len(train):
         raise UserError(
             f"algorithm.prompts_per_step={prompts}, but {config.data.train} holds {len(train)} samples: "
             "lower prompts_per_step or give more data"
         )
-    for path, samples in ((config.data.train, train), (config.data.eval, held_out)):
+    if compares_masks(config.reward) or config.look.mode == "relook":
+        _check_masks(config, train)
+    paths = {MAIN: config.data.eval, **config.data.also}
+    for path, samples in ((config.data.train, train), *((paths[name], held_out[name]) for name in paths)):
         for sample in samples:
             if sample.task not in config.task:
                 raise UserError(
                     f"{path}: sample {sample.id} has the task {sample.task!r}, but templates exist for "
                     f"{', '.join(config.task)}; add task.{sample.task} or change the data"
                 )
+
+
+def _check_masks(config: Config, train: Sequence[Sample]) -> None:
+    for sample in train:
+        if sample.target.count and not sample.target.masks:
+            why = f"look={config.look.mode}" if config.look.mode == "relook" else f"reward={config.reward.name}"
+            raise UserError(
+                f"{config.data.train}: sample {sample.id} has no masks, and {why} compares masks with the truth: "
+                "add masks, or choose a look and a reward without them"
+            )
 
 
 def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
@@ -137,20 +159,37 @@ def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
     try:
         prompts = PromptMaker(config.model, config.task)
         longest = {task: max((s for s in samples if s.task == task), key=_length) for task in {s.task for s in samples}}
-        text = {sample.id: len(prompts.tokens(sample.question, sample.task)) for sample in longest.values()}
+        inline = config.look.mode == "inline"
+        text = {sample.id: len(prompts.tokens(sample.question, sample.task, inline)) for sample in longest.values()}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path={config.model.path}: the tokenizer cannot build a prompt: {error}") from error
     image = max(
         image_tokens(config.model, s.height, s.width) for s in {(s.height, s.width): s for s in samples}.values()
     )
     worst = max(text, key=text.__getitem__)
-    needed = text[worst] + image - 1 + config.rollout.max_new_tokens
+    further = _further_passes(config, prompts, {sample.task for sample in samples})
+    needed = text[worst] + image - 1 + config.rollout.max_new_tokens + further
     if needed > config.rollout.max_model_len:
         raise UserError(
             f"rollout.max_model_len={config.rollout.max_model_len} is too short; raise it to {needed} = "
             f"{text[worst] - 1} text tokens ({worst}) + {image} image tokens + "
             f"rollout.max_new_tokens={config.rollout.max_new_tokens}"
+            + (f" + {further} of further looks" if further else "")
         )
+    passes = config.look.max_passes if config.look.mode == "relook" else 1
+    if config.rollout.max_images < passes:
+        raise UserError(
+            f"rollout.max_images={config.rollout.max_images} must be {passes}: one image a pass (look.max_passes)"
+        )
+
+
+def _further_passes(config: Config, prompts: PromptMaker, tasks: set[str]) -> int:
+    """Tokens that the looks after the first may need: the request, the view and another answer, each time."""
+    if config.look.mode != "relook":
+        return 0
+    side = math.isqrt(config.look.pixels)
+    request = max(len(prompts.again(task)) for task in tasks) - 1 + image_tokens(config.model, side, side)
+    return (config.look.max_passes - 1) * (request + config.rollout.max_new_tokens)
 
 
 def image_tokens(model: ModelConfig, height: int, width: int) -> int:

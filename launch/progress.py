@@ -25,7 +25,8 @@ _STAGE_COLOURS = ("blue", "magenta", "green", "yellow", "bright_black")
 class Progress:
     """Shows where a run is. `phase` names what happens outside the steps; `step` shows a step's metrics.
 
-    A step's `names.SECONDS_*`, `REWARD_MEAN`, `GIOU`, `PARSE_OK` and `TOKENS_PER_S` are shown where present.
+    A step's `names.SECONDS_*`, `REWARD_MEAN`, `GIOU`, `PARSE_OK`, `RELOOK_RATE` and `TOKENS_PER_S` are shown where
+    present.
     """
 
     def __init__(self, total_steps: int, *, console: Console | None = None) -> None:
@@ -77,6 +78,7 @@ class Progress:
             (names.REWARD_MEAN, "reward {:.3f}"),
             (names.GIOU, "gIoU {:.3f}"),
             (names.PARSE_OK, "parsed {:.1%}"),
+            (names.RELOOK_RATE, "looked again {:.1%}"),
             (names.TOKENS_PER_S, "{:,.0f} tok/s"),
             (names.SECONDS_STEP, "{:.1f} s/step"),
         )

@@ -37,6 +37,7 @@ class PromptMaker:
     def __init__(self, model: ModelConfig, tasks: Mapping[str, TaskConfig]) -> None:
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(model.path)
         self._tasks = tasks
+        self._again: dict[str, tuple[int, ...]] = {}
         self._frame = model.answer_frame
         images = AutoImageProcessor.from_pretrained(model.path)
         self._factor = images.patch_size * images.merge_size
@@ -50,10 +51,15 @@ class PromptMaker:
 
     def again(self, task: str) -> tuple[int, ...]:
         """What is fed after an answer's end-of-turn id to show a second image and ask again."""
+        if task not in self._again:
+            self._again[task] = self._encode(self._next_turn(task))
+        return self._again[task]
+
+    def _next_turn(self, task: str) -> str:
         template = self._tasks[task]
         before = [{"role": "system", "content": template.system}, _user("")]
         text = self._chat([*before, {"role": "assistant", "content": _ANSWER}, _user(template.again)])
-        return self._encode(text.partition(_ANSWER)[2].removeprefix(self.tokenizer.eos_token))
+        return text.partition(_ANSWER)[2].removeprefix(self.tokenizer.eos_token)
 
     def _chat(self, messages: list[dict[str, Any]]) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -1,13 +1,15 @@
 """Rollouts as a parquet table: one row per trajectory, readable by pandas, DuckDB and the Hugging Face viewer.
 
 Coordinates are in pixels of the original image; masks are COCO run-length counts over (height, width). Every row shows
-its image, whose bytes lie in the file once: the column is dictionary-encoded.
+its image, whose bytes lie in the file once: the column is dictionary-encoded. A trajectory of several passes has one
+entry of `passes` for each; the other columns describe the kept one.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perception.types import Failure, Score, ScoredGroup, Trajectory
+from perception.types import Answer, Candidate, Failure, Rle, Score, ScoredGroup, Trajectory, Turn
 
 _COORDINATES = pa.list_(pa.list_(pa.float32()))
+_PASS = pa.struct(
+    [
+        ("text", pa.string()),
+        ("view", pa.list_(pa.int32())),  # left, top, right, bottom of what was shown enlarged; null: the whole image
+        ("confidence", pa.float64()),
+        ("mask_iou", pa.float64()),  # null where masks were not compared
+        ("boxes", _COORDINATES),
+        ("points", _COORDINATES),
+        ("mask", pa.string()),
+        ("kept", pa.bool_()),
+    ]
+)
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()),
@@ -30,6 +44,7 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("text", pa.string()),
         ("turns", pa.list_(pa.string())),
+        ("passes", pa.list_(_PASS)),
         ("response_tokens", pa.int32()),
         ("policy_versions", pa.list_(pa.int32())),
         ("reward", pa.float64()),
@@ -103,19 +118,48 @@ def _trajectory_columns(trajectory: Trajectory, score: Score) -> dict[str, Any]:
     failure = _failure(trajectory, score)
     return {
         "index": trajectory.index,
-        "text": trajectory.text,
+        "text": trajectory.turns[score.kept].text if trajectory.turns else "",
         "turns": [turn.text for turn in trajectory.turns],
+        "passes": _passes(trajectory, score),
         "response_tokens": trajectory.sampled_tokens,
         "policy_versions": sorted({span.version for turn in trajectory.turns for span in turn.versions}),
         "metrics": dict(score.metrics),
         "confidence": score.confidence,
         "failure": failure.kind.value if failure else None,
         "failure_detail": failure.detail if failure else None,
-        "boxes": [list(answered.box) for answered in score.answer.objects if answered.box],
-        "points": [list(answered.point) for answered in score.answer.objects if answered.point],
+        **_places(score.answer),
         "labels": [answered.label for answered in score.answer.objects if answered.label],
-        "mask": score.mask.counts.decode("ascii") if score.mask else None,
+        "mask": _counts(score.mask),
     }
+
+
+def _passes(trajectory: Trajectory, score: Score) -> list[dict[str, Any]]:
+    """What was said in each pass, and what came of it where that could be measured."""
+    pairs = zip(trajectory.turns, score.candidates or repeat(None), strict=False)
+    return [_pass(turn, one) | {"kept": one is not None and i == score.kept} for i, (turn, one) in enumerate(pairs)]
+
+
+def _pass(turn: Turn, candidate: Candidate | None) -> dict[str, Any]:
+    view = turn.view
+    return {
+        "text": turn.text,
+        "view": [view.left, view.top, view.right, view.bottom] if view else None,
+        "confidence": candidate.confidence if candidate else None,
+        "mask_iou": candidate.mask_iou if candidate else None,
+        **_places(candidate.answer if candidate else Answer(objects=())),
+        "mask": _counts(candidate.mask) if candidate else None,
+    }
+
+
+def _places(answer: Answer) -> dict[str, Any]:
+    return {
+        "boxes": [list(answered.box) for answered in answer.objects if answered.box],
+        "points": [list(answered.point) for answered in answer.objects if answered.point],
+    }
+
+
+def _counts(mask: Rle | None) -> str | None:
+    return mask.counts.decode("ascii") if mask else None
 
 
 def _failure(trajectory: Trajectory, score: Score) -> Failure | None:

@@ -1,4 +1,4 @@
-"""Where a run stands and how it goes on: step, data cursor, rank store. The learner keeps the rest."""
+"""Where a run stands and how it goes on: step, data cursor, rank store, calibration. The learner keeps the rest."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 from launch import rundir
 from launch.data import Cursor
 from launch.errors import UserError
+from launch.lookfile import read_calibrator, write_calibrator
 from launch.system import System
 from perception.config import Config
 from perception.types import RankStoreState, Sample
@@ -66,6 +67,8 @@ class RunState:
         """Learner first, then its weights into the engines, stamped with the checkpoint's version."""
         assert self.checkpoint is not None, "only a resumed run is restored"
         await system.learner.load_checkpoint(str((self.checkpoint / LEARNER).resolve()))
+        if (calibrator := read_calibrator(self.checkpoint)) is not None:
+            system.look.restore(calibrator)
         await system.sync_weights(self.step)
 
     async def save(self, system: System, run_dir: Path) -> None:
@@ -76,6 +79,8 @@ class RunState:
         await system.learner.save_checkpoint(str((folder / LEARNER).resolve()), {"step": self.step})
         if self.ranks is not None:
             _write_ranks(folder, self.ranks.state())
+        if system.look.fitted:
+            write_calibrator(folder, system.look.export())
         saved = {
             "step": self.step,
             "position": self.cursor.position,
@@ -108,7 +113,7 @@ def _write_ranks(folder: Path, ranks: RankStoreState) -> None:
 
 def _read_ranks(folder: Path, run_dir: Path) -> RankStoreState:
     if not (folder / RANKED).is_file():
-        raise UserError(f"{run_dir} was trained without reward.rank and cannot be continued with it")
+        raise UserError(f"{run_dir} was trained without reward.rank=ecdf and cannot be continued with it")
     saved = json.loads((folder / RANKED).read_text())
     with np.load(folder / RANKS) as rows:
         return RankStoreState(

@@ -1,14 +1,56 @@
-"""What a run leaves on the terminal: before and after."""
+"""What a run comes down to: before and after, here for the terminal and for the report."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from launch import rundir
+from perception import names
+
+_HEADLINE = {
+    names.GIOU_GREEDY: "gIoU, greedy answers",
+    names.GIOU_SAMPLED: "gIoU, sampled answers",
+    names.HELD_OUT_PARSE_OK: "parsed",
+    "relook_rate": "looked at again",
+    "look_gain": "mask IoU gained by looking again",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One line of the table."""
+
+    label: str
+    before: float
+    after: float
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """What both evaluations measured, the first held-out set before the further ones (`metric/set`)."""
+    found = []
+    for held_out in held_out_sets(before):
+        for metric, label in _HEADLINE.items():
+            name = f"{metric}/{held_out}" if held_out else metric
+            if _known(before.get(name)) and _known(after.get(name)):
+                found.append(Change(f"{held_out}: {label}" if held_out else label, before[name], after[name]))
+    return found
+
+
+def held_out_sets(evaluation: Mapping[str, Any]) -> list[str]:
+    """Names of the held-out sets in order of appearance; the first one has none and comes first."""
+    return list(dict.fromkeys(["", *(name.partition("/")[2] for name in evaluation)]))
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def show(run_dir: Path) -> None:
@@ -24,12 +66,7 @@ def show(run_dir: Path) -> None:
     )
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="right" if heading else "left")
-    rows = (
-        ("gIoU, greedy answers", "giou_greedy"),
-        ("gIoU, sampled answers (T=1)", "giou_sampled"),
-        ("parsed", "parse_ok"),
-    )
-    for label, key in rows:
-        table.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}")
+    for one in changes(before, after):
+        table.add_row(one.label, f"{one.before:.3f}", f"{one.after:.3f}", f"{one.after - one.before:+.3f}")
     console.print(table)
     console.print(f"policy   {run_dir / 'policy'}", soft_wrap=True)

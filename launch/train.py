@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launch import cluster
+from launch.calibrate import calibrate
 from launch.config import entry
-from launch.evaluate import evaluate
+from launch.evaluate import evaluate_all
 from launch.failures import check_failures
 from launch.metrics import StageClock, step_metrics
 from launch.parity import parity_gate
@@ -47,7 +48,9 @@ async def train(run: Session) -> None:
         clock = StageClock()
         prompts = system.prompts(state.cursor.next(algorithm.prompts_per_step), step)
         with clock.generate_and_score() as sampled:
-            scored = await system.answer(prompts, sampling, masks=config.run.rollouts_kept, on_sampled=sampled)
+            scored = await system.answer(
+                prompts, sampling, explore=True, masks=config.run.rollouts_kept, on_sampled=sampled
+            )
         check_failures(scored, config.reward.max_failure_rate)
         rewards = combine(scored, config.reward, state.ranks)
         advantages = step_advantages(scored, rewards, algorithm.scale)
@@ -61,7 +64,7 @@ async def train(run: Session) -> None:
         with clock.stage(names.SECONDS_SYNC):
             updates = await system.sync_weights(version=step)
         state.step = step
-        metrics = step_metrics(scored, rewards, advantages, report, updates, clock)
+        metrics = step_metrics(scored, rewards, advantages, report, updates, clock) | await system.learn_to_look(scored)
         run.recorder.step(step, metrics, scored, rewards, advantages.values)
         run.progress.step(step, metrics)
         if run.stop.is_set() or step == algorithm.steps or step % config.run.checkpoint_every == 0:
@@ -77,7 +80,9 @@ class Session:
     """Everything around the algorithm."""
 
     config: Config
-    held_out: Sequence[Sample]
+    samples: Sequence[Sample]
+    held_out: Mapping[str, Sequence[Sample]]
+    """By name; the first one, named "", is what a run is judged by."""
     state: RunState
     system: System
     recorder: Recorder
@@ -88,9 +93,9 @@ class Session:
     async def assess(self, phase: str) -> dict[str, float]:
         """Evaluate the current policy on the held-out samples, and record it."""
         self.progress.phase(phase)
-        evaluation = await evaluate(self.system, self.held_out, self.config.run.rollouts_kept)
-        self.recorder.evaluation(self.state.step, evaluation.metrics(), evaluation.groups)
-        return evaluation.metrics()
+        metrics, groups = await evaluate_all(self.system, self.held_out, self.config.run.rollouts_kept)
+        self.recorder.evaluation(self.state.step, metrics, groups)
+        return metrics
 
     async def run(self) -> None:
         """Workers up, evaluation before and after, summary and exported policy, workers down."""
@@ -101,12 +106,15 @@ class Session:
             self.progress.say(await self.system.start())
             if self.state.step:
                 await self.state.restore(self.system)
+            if self.system.must_calibrate:
+                self.progress.phase("learning when to look again")
+                self.progress.say(await calibrate(self.system, self.samples))
             if self.state.before is None:
                 self.state.before = await self.assess("evaluating the starting policy")
             await train(self)
             if not self.stop.is_set():
                 after = await self.assess("evaluating the trained policy")
-                await self.system.learner.export(str(self.recorder.run_dir.resolve() / "policy"))
+                await self.system.export(self.recorder.run_dir.resolve() / "policy")
                 self.recorder.summary(self.state.summary(after))
         finally:
             self.progress.phase("shutting down")
@@ -122,16 +130,11 @@ def run(config: Config) -> None:
         Recorder(config, resume_step=state.step if config.run.resume else None) as recorder,
         Progress(config.algorithm.steps) as progress,
     ):
-        asyncio.run(_session(config, held_out, state, recorder, progress))
+        session = Session(config, samples, held_out, state, System(config), recorder, progress, asyncio.Event())
+        asyncio.run(session.run())
     report = write_report(recorder.run_dir)
     show(recorder.run_dir)
     progress.say(f"report   {report}")
-
-
-async def _session(
-    config: Config, held_out: Sequence[Sample], state: RunState, recorder: Recorder, progress: Progress
-) -> None:
-    await Session(config, held_out, state, System(config), recorder, progress, asyncio.Event()).run()
 
 
 if __name__ == "__main__":

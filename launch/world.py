@@ -1,13 +1,15 @@
 """Write the synthetic world to disk as a COCO-format data set with referring expressions.
 
-    python -m launch.world [out=data/world] [train=4096] [eval=256] [side=112] [seed=0]
+    python -m launch.world [out=data/world] [train=4096] [eval=256] [side=224] [seed=0]
 
-The training scenes and the held-out scenes come from different seeds; the same arguments write the same bytes.
+`train.json` and `eval.json` are scenes of one kind, `shifted.json` holds harder ones (`perception.scenes.SHIFTED`), all
+from different seeds. The same arguments write the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -15,15 +17,17 @@ import numpy as np
 
 from launch.arguments import call
 from perception.datasets import coco
-from perception.scenes import SceneStyle, ask, generate
+from perception.scenes import SHIFTED, WORLD, SceneStyle, ask, generate
 
 EVAL_SEED = 500_000_000
+SHIFTED_SEED = 600_000_000
 
 
-def write(out: Path = Path("data/world"), train: int = 4096, eval: int = 256, side: int = 112, seed: int = 0) -> None:
-    style = SceneStyle(side=side, max_objects=3)
-    for split, count, first in (("train", train, seed), ("eval", eval, EVAL_SEED + seed)):
-        coco.write(out / f"{split}.json", records(range(first, first + count), style))
+def write(out: Path = Path("data/world"), train: int = 4096, eval: int = 256, side: int = 224, seed: int = 0) -> None:
+    splits = (("train", train, 0, WORLD), ("eval", eval, EVAL_SEED, WORLD), ("shifted", eval, SHIFTED_SEED, SHIFTED))
+    for split, count, first, style in splits:
+        seeds = range(first + seed, first + seed + count)
+        coco.write(out / f"{split}.json", records(seeds, replace(style, side=side)))
 
 
 def records(seeds: range, style: SceneStyle) -> Iterator[coco.Record]:

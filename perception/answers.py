@@ -10,10 +10,9 @@ read is left out, and an answer none of whose items can be read has not been giv
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from perception.formats import MAX_OBJECTS, section
+from perception.formats import MAX_OBJECTS, load, section
 from perception.tasks import TASKS
 from perception.types import Answer, AnswerObject, Failure, FailureKind
 
@@ -31,9 +30,9 @@ def parse(text: str, task: str) -> Answer:
     if body is None:
         return _unparsed(think, "no <answer>...</answer> in the completion")
     try:
-        items = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        return _unparsed(think, f"the answer is not JSON: {type(error).__name__}")
+        items = load(body)
+    except ValueError as error:
+        return _unparsed(think, f"the answer cannot be read as JSON: {error}")
     if not isinstance(items, list):
         return _unparsed(think, f"the answer is a JSON {type(items).__name__}, not a list")
     fields = TASKS[task].answer_fields

@@ -17,6 +17,7 @@ Natural = Annotated[int, Ge(0)]
 Rate = Annotated[float, Gt(0.0)]
 NonNegative = Annotated[float, Ge(0.0)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
+LookMode = Literal["none", "inline", "relook"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,7 @@ class TaskConfig:
 class LookConfig:
     """Look-to-Confirm: `inline` is Dr. Seg's single pass, `relook` looks again where an answer is unsure."""
 
-    mode: Literal["none", "inline", "relook"] = "none"
+    mode: LookMode = "none"
     components: dict[str, float] = field(default_factory=dict)
     """Reward components that belong to the mode: added to the reward's own, which win where both name one."""
     trigger: Literal["confidence", "always", "never"] = "confidence"
@@ -85,7 +86,7 @@ class LookConfig:
     cost: NonNegative = 0.01
     """Mask IoU that a further pass must gain to be worth its time."""
     explore: Fraction = 0.1
-    """While training: share of the confident answers that are looked at again all the same, to measure what it gains."""
+    """While training: share of the confident answers looked at again all the same, to measure what that gains."""
     window: Positive = 4096
     """Judged answers the calibration is fitted to, the newest ones."""
 
@@ -108,7 +109,7 @@ class EcdfConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRankConfig:
-    """Soft rank among all candidate masks of the prompt: every pass of every sample (`reward_workers/group_rank.py`)."""
+    """Soft rank among all candidate masks of a prompt, every pass of every sample (`reward_workers/group_rank.py`)."""
 
     by: Literal["iou", "dice", "ap"] = "iou"
     temperature: Rate = 0.1

@@ -1,7 +1,8 @@
 r"""Dr. Seg's format rewards and its reading of an answer, exactly as published (eVI-group-SCU/Dr-Seg, `dr_seg.py`).
 
 Pure functions of the completion text, in linear time: the published lazy patterns rescan the text once per unclosed
-tag, so tags are found by `str.find` with the same result. The equivalent pattern stands beside each function.
+tag, so tags are found by `str.find` with the same result. The equivalent pattern stands beside each function. Memory is
+bounded by `LONGEST`; nothing else differs from the published code but the values of NaN (`published_objects`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import numpy as np
 
 MAX_OBJECTS = 120
 """A longer list is cut here, in the truth as in the answer."""
+LONGEST = 1_000_000
+"""Characters. A longer answer is not read, nor are sentences beyond: each would become some 30 times its size in Python
+objects. The published limit of 3,000 tokens is below a fiftieth of it."""
 
 _CLOSE_THEN_ANSWER = re.compile(r"</think>\s*<answer>")
 _LOOK_START = re.compile(r"<look>\s*\S")
@@ -22,9 +26,10 @@ _SENTENCE_END = re.compile(r"[.。!?？！…]+")
 _WHITE = re.compile(r"\s+")
 _TRIMMED = " \"'“”‘’[](){}，,;:、"
 _PLACEHOLDERS = tuple(
-    re.compile(r"\b" + r"[\s\W]*".join(words) + r"\b", re.IGNORECASE)
+    (words[0], re.compile(r"\b" + r"[\s\W]*".join(words) + r"\b", re.IGNORECASE))
     for words in (("your", "reasoning", "text"), ("your", "visual", "focus"), ("more", "reasoning", "text"))
 )
+"""With the first word, by which most texts are ruled out in a fraction of the time."""
 
 
 def section(text: str, tag: str) -> str | None:
@@ -66,7 +71,9 @@ def look(text: str) -> float:
 
 def non_repeat(text: str) -> float:
     """0 if the text copies a placeholder of the prompt or repeats sentences at least twice in all, else 1."""
-    if any(pattern.search(text) for pattern in _PLACEHOLDERS):
+    text = text[:LONGEST]
+    lower = text.lower()
+    if any(first in lower and pattern.search(text) for first, pattern in _PLACEHOLDERS):
         return 0.0
     sentences = [normal for part in _SENTENCE_END.split(text) if (normal := _normal(part))]
     return float(len(sentences) - len(set(sentences)) < 2)
@@ -102,11 +109,21 @@ def published_objects(text: str) -> PublishedObjects:
     return PublishedObjects(count=len(pairs), boxes=boxes, points=points)
 
 
+def load(body: str) -> Any:
+    """Any JSON value. Raises ValueError for what is none, is longer than `LONGEST` or too deeply nested."""
+    if len(body) > LONGEST:
+        raise ValueError(f"longer than {LONGEST:,} characters")
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+
+
 def _load_answer(text: str) -> Any:
     """JSON inside the answer; None when there is none."""
     try:
-        return json.loads(section(text, "answer") or "")
-    except (ValueError, RecursionError):
+        return load(section(text, "answer") or "")
+    except ValueError:
         return None
 
 

@@ -53,6 +53,13 @@ def view_to_image(answer: Answer, view: View) -> Answer:
     return replace(whole, objects=tuple(_moved(item, view.left, view.top) for item in whole.objects))
 
 
+def view_arrays_to_image(boxes: np.ndarray, points: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (N, 4) and points (N, 2) in the view's frame -> original pixels."""
+    frame, corner = Frame(view.height, view.width), np.array([view.left, view.top], np.float64)
+    moved = convert_boxes(boxes, frame, _extent(view)) + np.tile(corner, 2)
+    return moved, convert_points(points, frame, _extent(view)) + corner
+
+
 def image_to_view(answer: Answer, view: View) -> Answer:
     """An answer in original pixels -> the view's own frame."""
     near = replace(answer, objects=tuple(_moved(item, -view.left, -view.top) for item in answer.objects))

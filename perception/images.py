@@ -68,6 +68,13 @@ def decode(data: bytes) -> np.ndarray:
         raise DataError(f"{len(data)} bytes do not decode as an image: {error}") from error
 
 
+def encode(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 RGB -> PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def _sideways(image: Image.Image) -> bool:
     return image.format in _PHOTOGRAPHS and image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
 

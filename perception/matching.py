@@ -1,8 +1,12 @@
 """Which answered object stands for which true one: Hungarian matching on pairwise box and point measures.
 
 Boxes are (N, 4) x1 y1 x2 y2, points (N, 2) x y, both in the 840x840 metric frame (`frames.METRIC`) in which the
-published thresholds are stated. A row of NaN means the object has no box or no point: it overlaps nothing and is
-infinitely far.
+published thresholds are stated. What is no proper box or point has these values, always finite in the cost:
+  NaN (none given)      IoU 0, L1 and distance infinite, no point inside
+  infinite, or so large that an area is not finite
+                        IoU 0, L1 and distance as they come, infinite at worst
+  no area, or inverted  IoU 0, also with itself; with `pixel` = 1 a box without area is one pixel wide, as published
+  outside the image     measured like any other; nothing is clipped
 """
 
 from __future__ import annotations
@@ -105,21 +109,32 @@ def pairwise_iou(a: np.ndarray, b: np.ndarray, pixel: float = 0.0) -> np.ndarray
     with np.errstate(over="ignore", invalid="ignore"):  # a model may answer 1e300
         top_left = np.maximum(a[:, None, :2], b[None, :, :2])
         bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
-        both = np.maximum(0, bottom_right - top_left + pixel).prod(-1)
-        either = (a[:, 2:] - a[:, :2] + pixel).prod(-1)[:, None] + (b[:, 2:] - b[:, :2] + pixel).prod(-1)[None] - both
-        return np.nan_to_num(np.divide(both, either, out=np.zeros_like(both), where=either > 0))
+        sides = np.maximum(0, bottom_right - top_left + pixel)
+        both = sides[..., 0] * sides[..., 1]
+        either = _areas(a, pixel)[:, None] + _areas(b, pixel)[None] - both
+        return np.divide(both, either, out=np.zeros_like(both), where=either > 0)
+
+
+def _areas(boxes: np.ndarray, pixel: float) -> np.ndarray:
+    sides = boxes[:, 2:] - boxes[:, :2] + pixel
+    return np.asarray(sides[:, 0] * sides[:, 1])
 
 
 def pairwise_l1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(M, 4), (N, 4) -> (M, N) mean absolute difference of the coordinates; infinite for NaN."""
-    with np.errstate(over="ignore"):
-        return np.nan_to_num(np.abs(a[:, None] - b[None]).mean(-1), nan=np.inf, posinf=np.inf)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _far_if_nan(np.abs(a[:, None] - b[None]).sum(-1) / 4)
 
 
 def pairwise_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(M, 2), (N, 2) -> (M, N) Euclidean distance; infinite for NaN."""
-    with np.errstate(over="ignore"):
-        return np.nan_to_num(np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1)), nan=np.inf, posinf=np.inf)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _far_if_nan(np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1)))
+
+
+def _far_if_nan(distances: np.ndarray) -> np.ndarray:
+    distances[np.isnan(distances)] = np.inf
+    return distances
 
 
 def points_inside(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:

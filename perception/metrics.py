@@ -1,13 +1,16 @@
 """What an answer is worth: pure functions, 0..1 unless said otherwise, always finite.
 
 No-target questions are defined everywhere: nothing answered where nothing is there is 1, one-sided emptiness is 0. The
-published systems differ in x1 and x3, where an empty match is worth 0: pass `empty=0`.
+published systems differ in x1 and x3, where an empty match is worth 0: pass `empty=0`. `s_measure` keeps the values its
+paper gives to empty masks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
 from perception import masks
@@ -79,6 +82,39 @@ def mask_dice(answered: Rle, true: Rle) -> float:
     return _ratio(2 * both, both + either)
 
 
+def boundary_iou(answered: np.ndarray, true: np.ndarray, ratio: float = 0.02) -> float:
+    """IoU of the inner boundaries of two (H, W) bool masks (Cheng et al., CVPR 2021).
+
+    A boundary is the mask without its erosion by a square of radius `ratio` diagonals, at least 1 pixel; what lies
+    beyond the image counts as outside the mask. 1 when both masks are empty, 0 when one is. Raises ValueError when the
+    sizes differ.
+    """
+    _same_size(answered, true)
+    width = max(1, round(ratio * math.hypot(*true.shape)))
+    a, b = _boundary(answered, width), _boundary(true, width)
+    return _ratio(_pixels(a & b), _pixels(a | b))
+
+
+def s_measure(answered: np.ndarray, true: np.ndarray, alpha: float = 0.5) -> float:
+    """Structure measure of two (H, W) bool masks (Fan et al., ICCV 2017), as Seg-R1 rewards it.
+
+    `alpha` weighs the likeness of object and background as wholes, 1 - `alpha` that of the four parts around the
+    target's centroid. As published: without any target 1 - the share of the image answered, hence 1 when both masks are
+    empty; with a target everywhere the share answered; and an empty answer keeps what the true background is worth.
+    Equal to pysodmetrics 1.6.2 within 1e-15 on 6,000 random masks of 3 to 120 pixels a side once its epsilon in the
+    denominators is taken out, by which a perfect answer to a tiny target falls below 1 (by up to 5e-8 there), and save
+    its NaN where the centroid lies in the last row or column. Raises ValueError when the sizes differ.
+    """
+    _same_size(answered, true)
+    target = _pixels(true)
+    if target in (0, true.size):
+        return float((answered == true).mean())
+    hits, rest = _pixels(answered & true), true.size - target
+    clear = rest - _pixels(answered) + hits
+    whole = (target * _evenness(hits, target) + rest * _evenness(clear, rest)) / true.size
+    return max(0.0, alpha * whole + (1 - alpha) * _likeness_of_parts(answered, true))
+
+
 def giou(ious: Sequence[float]) -> float:
     """Mean of the per-sample IoU, the field's gIoU (not the generalised IoU of boxes). A failed sample counts as 0."""
     if not ious:
@@ -102,3 +138,42 @@ def _mean(values: np.ndarray, matched: Matched, empty: float) -> float:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 1.0
+
+
+def _same_size(a: np.ndarray, b: np.ndarray) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"masks of different sizes: {a.shape} and {b.shape}")
+
+
+def _pixels(mask: np.ndarray) -> int:
+    """Pixels set, as an integer that does not overflow when four of them are multiplied."""
+    return int(np.count_nonzero(mask))
+
+
+def _boundary(mask: np.ndarray, width: int) -> np.ndarray:
+    square, border = np.ones((3, 3), np.uint8), cv2.BORDER_CONSTANT
+    inner = cv2.erode(mask.astype(np.uint8), square, iterations=width, borderType=border, borderValue=(0,))
+    return mask & (inner == 0)
+
+
+def _evenness(right: int, pixels: int) -> float:
+    """Fan's object score of a region of which `right` pixels agree: 1 when all do, 0 when none does."""
+    share = right / pixels
+    deviation = math.sqrt(share * (1 - share) * pixels / max(1, pixels - 1))
+    return 2 * share / (share * share + 1 + deviation)
+
+
+def _likeness_of_parts(answered: np.ndarray, true: np.ndarray) -> float:
+    """SSIM of the four parts that meet at the target's centroid, weighed by their sizes."""
+    target = _pixels(true)
+    row, column = (round(int(true.sum(1 - axis) @ np.arange(true.shape[axis])) / target) + 1 for axis in (0, 1))
+    parts = [(rows, columns) for rows in (np.s_[:row], np.s_[row:]) for columns in (np.s_[:column], np.s_[column:])]
+    return sum(true[part].size * _ssim(answered[part], true[part]) for part in parts) / true.size
+
+
+def _ssim(answered: np.ndarray, true: np.ndarray) -> float:
+    """Structural similarity from counts alone: of 0/1 values they give every mean and variance."""
+    n, a, t = true.size, _pixels(answered), _pixels(true)
+    structure = 4 * a * t * (n * _pixels(answered & true) - a * t)
+    contrast = (a * a + t * t) * (a * (n - a) + t * (n - t))
+    return structure / contrast if contrast else 1.0

@@ -34,7 +34,9 @@ RELOOK_GAIN = "look/gain"  # mask IoU of the kept answer less the first one's, m
 RELOOK_CHANGED = "look/changed"  # share of those whose kept answer is not the first one
 CONFIDENCE = "look/confidence"  # mean expected mask IoU of the kept answers
 THRESHOLD = "look/threshold"  # below this confidence an answer is looked at again
-CALIBRATION_ERROR = "look/calibration_error"  # |expected - true mask IoU| over ten bins, before this step is learned from
+CALIBRATION_ERROR = (
+    "look/calibration_error"  # |expected - true mask IoU| over ten bins, before this step is learned from
+)
 PREFIX_HITS = "look/prefix_hits"  # share of what a second pass shares with the first that came from the prefix cache
 
 # Responses

@@ -246,6 +246,8 @@ class Finding:
     """The view as an encoded image, the provisional mask outlined."""
     picture_height: int = 0
     picture_width: int = 0
+    failure: Failure | None = None
+    """Why nothing could be said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,6 +345,37 @@ class EngineInfo:
     """vLLM's version."""
     seconds: float
     """From construction to ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    version: int
+    pause_seconds: float
+    """How long nothing was sampled."""
+    load_seconds: float
+    """The part of it spent taking buckets."""
+    nbytes: int
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Counts since the engine started."""
+
+    requests: int = 0
+    failures: int = 0
+    """Trajectories marked with a failure, of whatever kind."""
+    sampled_tokens: int = 0
+    prompt_tokens: int = 0
+    """Expanded: image tokens included."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
+    prefix_tokens: int = 0
+    """Of later turns: tokens before what was newly fed."""
+    prefix_cached: int = 0
+    """Of those, how many were found in the prefix cache."""
+    image_hits: int = 0
+    image_misses: int = 0
+    """Images that had to be decoded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,7 +68,7 @@ def picture(image: np.ndarray, rect: Rect, outline: np.ndarray | None, pixels: i
 
 def _corners(item: AnswerObject, height: int, width: int) -> tuple[float, float, float, float] | None:
     """What of the object lies in the image."""
-    found = item.box or (*item.point, *item.point) if item.box or item.point else None
+    found = item.box or ((*item.point, *item.point) if item.point else None)
     if found is None or found[0] >= width or found[1] >= height or found[2] < 0 or found[3] < 0:
         return None
     return max(0.0, found[0]), max(0.0, found[1]), min(float(width), found[2]), min(float(height), found[3])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from perception.config import ModelConfig, PlacementConfig, RewardConfig
-from perception.types import Answer, Group, ImageHandle, Rle, ScoredGroup
-from reward_workers.worker import RewardWorker, failed_group
+from perception.config import LookConfig, ModelConfig, PlacementConfig, RewardConfig
+from perception.types import Finding, Group, LookState, ScoredGroup
+from reward_workers.worker import RewardWorker, failed_findings, failed_group
+
+T = TypeVar("T")
 
 MAX_RESTARTS = 2
 """Per worker and run."""
@@ -41,6 +44,7 @@ class RewardPool:
     def __init__(
         self,
         config: RewardConfig,
+        look: LookConfig,
         model: ModelConfig,
         placement: PlacementConfig,
         *,
@@ -48,7 +52,7 @@ class RewardPool:
         bundles: Sequence[int] = (),
     ) -> None:
         """`bundles`: for each worker, the index of its bundle in the placement group `group`."""
-        self._config, self._model, self._placement = config, model, placement
+        self._config, self._look, self._model, self._placement = config, look, model, placement
         self._slots = [_Slot(number, self._options(number, group, bundles)) for number in range(config.workers)]
         self._restarting = asyncio.Lock()
 
@@ -56,21 +60,22 @@ class RewardPool:
         """Start all workers at once; returns the seconds of the slowest. Raises RewardError when one does not start."""
         return max(await asyncio.gather(*(self._launch(slot) for slot in self._slots)))
 
-    async def score(self, group: Group, want_masks: bool = False, names: tuple[str, ...] | None = None) -> ScoredGroup:
+    async def score(
+        self,
+        group: Group,
+        want_masks: bool = False,
+        names: tuple[str, ...] | None = None,
+        look: LookState | None = None,
+    ) -> ScoredGroup:
         """Measure a group (see `RewardWorker.score`). One that raises or times out comes back marked as SCORER.
 
         A group whose worker died is tried again. Raises RewardError when a worker has used up its restarts.
         """
-        try:
-            return await self._call(group.prompt.images[0].key, "score", group, want_masks, names)
-        except TimeoutError:
-            return failed_group(group, f"not scored within {self._config.timeout_s:g} s (reward.timeout_s)")
-        except RayTaskError as error:
-            return failed_group(group, f"scoring '{group.prompt.sample.id}' raised {error.cause!r}")
+        return await self._guarded(group, "score", partial(failed_group, group), want_masks, names, look)
 
-    async def segment(self, image: ImageHandle, answers: Sequence[Answer]) -> list[tuple[Rle | None, float]]:
-        """Provisional masks and confidences (see `RewardWorker.segment`); raises what the worker raises."""
-        return await self._call(image.key, "segment", image, answers)
+    async def examine(self, group: Group, look: LookState) -> list[Finding]:
+        """Say how far a group's answers can be believed (see `RewardWorker.examine`); failures as in `score`."""
+        return await self._guarded(group, "examine", partial(failed_findings, group), look)
 
     async def stats(self) -> Mapping[str, float]:
         """Sums over all workers of `RewardWorker.stats`."""
@@ -86,6 +91,14 @@ class RewardPool:
         for slot in self._slots:
             if slot.actor is not None:
                 ray.kill(slot.actor)
+
+    async def _guarded(self, group: Group, method: str, failed: Callable[[str], T], *arguments: Any) -> T:
+        try:
+            return await self._call(group.prompt.images[0].key, method, group, *arguments)
+        except TimeoutError:
+            return failed(f"{method}: no answer within {self._config.timeout_s:g} s (reward.timeout_s)")
+        except RayTaskError as error:
+            return failed(f"{method} of '{group.prompt.sample.id}' raised {error.cause!r}")
 
     async def _call(self, key: str, method: str, *arguments: Any) -> Any:
         while True:
@@ -117,7 +130,8 @@ class RewardPool:
 
     async def _launch(self, slot: _Slot) -> float:
         worker = ray.remote(RewardWorker).options(**slot.options)
-        actor = worker.remote(self._config, self._model, self._placement.device, self._placement.threads)
+        placement = self._placement
+        actor = worker.remote(self._config, self._look, self._model, placement.device, placement.threads)
         try:
             seconds = await asyncio.wait_for(actor.start.remote(), self._placement.start_timeout_s)
         except TimeoutError as error:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perception.config import RankConfig
+from perception.config import EcdfConfig
 from perception.types import RankStoreState
 
 _ALL_TASKS = "*"
@@ -36,7 +36,7 @@ class _Snapshot:
 class RankStore:
     """FIFO queues of metric vectors, one per task (or one for all), and their sorted snapshots."""
 
-    def __init__(self, names: Sequence[str], config: RankConfig) -> None:
+    def __init__(self, names: Sequence[str], config: EcdfConfig) -> None:
         self.names, self.config = tuple(names), config
         self._zeros = np.zeros((min(config.initial_zero_rows, config.capacity), len(self.names)), np.float32)
         self._initial = self._snapshot(self._zeros)
@@ -75,7 +75,8 @@ class RankStore:
     def flush(self) -> None:
         """End the step: its values join the queues, the oldest beyond `capacity` leave."""
         for queue, pending in self._pending.items():
-            rows = np.concatenate([self._rows.get(queue, self._zeros), *pending])[-self.config.capacity :]
+            rows = np.concatenate([self._rows.get(queue, self._zeros), *pending])
+            rows = rows[-self.config.capacity :].copy()  # a view would hold on to the rows that leave
             self._rows[queue] = rows
             self._snapshots[queue] = self._snapshot(rows)
             self._steps[queue] = self._steps.get(queue, 0) + 1

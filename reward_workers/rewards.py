@@ -15,9 +15,10 @@ import numpy as np
 
 from perception import formats, metrics
 from perception.config import RewardConfig
-from perception.frames import METRIC, Frame, convert_boxes, convert_points
+from perception.frames import METRIC, Frame, convert_boxes, convert_points, view_arrays_to_image
 from perception.matching import Matched, Objects, match, objects_of_answer, objects_of_target
-from perception.types import Answer, FailureKind, Score, ScoredGroup, Target
+from perception.types import Answer, FailureKind, Score, ScoredGroup, Target, View
+from reward_workers.group_rank import group_ranks
 from reward_workers.ranking import RankStore
 
 UNMEASURED = frozenset({FailureKind.ENGINE, FailureKind.SCORER})
@@ -34,13 +35,16 @@ class Case:
     target: Target
     image: Frame
     """The original image: the frame of `answer` and `target`."""
-    answer_frame: Frame
-    """The frame of the numbers in `text`."""
+    view: View
+    """What `text` is about, and the frame of the numbers in it."""
     published: bool
     """Read and match as the published systems do."""
     mask_iou: float = 0.0
     """Of the union of the answer's SAM2 masks with the union of the true ones, at the original size."""
     mask_dice: float = 0.0
+    answered_mask: np.ndarray | None = None
+    """(H, W) bool at the original size, where a component needs it (`ARRAY_COMPONENTS`)."""
+    true_mask: np.ndarray | None = None
 
     @property
     def answered(self) -> bool:
@@ -53,10 +57,11 @@ class Case:
         if not self.published:
             return match(objects_of_answer(self.answer, self.image), truth, "continuous")
         read = formats.published_objects(self.text)
-        objects = Objects(
-            boxes=convert_boxes(read.boxes, self.answer_frame, METRIC),
-            points=convert_points(read.points, self.answer_frame, METRIC),
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # a model may answer 1e308
+            boxes, points = view_arrays_to_image(read.boxes, read.points, self.view)
+            objects = Objects(
+                boxes=convert_boxes(boxes, self.image, METRIC), points=convert_points(points, self.image, METRIC)
+            )
         return match(objects, truth, "binary", pixel=1.0)
 
     def value(self, of_match: Callable[[Matched], float]) -> float:
@@ -105,6 +110,22 @@ def _mask_dice(case: Case) -> float:
     return case.mask_dice if case.answered else 0.0
 
 
+def _boundary_iou(case: Case) -> float:
+    """IoU of the outlines of the same masks, 0..1 (Cheng et al. 2021)."""
+    return metrics.boundary_iou(*_arrays(case)) if case.answered else 0.0
+
+
+def _s_measure(case: Case) -> float:
+    """Likeness of structure of the same masks, 0..1 (Fan et al. 2017; Seg-R1)."""
+    return metrics.s_measure(*_arrays(case)) if case.answered else 0.0
+
+
+def _arrays(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    if case.answered_mask is None or case.true_mask is None:
+        raise ValueError("boundary_iou and s_measure need the answered and the true mask")
+    return case.answered_mask, case.true_mask
+
+
 def _parsed(case: Case) -> float:
     """1 iff the completion holds an answer in the task's grammar."""
     return float(case.answered)
@@ -112,7 +133,8 @@ def _parsed(case: Case) -> float:
 
 def _non_repeat_plain(case: Case) -> float:
     """VisionReasoner's form: 0 if sentences, split at '.', repeat at least twice in all."""
-    sentences = [sentence for part in case.text.split(".") if (sentence := part.strip())]
+    parts = case.text[: formats.LONGEST].split(".")
+    sentences = [sentence for part in parts if (sentence := part.strip())]
     return float(len(sentences) - len(set(sentences)) < 2)
 
 
@@ -132,8 +154,12 @@ COMPONENTS: Mapping[str, Component] = {
     "box_iou": _box_iou,
     "mask_iou": _mask_iou,
     "mask_dice": _mask_dice,
+    "boundary_iou": _boundary_iou,
+    "s_measure": _s_measure,
 }
-MASK_COMPONENTS = frozenset({"mask_iou", "mask_dice"})
+ARRAY_COMPONENTS = frozenset({"boundary_iou", "s_measure"})
+"""Components that need the masks themselves on the host."""
+MASK_COMPONENTS = ARRAY_COMPONENTS | {"mask_iou", "mask_dice"}
 """Components that need SAM2."""
 
 
@@ -146,20 +172,25 @@ def components_in_use(config: RewardConfig) -> tuple[str, ...]:
     return names
 
 
+def compares_masks(config: RewardConfig) -> bool:
+    """Whether the preset needs SAM2's masks compared with true ones."""
+    return config.rank == "group" or bool(MASK_COMPONENTS.intersection(components_in_use(config)))
+
+
 def make_store(config: RewardConfig) -> RankStore | None:
-    """The rank store the preset needs, if it ranks."""
-    return RankStore(tuple(config.ranked), config.rank) if config.rank and config.ranked else None
+    """The rank store the preset needs, if it ranks against earlier steps."""
+    return RankStore(tuple(config.ranked), config.ecdf) if config.rank == "ecdf" and config.ranked else None
 
 
 def combine(groups: Sequence[ScoredGroup], config: RewardConfig, store: RankStore | None) -> list[tuple[float, ...]]:
-    """Rewards of a step, one tuple per group: weighted components, plus weighted ranks of the ranked ones.
+    """Rewards of a step, one tuple per group: weighted components, plus what `rank` makes of the ranked ones.
 
     `groups` in prompt order. The step's values are appended to `store` but not flushed: call `store.flush()` once the
     step is done. A trajectory without metrics gets 0 and keeps its failure, by which the advantages leave it out where
     the infrastructure failed.
     """
     rewards = [_group_rewards(group, config, store) for group in groups]
-    if store is not None and config.rank is not None:
+    if store is not None:
         for group in groups:
             rows = [_row(score, store.names) for score in group.scores if _is_evidence(score, config)]
             if rows:
@@ -168,16 +199,28 @@ def combine(groups: Sequence[ScoredGroup], config: RewardConfig, store: RankStor
 
 
 def _group_rewards(group: ScoredGroup, config: RewardConfig, store: RankStore | None) -> tuple[float, ...]:
-    measured = [score for score in group.scores if score.metrics]
-    rows = [_row(score, tuple(config.ranked)) for score in measured]
-    ranked = np.array(rows).reshape(len(measured), len(config.ranked))
+    extras = _by_group(group, config) if config.rank == "group" else _by_component(group, config, store)
+    return tuple(_reward(score, config, extra) for score, extra in zip(group.scores, extras, strict=True))
+
+
+def _by_group(group: ScoredGroup, config: RewardConfig) -> list[float]:
+    """The one soft rank, which has the weights of all ranked components together, or 1 where none are named."""
+    weight = sum(config.ranked.values()) if config.ranked else 1.0
+    return [weight * rank for rank in group_ranks(group, config.group, failed=config.unparsed_reward is None)]
+
+
+def _by_component(group: ScoredGroup, config: RewardConfig, store: RankStore | None) -> list[float]:
+    """Weighted quantiles of the ranked components, or their weighted values where there is no store; 0 unmeasured."""
+    measured = np.array([bool(score.metrics) for score in group.scores])
+    rows = [_row(score, tuple(config.ranked)) for score in group.scores if score.metrics]
+    values = np.array(rows, np.float64).reshape(len(rows), len(config.ranked))
     weights = tuple(config.ranked.values())
-    if store is not None and measured:
-        extra = store.aggregate(store.rank(group.group.prompt.sample.task, ranked), weights)
+    extras = np.zeros(len(measured))
+    if store is not None:
+        extras[measured] = store.aggregate(store.rank(group.group.prompt.sample.task, values), weights)
     else:
-        extra = ranked @ np.array(weights, np.float64)
-    extras = iter(extra.tolist())
-    return tuple(_reward(score, config, next(extras) if score.metrics else 0.0) for score in group.scores)
+        extras[measured] = values @ np.array(weights, np.float64)
+    return extras.tolist()
 
 
 def _reward(score: Score, config: RewardConfig, ranked: float) -> float:
@@ -189,8 +232,7 @@ def _reward(score: Score, config: RewardConfig, ranked: float) -> float:
 
 
 def _is_evidence(score: Score, config: RewardConfig) -> bool:
-    assert config.rank is not None
-    return bool(score.metrics) and not (config.rank.exclude_unparsed and score.failure is not None)
+    return bool(score.metrics) and not (config.ecdf.exclude_unparsed and score.failure is not None)
 
 
 def _row(score: Score, names: Sequence[str]) -> list[float]:

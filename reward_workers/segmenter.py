@@ -35,6 +35,7 @@ _DYNAMIC_MULTIMASK = {
     "dynamic_multimask_stability_thresh": 0.98,
 }
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_STABILITY_OFFSET = 1.0
 _PROMPTS_PER_CALL = 128
 _PIXELS_PER_CALL = 1 << 27
 """Full-size logits held at once (512 MiB in float32)."""
@@ -70,8 +71,9 @@ class Segmentation:
 
     masks: Tensor
     """(S, H, W) bool at the original size: per answer, the union of its objects."""
-    confidence: np.ndarray
-    """(S,) SAM2's predicted IoU, mean over the answer's objects; 0 where it has none."""
+    features: np.ndarray
+    """(S, 3) float64, means over the answer's objects, 0 where it has none: SAM2's predicted IoU; stability (area at
+    logit > 1 over area at logit > -1); agreement (IoU of the prompted box with the mask's own, 1 without a box)."""
 
     def overlaps(self, truth: np.ndarray) -> np.ndarray:
         """IoU and Dice with truth (H, W) bool, counted on the device: (S, 2) float64.
@@ -228,9 +230,11 @@ class Segmenter:
         """Masks of `answers` answers about one image. Prompts as in `decode`, owners (N,) their answers."""
         logits, iou = self.decode(embedding, boxes, points, multimask)
         owners = np.asarray(owners, np.int64)
-        total = np.bincount(owners, iou.cpu().numpy(), minlength=answers)
-        confidence = total / np.maximum(np.bincount(owners, minlength=answers), 1)
-        return Segmentation(self._unions(logits, owners, answers, embedding), confidence)
+        measured = torch.stack([iou, _stability(logits), _agreement(logits, boxes, embedding)], 1).cpu().numpy()
+        features = np.zeros((answers, 3))
+        np.add.at(features, owners, measured)
+        features /= np.maximum(np.bincount(owners, minlength=answers), 1)[:, None]
+        return Segmentation(self._unions(logits, owners, answers, embedding), features)
 
     @torch.no_grad()
     def _unions(self, logits: Tensor, owners: np.ndarray, answers: int, embedding: Embedding) -> Tensor:
@@ -244,6 +248,27 @@ class Segmenter:
             full = F.interpolate(part[None], size, mode="bilinear", align_corners=False)[0]
             union.index_add_(0, who, (full > 0).to(torch.int16))
         return union > 0
+
+
+def _stability(logits: Tensor) -> Tensor:
+    """(N, h, w) -> (N,): how little the mask's area depends on where its logits are cut (SAM's stability score)."""
+    sure, possible = (logits > _STABILITY_OFFSET).sum((1, 2)), (logits > -_STABILITY_OFFSET).sum((1, 2))
+    return sure / possible.clamp(min=1)
+
+
+def _agreement(logits: Tensor, boxes: np.ndarray, embedding: Embedding) -> Tensor:
+    """(N, h, w) and boxes (N, 4) in original pixels -> (N,): IoU of each box with its mask's own; 1 without a box."""
+    rows, columns = (logits > 0).any(2), (logits > 0).any(1)
+    scale = torch.tensor([embedding.width / columns.shape[1], embedding.height / rows.shape[1]], device=logits.device)
+    low = torch.stack([columns.int().argmax(1), rows.int().argmax(1)], 1) * scale
+    last = torch.stack(
+        [columns.shape[1] - columns.flip(1).int().argmax(1), rows.shape[1] - rows.flip(1).int().argmax(1)], 1
+    )
+    high = torch.where(rows.any(1)[:, None], last * scale, low)
+    asked = torch.from_numpy(boxes).to(logits)
+    both = (torch.minimum(high, asked[:, 2:]) - torch.maximum(low, asked[:, :2])).clamp(min=0).prod(1)
+    either = (high - low).prod(1) + (asked[:, 2:] - asked[:, :2]).prod(1) - both
+    return torch.where(asked.isnan().any(1), torch.ones_like(both), both / either.clamp(min=1e-6))
 
 
 def official_config(name: str) -> DictConfig:

@@ -12,8 +12,9 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,14 +25,18 @@ from perception.config import RolloutConfig
 from perception.images import ImageCache
 from perception.types import (
     EngineInfo,
+    EngineStats,
     Failure,
     FailureKind,
+    Feed,
     Group,
+    ImageHandle,
     PolicySpec,
     Prompt,
     SamplingSpec,
     Trajectory,
     Turn,
+    UpdateReport,
     VersionSpan,
     WeightBucket,
 )
@@ -47,37 +52,12 @@ _BANNED_BIAS = -1e9
 _DECODED_IMAGES = 32
 _FETCH_TIMEOUT_S = 60.0
 _SHUTDOWN_TIMEOUT_S = 1.0
+_SEED_STRIDE, _LARGEST_SEED = 1_000_003, 0x7FFFFFFF
+"""Later turns of a sample are drawn from seeds far from those of its group's first turns."""
 
 
 class EngineDead(RuntimeError):
     """The vLLM engine behind this actor is gone; only a new actor helps."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateReport:
-    version: int
-    pause_seconds: float
-    """How long nothing was sampled."""
-    load_seconds: float
-    """The part of it spent taking buckets."""
-    nbytes: int
-
-
-@dataclass(slots=True, kw_only=True)
-class EngineStats:
-    """Counts since the engine started."""
-
-    requests: int = 0
-    failures: int = 0
-    """Trajectories marked with a failure, of whatever kind."""
-    sampled_tokens: int = 0
-    prompt_tokens: int = 0
-    """Expanded: image tokens included."""
-    cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache."""
-    image_hits: int = 0
-    image_misses: int = 0
-    """Images that had to be decoded."""
 
 
 def environment(device: str, threads: int) -> dict[str, str]:
@@ -170,20 +150,41 @@ class RolloutEngine:
 
         Raises EngineDead; every other failure comes back as marked trajectories.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        self._stats.requests += 1
-        try:
-            output = await self._request(prompt, sampling)
-            trajectories = tuple(self._trajectory(prompt, output.request_id, c) for c in output.outputs)
-            group = Group(prompt=prompt, trajectories=trajectories)
-        except EngineDeadError as error:
-            raise EngineDead(str(error)) from error
-        except Exception as error:  # noqa: BLE001 - vLLM's classes for a bad request differ between versions
-            group = failed_group(prompt, sampling.n, str(error.__cause__ or error))
+        output = await self._request(prompt.token_ids, prompt.images, sampling, prompt.seed)
+        if isinstance(output, str):
+            group = failed_group(prompt, sampling.n, output)
+        else:
+            feed = Feed(input_ids=prompt.token_ids, images=prompt.images, view=None)
+            done = (self._trajectory(c.index, feed, output.request_id, c) for c in output.outputs)
+            group = Group(prompt=prompt, trajectories=tuple(done))
         self._stats.failures += sum(t.failure is not None for t in group.trajectories)
         self._stats.sampled_tokens += sum(t.sampled_tokens for t in group.trajectories)
         return group
+
+    async def sample(
+        self, prompt: Prompt, index: int, turns: tuple[Turn, ...], feed: Feed | None, sampling: SamplingSpec
+    ) -> Trajectory:
+        """One more turn of one sample: the first one (`turns` empty, `feed` None), or the one after `turns` and `feed`.
+
+        The group's prompt and the sample's own earlier turns come from the prefix cache. A first turn is the one that
+        `generate` samples at this index. Raises EngineDead; every other failure comes back marked, after the turns
+        there were.
+        """
+        feed = feed or Feed(input_ids=prompt.token_ids, images=prompt.images, view=None)
+        ids = [token for turn in turns for token in (*turn.input_ids, *turn.token_ids)]
+        images = [image for turn in turns for image in turn.images]
+        spec, seed = replace(sampling, n=1), (prompt.seed + index + len(turns) * _SEED_STRIDE) & _LARGEST_SEED
+        output = await self._request([*ids, *feed.input_ids], [*images, *feed.images], spec, seed)
+        if isinstance(output, str):
+            trajectory = replace(failed_trajectory(prompt, index, output), turns=turns)
+        else:
+            new = self._trajectory(index, feed, output.request_id, output.outputs[0])
+            trajectory = replace(new, turns=(*turns, *new.turns))
+            if turns:
+                self._count_prefix(output, len(ids), len(images))
+        self._stats.failures += trajectory.failure is not None
+        self._stats.sampled_tokens += len(trajectory.turns[-1].token_ids) if len(trajectory.turns) > len(turns) else 0
+        return trajectory
 
     async def begin_update(self) -> None:
         """Stop sampling, keep the requests in flight, drop every cache of the old weights (prefix, image features)."""
@@ -233,36 +234,56 @@ class RolloutEngine:
         self._engine.shutdown(timeout=_SHUTDOWN_TIMEOUT_S)
         del self._engine
 
-    async def _request(self, prompt: Prompt, sampling: SamplingSpec) -> RequestOutput:
-        placeholders = prompt.token_ids.count(self._policy.image_token_id)
-        if placeholders != len(prompt.images):  # vLLM itself accepts both too many and too few
-            raise ValueError(f"the prompt has {placeholders} image placeholders for {len(prompt.images)} images")
-        loop = asyncio.get_running_loop()
-        pixels = [await loop.run_in_executor(self._decoder, self._images.get, handle) for handle in prompt.images]
-        request: Any = {"prompt_token_ids": list(prompt.token_ids)}
-        if pixels:  # as PIL: vLLM takes an array's first axis for channels
-            request["multi_modal_data"] = {"image": [Image.fromarray(image) for image in pixels]}
-        params = sampling_params(self._policy, sampling, prompt.seed)
-        async for output in self._engine.generate(request, params, str(next(self._ids))):
-            final = output
+    async def _request(
+        self, ids: Sequence[int], images: Sequence[ImageHandle], sampling: SamplingSpec, seed: int
+    ) -> RequestOutput | str:
+        """What vLLM makes of unexpanded ids and their images, or in one line why it made nothing."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._stats.requests += 1
+        try:
+            placeholders = ids.count(self._policy.image_token_id)
+            if placeholders != len(images):  # vLLM itself accepts both too many and too few
+                raise ValueError(f"the prompt has {placeholders} image placeholders for {len(images)} images")
+            loop = asyncio.get_running_loop()
+            pixels = [await loop.run_in_executor(self._decoder, self._images.get, handle) for handle in images]
+            request: Any = {"prompt_token_ids": list(ids)}
+            if pixels:  # as PIL: vLLM takes an array's first axis for channels
+                request["multi_modal_data"] = {"image": [Image.fromarray(image) for image in pixels]}
+            params = sampling_params(self._policy, sampling, seed)
+            async for output in self._engine.generate(request, params, str(next(self._ids))):
+                final = output
+        except EngineDeadError as error:
+            raise EngineDead(str(error)) from error
+        except Exception as error:  # noqa: BLE001 - vLLM's classes for a bad request differ between versions
+            return str(error.__cause__ or error)
         self._stats.prompt_tokens += len(final.prompt_token_ids or ())
         self._stats.cached_tokens += final.num_cached_tokens or 0
         return final
 
-    def _trajectory(self, prompt: Prompt, request: str, completion: CompletionOutput) -> Trajectory:
+    def _count_prefix(self, output: RequestOutput, ids: int, images: int) -> None:
+        """How much of a later turn's prefix (`ids` unexpanded tokens, `images` images) came from the cache."""
+        runs = [
+            len(list(run)) for token, run in itertools.groupby(output.prompt_token_ids or ())
+            if token == self._policy.image_token_id
+        ]  # fmt: skip
+        self._stats.prefix_tokens += ids + sum(runs[:images]) - images
+        self._stats.prefix_cached += output.num_cached_tokens or 0
+
+    def _trajectory(self, index: int, feed: Feed, request: str, completion: CompletionOutput) -> Trajectory:
         ids = tuple(completion.token_ids)
         logprobs = cast("FlatLogprobs", completion.logprobs)
         turn = Turn(
-            input_ids=prompt.token_ids,
-            images=prompt.images,
+            input_ids=feed.input_ids,
+            images=feed.images,
             token_ids=ids,
             logprobs=tuple(logprobs.logprobs),
             versions=self._spans(request, completion),
             text=str(self._tokenizer.decode(list(ids), skip_special_tokens=True)),
             finish_reason=completion.finish_reason or "unfinished",
+            view=feed.view,
         )
-        failure = _failure(turn)
-        return Trajectory(index=completion.index, turns=(turn,) if ids else (), failure=failure)
+        return Trajectory(index=index, turns=(turn,) if ids else (), failure=_failure(turn))
 
     def _spans(self, request: str, completion: CompletionOutput) -> tuple[VersionSpan, ...]:
         if self._native_versions:
@@ -287,8 +308,12 @@ class RolloutEngine:
 
 def failed_group(prompt: Prompt, n: int, detail: str) -> Group:
     """A group of which nothing is known but why."""
+    return Group(prompt=prompt, trajectories=tuple(failed_trajectory(prompt, index, detail) for index in range(n)))
+
+
+def failed_trajectory(prompt: Prompt, index: int, detail: str) -> Trajectory:
     failure = Failure(kind=FailureKind.ENGINE, detail=f"sample {prompt.sample.id}: {detail}")
-    return Group(prompt=prompt, trajectories=tuple(Trajectory(index=i, turns=(), failure=failure) for i in range(n)))
+    return Trajectory(index=index, turns=(), failure=failure)
 
 
 def _failure(turn: Turn) -> Failure | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -13,8 +14,22 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from perception.config import PlacementConfig, RolloutConfig
-from perception.types import EngineInfo, Group, PolicySpec, Prompt, SamplingSpec, WeightBucket
-from rollout.engine import EngineDead, EngineStats, RolloutEngine, UpdateReport, failed_group
+from perception.types import (
+    EngineInfo,
+    EngineStats,
+    Feed,
+    Group,
+    PolicySpec,
+    Prompt,
+    SamplingSpec,
+    Trajectory,
+    Turn,
+    UpdateReport,
+    WeightBucket,
+)
+from rollout.engine import EngineDead, RolloutEngine, failed_group, failed_trajectory
+
+T = TypeVar("T")
 
 MAX_RESTARTS = 3
 """Per engine and run: one that dies more often has a cause that a restart does not cure."""
@@ -72,23 +87,54 @@ class RolloutPool:
         A group that takes longer than `rollout.request_timeout_s` comes back marked. Raises RolloutError when an engine
         has used up its restarts.
         """
+        return await self._ask(
+            self._idlest,
+            lambda actor: actor.generate.remote(prompt, sampling),
+            partial(failed_group, prompt, sampling.n),
+        )
+
+    async def sample(
+        self, prompt: Prompt, index: int, turns: tuple[Turn, ...], feed: Feed | None, sampling: SamplingSpec
+    ) -> Trajectory:
+        """One more turn of one sample (see `RolloutEngine.sample`), on the engine whose cache holds the prompt.
+
+        Deaths and timeouts as in `generate`; what comes back marked keeps the turns there were.
+        """
+        shared = (prompt, index, turns, feed, sampling)
+        done = await self._ask(
+            partial(self._home, prompt),
+            lambda actor: actor.sample.remote(*shared),
+            partial(failed_trajectory, prompt, index),
+        )
+        return done if done.turns else replace(done, turns=turns)
+
+    async def _ask(self, route: Callable[[], _Slot], call: Callable[[Any], Any], failed: Callable[[str], T]) -> T:
         timeout = self._config.request_timeout_s
         while True:
-            slot = await self._pick()
+            slot = await self._pick(route)
             actor = slot.actor
             slot.in_flight += 1
-            reference = actor.generate.remote(prompt, sampling)
+            reference = call(actor)
             try:
                 return await asyncio.wait_for(reference, timeout)
             except TimeoutError:
                 ray.cancel(reference)
                 where = f"no answer from rollout engine {slot.number} in {timeout:g} s (rollout.request_timeout_s)"
-                return failed_group(prompt, sampling.n, where)
+                return failed(where)
             except (RayActorError, EngineDead) as death:
                 if slot.actor is actor and slot.revival is None:
                     slot.revival = asyncio.create_task(self._revive(slot, death))
             finally:
                 slot.in_flight -= 1
+
+    def _idlest(self) -> _Slot:
+        return min(self._slots, key=lambda slot: (slot.revival is not None, slot.in_flight))
+
+    def _home(self, prompt: Prompt) -> _Slot:
+        """The prompt's own engine, unless another one could take it at once while that one has a queue."""
+        own, idlest = self._slots[prompt.seed % len(self._slots)], self._idlest()
+        queued = own.in_flight - idlest.in_flight >= self._config.max_num_seqs
+        return idlest if own.revival is not None or queued else own
 
     async def begin_update(self) -> None:
         """Pause all engines, keeping the requests in flight, and drop every cache of the old weights."""
@@ -149,12 +195,12 @@ class RolloutPool:
         slot.actor = actor
         return info
 
-    async def _pick(self) -> _Slot:
+    async def _pick(self, route: Callable[[], _Slot]) -> _Slot:
         for slot in self._slots:
             if slot.revival is not None and slot.revival.done():
                 slot.revival.result()
                 slot.revival = None
-        slot = min(self._slots, key=lambda slot: (slot.revival is not None, slot.in_flight))
+        slot = route()
         if slot.revival is not None:
             await asyncio.shield(slot.revival)
         return slot

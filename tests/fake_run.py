@@ -1,24 +1,27 @@
 """A run directory written by the real Recorder from invented figures: answers to real scenes that sharpen step by step.
 
-Some answers fail, and some try to break out of the page they will be shown on.
+Some answers fail, and some try to break out of the page they will be shown on. A run of `look=relook` looks at most
+answers twice, and is evaluated on a second held-out set.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco
 
 from launch.recorder import Recorder
-from perception import names, scenes
+from perception import images, masks, names, scenes, views
 from perception.config import (
     AlgorithmConfig,
     Config,
     DataConfig,
     LearnerConfig,
+    LookConfig,
     ModelConfig,
     PlacementConfig,
     RewardConfig,
@@ -27,15 +30,16 @@ from perception.config import (
     TaskConfig,
     WandbConfig,
 )
+from perception.frames import image_to_view
 from perception.types import (
     Answer,
     AnswerObject,
+    Candidate,
     Failure,
     FailureKind,
     Group,
     ImageHandle,
     Prompt,
-    Rle,
     Sample,
     Score,
     ScoredGroup,
@@ -43,18 +47,32 @@ from perception.types import (
     Trajectory,
     Turn,
     VersionSpan,
+    View,
 )
 
 HOSTILE = "</pre><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\u202e </style>"
 N = 8
+SIDE = 112
+LOOK = LookConfig(mode="relook", components={"non_repeat": 0.1})
 
 
-def config(output: Path, name: str = "quickstart", resume: str | None = None, steps: int = 60) -> Config:
+def config(
+    output: Path,
+    name: str = "quickstart",
+    resume: str | None = None,
+    steps: int = 60,
+    look: LookConfig | None = None,
+) -> Config:
     return Config(
         run=RunConfig(name=name, output=str(output), resume=resume, rollouts_kept=4),
         model=ModelConfig(path="assets/policy", segmenter="assets/segmenter"),
         data=DataConfig(format="coco", train="data/train.json", eval="data/eval.json"),
-        task={"segment": TaskConfig(system="You see.", template="Find {question}.")},
+        task={
+            "segment": TaskConfig(
+                system="You see.", template="Find {question}.", inline="Look for {question}.", again="Closer."
+            )
+        },
+        look=look or LookConfig(),
         reward=RewardConfig(
             name="quickstart", components={"mask_iou": 1.0, "parsed": 0.2}, ranked={"point_score": 0.5}
         ),
@@ -66,43 +84,49 @@ def config(output: Path, name: str = "quickstart", resume: str | None = None, st
     )
 
 
-def write_run(output: Path, steps: int = 60, image_dir: Path | None = None) -> Path:
+def write_run(output: Path, steps: int = 60, image_dir: Path | None = None, look: LookConfig | None = None) -> Path:
     """A whole run of `steps` steps under `output`; returns its directory."""
-    images = image_dir or output / "images"
-    images.mkdir(parents=True, exist_ok=True)
+    folder = image_dir or output / "images"
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    with Recorder(config(output, steps=steps)) as recorder:
-        held_out = [scored_group(images, 9000 + i, 12.0, rng) for i in range(8)]
-        recorder.evaluation(0, evaluation(0.0), held_out)
+
+    def groups(seeds: range, spread: float) -> list[ScoredGroup]:
+        return [scored_group(folder, seed, spread, rng, look) for seed in seeds]
+
+    with Recorder(config(output, steps=steps, look=look)) as recorder:
+        recorder.evaluation(0, evaluation(0.0, look), groups(range(9000, 9008), 12.0))
         for step in range(1, steps + 1):
             progress = step / steps
-            groups = [scored_group(images, 10 * step + i, 13.0 - 7.0 * progress, rng) for i in range(4)]
-            rewards = [[reward(score) for score in entry.scores] for entry in groups]
+            scored = groups(range(10 * step, 10 * step + 4), 13.0 - 7.0 * progress)
+            rewards = [[reward(score) for score in entry.scores] for entry in scored]
             advantages = [((np.array(row) - np.mean(row)) / (np.std(row) + 1e-6)).tolist() for row in rewards]
-            recorder.step(step, metrics(step, progress, rng), groups, rewards, advantages)
+            recorder.step(step, metrics(step, progress, rng, look), scored, rewards, advantages)
             if step % 20 == 0:
-                held_out = [scored_group(images, 9000 + i, 12.0 - 6.0 * progress, rng) for i in range(8)]
-                recorder.evaluation(step, evaluation(progress), held_out)
+                recorder.evaluation(step, evaluation(progress, look), groups(range(9000, 9008), 12.0 - 6.0 * progress))
         recorder.summary(
             {
-                "before": {"giou_greedy": 0.561, "giou_sampled": 0.482},
-                "after": {"giou_greedy": 0.598, "giou_sampled": 0.561},
+                "before": evaluation(0.0, look), "after": evaluation(1.0, look),
                 "steps": steps, "seconds": 402.7, "parse_ok": 0.998,
             }
         )  # fmt: skip
         return recorder.run_dir
 
 
-def evaluation(progress: float) -> dict[str, float]:
-    return {
+def evaluation(progress: float, look: LookConfig | None = None) -> dict[str, float]:
+    found = {
         names.GIOU_GREEDY: 0.561 + 0.037 * progress,
         names.GIOU_SAMPLED: 0.482 + 0.079 * progress,
         names.HELD_OUT_PARSE_OK: 0.991 + 0.007 * progress,
         "samples": 128,
     }
+    if look is None:
+        return found
+    looked = {"relook_rate": 0.92 - 0.5 * progress, "look_gain": 0.012 + 0.05 * progress}
+    shifted = {f"{name}/shifted": value - 0.15 for name, value in found.items() if name.startswith("giou")}
+    return found | looked | shifted
 
 
-def metrics(step: int, progress: float, rng: np.random.Generator) -> dict[str, float]:
+def metrics(step: int, progress: float, rng: np.random.Generator, look: LookConfig | None = None) -> dict[str, float]:
     noise = rng.normal(size=8)
     seconds = {
         names.SECONDS_GENERATE: 2.1 + 0.2 * noise[0] ** 2,
@@ -111,7 +135,17 @@ def metrics(step: int, progress: float, rng: np.random.Generator) -> dict[str, f
         names.SECONDS_SYNC: 0.12 + 0.01 * noise[3],
         names.SECONDS_CONTROLLER: 0.11,
     }
-    return seconds | {
+    looked = {
+        names.LOOK_PASSES: 1.9 - 0.5 * progress,
+        names.RELOOK_RATE: 0.9 - 0.5 * progress + 0.02 * noise[0],
+        names.RELOOK_CHANGED: 0.4 + 0.2 * progress + 0.02 * noise[1],
+        names.RELOOK_GAIN: 0.06 * progress + 0.02 * noise[2],
+        names.CONFIDENCE: 0.5 + 0.1 * progress + 0.01 * noise[3],
+        names.THRESHOLD: 1.0 if progress < 0.1 else 0.74 + 0.01 * noise[4],
+        names.CALIBRATION_ERROR: 0.12 - 0.08 * progress + 0.01 * noise[5] ** 2,
+        names.PREFIX_HITS: 0.93,
+    }
+    return seconds | (looked if look else {}) | {
         names.SECONDS_STEP: sum(seconds.values()),
         names.REWARD_MEAN: 0.62 + 0.12 * progress + 0.03 * noise[4],
         names.REWARD_STD: 0.24 - 0.05 * progress,
@@ -142,28 +176,39 @@ def reward(score: Score) -> float:
     return score.metrics["mask_iou"] + 0.2 * score.metrics["parsed"] + 0.5 * score.metrics["point_score"]
 
 
-def scored_group(images: Path, seed: int, spread: float, rng: np.random.Generator) -> ScoredGroup:
-    """N answers to one scene, each the truth moved by about `spread` pixels."""
+def scored_group(
+    folder: Path, seed: int, spread: float, rng: np.random.Generator, look: LookConfig | None = None
+) -> ScoredGroup:
+    """N answers to one scene, each the truth moved by about `spread` pixels; with `look`, most are looked at again."""
     scene = scenes.generate(seed)
     question = scenes.ask(scene, np.random.default_rng(seed))
-    path = images / f"{seed}.png"
+    path = folder / f"{seed}.png"
     cv2.imwrite(str(path), scene.image[..., ::-1])
-    height, width = scene.image.shape[:2]
     targets = [scene.objects[i] for i in question.targets]
     truth = Target(
         boxes=np.array([t.box for t in targets], np.float32).reshape(-1, 4),
         points=np.array([t.point for t in targets], np.float32).reshape(-1, 2),
-        masks=tuple(rle(t.mask) for t in targets),
+        masks=tuple(masks.encode(t.mask) for t in targets),
     )
     sample = Sample(
-        id=f"scene-{seed}", image_path=str(path), height=height, width=width,
+        id=f"scene-{seed}", image_path=str(path), height=SIDE, width=SIDE,
         question=question.text, task=question.task, target=truth,
     )  # fmt: skip
-    handle = ImageHandle(key=f"{seed:064x}", height=height, width=width, ref=path.read_bytes())
+    handle = ImageHandle(key=f"{seed:064x}", height=SIDE, width=SIDE, ref=path.read_bytes())
     prompt = Prompt(
-        sample=sample, token_ids=(1, 2, 3), images=(handle,), answer_height=height, answer_width=width, seed=seed
+        sample=sample, token_ids=(1, 2, 3), images=(handle,), answer_height=SIDE, answer_width=SIDE, seed=seed
     )
-    answers = [_answer(index, seed, truth, spread, rng) for index in range(N)]
+    answers = []
+    for index in range(N):
+        passes = [_pass(truth, spread, rng, broken=(seed + index) % 23 == 0)]
+        if look is not None and (rect := _closer(passes[0][1], look)):
+            size = views.picture_size(rect, look.pixels)
+            view = View(left=rect[0], top=rect[1], right=rect[2], bottom=rect[3], height=size[0], width=size[1])
+            turn, candidate = _pass(truth, spread / 2, rng, broken=(seed + index) % 7 == 0, view=view)
+            picture = views.picture(scene.image, rect, _outlined(passes[0][1]), look.pixels)
+            shown = ImageHandle(key=f"{seed}-{index}", height=size[0], width=size[1], ref=images.encode(picture))
+            passes.append((replace(turn, images=(shown,)), candidate))
+        answers.append(_answer(index, passes))
     return ScoredGroup(
         group=Group(prompt=prompt, trajectories=tuple(trajectory for trajectory, _ in answers)),
         scores=tuple(score for _, score in answers),
@@ -172,56 +217,73 @@ def scored_group(images: Path, seed: int, spread: float, rng: np.random.Generato
     )
 
 
-def rle(mask: np.ndarray) -> Rle:
-    encoded = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return Rle(height=mask.shape[0], width=mask.shape[1], counts=encoded["counts"])
+def _closer(first: Candidate, look: LookConfig) -> views.Rect | None:
+    return views.closer_look(first.answer.objects, SIDE, SIDE, look.margin, look.smallest, look.min_zoom)
 
 
-def _answer(index: int, seed: int, truth: Target, spread: float, rng: np.random.Generator) -> tuple[Trajectory, Score]:
-    broken = (seed + index) % 23 == 0
-    boxes = np.clip(truth.boxes + rng.normal(0, spread / 2, truth.boxes.shape), 0, 112).round()
+def _outlined(first: Candidate) -> np.ndarray | None:
+    return masks.decode(first.mask) if first.mask else None
+
+
+def _pass(
+    truth: Target, spread: float, rng: np.random.Generator, broken: bool, view: View | None = None
+) -> tuple[Turn, Candidate]:
+    """One look: the truth moved by about `spread` pixels, its boxes filled with ellipses; or no answer at all."""
+    boxes = np.clip(truth.boxes + rng.normal(0, spread / 2, truth.boxes.shape), 0, SIDE).round()
     boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:]) + 1], axis=1)
-    objects = ",".join(
-        f'{{"bbox_2d": [{b[0]:.0f}, {b[1]:.0f}, {b[2]:.0f}, {b[3]:.0f}], '
-        f'"point_2d": [{(b[0] + b[2]) / 2:.0f}, {(b[1] + b[3]) / 2:.0f}]}}'
-        for b in boxes
-    )
-    text = HOSTILE if broken else f"<think>It stands out.</think><answer>[{objects}]</answer>"
+    objects = tuple(AnswerObject(box=(a, b, c, d), point=((a + c) / 2, (b + d) / 2)) for a, b, c, d in boxes.tolist())
+    failure = Failure(kind=FailureKind.UNPARSED, detail="no <answer> in the completion") if broken else None
+    answer = Answer(objects=() if broken else objects, failure=failure)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    for a, b, c, d in () if broken else boxes.astype(int).tolist():
+        cv2.ellipse(mask, ((a + c) // 2, (b + d) // 2), ((c - a) // 2, (d - b) // 2), 0, 0, 360, 1, -1)
+    drawn = masks.encode(mask)
+    both, either = masks.intersection_and_union(drawn, masks.union(truth.masks, SIDE, SIDE))
+    iou = both / either if either else 1.0
+    text = HOSTILE if broken else _text(image_to_view(answer, view) if view else answer)
     ids = tuple(range(20, 20 + max(1, len(text) // 4)))
     turn = Turn(
         input_ids=(1, 2, 3), images=(), token_ids=ids, logprobs=(-0.5,) * len(ids),
-        versions=(VersionSpan(version=3, start=0, end=len(ids)),), text=text, finish_reason="stop",
+        versions=(VersionSpan(version=3, start=0, end=len(ids)),), text=text, finish_reason="stop", view=view,
     )  # fmt: skip
-    if broken:
-        failure = Failure(kind=FailureKind.UNPARSED, detail="no <answer> in the completion")
-        score = Score(
-            metrics={"mask_iou": 0.0, "parsed": 0.0, "point_score": 0.0}, answer=Answer(objects=(), failure=failure)
-        )
-        return Trajectory(index=index, turns=(turn,)), score
-    mask = np.zeros((112, 112), bool)
-    for x1, y1, x2, y2 in boxes.astype(int):
-        cv2_mask = np.zeros((112, 112), np.uint8)
-        cv2.ellipse(cv2_mask, ((x1 + x2) // 2, (y1 + y2) // 2), ((x2 - x1) // 2, (y2 - y1) // 2), 0, 0, 360, 1, -1)
-        mask |= cv2_mask.astype(bool)
-    true_mask = np.zeros((112, 112), bool)
-    for part in truth.masks:
-        true_mask |= coco.decode({"size": [112, 112], "counts": part.counts}).astype(bool)
-    union = (mask | true_mask).sum()
-    iou = float((mask & true_mask).sum() / union) if union else 1.0
-    found = tuple(
-        AnswerObject(box=tuple(map(float, b)), point=(float(b[0] + b[2]) / 2, float(b[1] + b[3]) / 2))  # type: ignore[arg-type]
-        for b in boxes
+    sure = 0.0 if broken else float(np.clip(iou + rng.normal(0, 0.1), 0, 1))
+    return turn, Candidate(
+        answer=answer,
+        features=(sure, 0.9, 0.8, -0.5, 0.0, float(view is not None), 0.0),
+        confidence=sure,
+        mask_iou=0.0 if broken else iou,
+        mask=drawn if answer.objects else None,
     )
+
+
+def _text(answer: Answer) -> str:
+    found = [
+        f'{{"bbox_2d": [{", ".join(f"{value:.0f}" for value in one.box or ())}], '
+        f'"point_2d": [{", ".join(f"{value:.0f}" for value in one.point or ())}]}}'
+        for one in answer.objects
+    ]
+    return f"<think>It stands out.</think><answer>[{','.join(found)}]</answer>"
+
+
+def _answer(index: int, passes: Sequence[tuple[Turn, Candidate]]) -> tuple[Trajectory, Score]:
+    """The most confident pass is kept; one that did not parse fails them all."""
+    candidates = tuple(candidate for _, candidate in passes)
+    kept = max(range(len(candidates)), key=lambda i: candidates[i].confidence)
+    best = candidates[kept]
+    iou = best.mask_iou or 0.0
     score = Score(
-        metrics={"mask_iou": iou, "parsed": 1.0, "point_score": float(iou > 0.3)},
-        answer=Answer(objects=found),
-        mask=rle(mask) if len(boxes) else None,
-        confidence=0.9,
+        metrics={"mask_iou": iou, "parsed": float(best.answer.failure is None), "point_score": float(iou > 0.3)},
+        answer=best.answer,
+        mask=best.mask,
+        confidence=best.confidence,
+        failure=next((one.answer.failure for one in candidates if one.answer.failure), None),
+        candidates=candidates,
+        kept=kept,
     )
-    return Trajectory(index=index, turns=(turn,)), score
+    return Trajectory(index=index, turns=tuple(turn for turn, _ in passes)), score
 
 
 if __name__ == "__main__":
     import sys
 
-    print(write_run(Path(sys.argv[1])))
+    print(write_run(Path(sys.argv[1]), look=LOOK if "relook" in sys.argv[2:] else None))

@@ -1,19 +1,37 @@
-"""Guards the distribution-ranked reward: the published numbers, the options, determinism, and its speed."""
+"""Guards the distribution-ranked reward: the published numbers, the options, determinism, memory, and its speed."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+import tracemalloc
 from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception.config import RankConfig
+from perception.config import EcdfConfig, RewardConfig
+from perception.types import (
+    Answer,
+    Candidate,
+    Failure,
+    FailureKind,
+    Group,
+    Prompt,
+    Sample,
+    Score,
+    ScoredGroup,
+    Target,
+    Trajectory,
+)
 from reward_workers.ranking import RankStore
+from reward_workers.rewards import combine, make_store
 
-DR_SEG = RankConfig(
+DR_SEG = EcdfConfig(
     capacity=2048,
     initial_zero_rows=128,
     ties="le",
@@ -28,7 +46,7 @@ NAMES = ("matched_iou", "count_ratio", "point_score")
 
 def one(**changes: object) -> RankStore:
     options: dict[str, object] = {"warmup": 0, "per_task": False, **changes}
-    return RankStore(("x",), RankConfig(**options))  # type: ignore[arg-type]
+    return RankStore(("x",), EcdfConfig(**options))  # type: ignore[arg-type]
 
 
 def filled(values: list[float], **changes: object) -> RankStore:
@@ -87,7 +105,7 @@ def test_capacity_drops_the_oldest() -> None:
 
 
 def test_mean_and_weights() -> None:
-    config = RankConfig(aggregate="mean", warmup=0)
+    config = EcdfConfig(aggregate="mean", warmup=0)
     ranks = np.array([[0.2, 0.4]])
     assert RankStore(("a", "b"), config).aggregate(ranks, (1, 2)).item() == pytest.approx(0.5)
 
@@ -118,11 +136,11 @@ def test_wrong_shapes_and_values_are_refused(bad: np.ndarray) -> None:
 
 def test_restored_store_goes_on_bit_for_bit() -> None:
     rng = np.random.default_rng(1)
-    first = RankStore(NAMES, RankConfig(capacity=100, warmup=2))
+    first = RankStore(NAMES, EcdfConfig(capacity=100, warmup=2))
     for _ in range(5):
         first.append("segment", rng.random((30, 3)))
         first.flush()
-    second = RankStore(NAMES, RankConfig(capacity=100, warmup=2))
+    second = RankStore(NAMES, EcdfConfig(capacity=100, warmup=2))
     second.restore(first.state())
     values = rng.random((50, 3))
     assert (first.rank("segment", values) == second.rank("segment", values)).all()
@@ -152,10 +170,152 @@ def test_ranks_are_monotone_quantiles(history: list[float], values: list[float],
 
 def test_a_million_values_a_second() -> None:
     rng = np.random.default_rng(0)
-    store = RankStore(NAMES, RankConfig(warmup=0))
+    store = RankStore(NAMES, EcdfConfig(warmup=0))
     store.append("segment", rng.random((2048, 3)))
     store.flush()
     values = rng.random((100_000, 3))
     started = time.process_time()
     store.rank("segment", values)
     assert values.size / (time.process_time() - started) > 1e6
+
+
+# ---------------------------------------------------------------- failed samples
+
+
+def test_a_metric_at_which_everyone_fails_gives_half_to_an_answer_and_nothing_to_a_failure() -> None:
+    """With the published `le` a zero among zeros has rank 1, as if it were the best ever seen."""
+    config = RewardConfig(name="mine", components={}, ranked={"x": 1.0}, rank="ecdf", ecdf=EcdfConfig(warmup=0))
+    store = make_store(config)
+    assert store is not None
+    store.append("segment", np.zeros((2048, 1)))
+    store.flush()
+    assert filled([0.0] * 2048, ties="le").rank("segment", np.array([[0.0]])).item() == 1.0
+    step = [scored([0.0, 0.0, 0.1], failed={1})]
+    assert combine(step, config, store) == [(0.5, 0.0, 1.0)]
+
+
+@given(
+    history=st.lists(st.sampled_from([0.0, 0.0, 0.25, 1.0]), max_size=30),
+    values=st.lists(st.floats(0, 1, width=32), min_size=2, max_size=8),
+    ties=st.sampled_from(["le", "mid"]),
+    unparsed=st.sampled_from([0.0, None]),
+    evidence=st.booleans(),
+)
+def test_a_failed_sample_is_never_a_lucky_rank(
+    history: list[float], values: list[float], ties: Literal["le", "mid"], unparsed: float | None, evidence: bool
+) -> None:
+    """Its metrics are 0: it never earns more than any parsed sample beside it, and is no evidence by default."""
+    ecdf = EcdfConfig(warmup=0, ties=ties, exclude_unparsed=not evidence)
+    config = RewardConfig(
+        name="mine", components={}, ranked={"x": 1.0}, rank="ecdf", ecdf=ecdf, unparsed_reward=unparsed
+    )
+    store = make_store(config)
+    assert store is not None
+    if history:
+        store.append("segment", np.array(history)[:, None])
+        store.flush()
+    [rewards] = combine([scored([0.0, *values], failed={0})], config, store)
+    assert rewards[0] <= min(rewards[1:])
+    store.flush()
+    assert len(store.state().rows["segment"]) == len(history) + len(values) + evidence
+
+
+# ---------------------------------------------------------------- arrival order
+
+
+def scored(values: Sequence[float], failed: frozenset[int] | set[int] = frozenset(), name: str = "s") -> ScoredGroup:
+    """A group of one pass each, measured by `x`, which is also its mask IoU."""
+    nothing = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
+    sample = Sample(id=name, image_path="", height=8, width=8, question="", task="segment", target=nothing)
+    prompt = Prompt(sample=sample, token_ids=(), images=(), answer_height=8, answer_width=8, seed=0)
+    scores = []
+    for index, value in enumerate(values):
+        failure = Failure(kind=FailureKind.UNPARSED, detail="test") if index in failed else None
+        answer = Answer(objects=(), failure=failure)
+        one = Candidate(answer=answer, features=(), confidence=0.5, mask_iou=value, mask_dice=value)
+        scores.append(Score(metrics={"x": value}, answer=answer, failure=failure, candidates=(one,)))
+    trajectories = tuple(Trajectory(index=index, turns=()) for index in range(len(scores)))
+    group = Group(prompt=prompt, trajectories=trajectories)
+    return ScoredGroup(group=group, scores=tuple(scores), seconds=0, cached=False)
+
+
+async def arriving(groups: Sequence[ScoredGroup], order: Sequence[int]) -> list[ScoredGroup]:
+    """Scored at the same time and finished in `order`, then put in prompt order as `launch.system` does."""
+    finished: list[int] = []
+    turns = [asyncio.Event() for _ in range(len(order) + 1)]
+    turns[0].set()
+
+    async def one(position: int) -> ScoredGroup:
+        turn = order.index(position)
+        await turns[turn].wait()
+        finished.append(position)
+        turns[turn + 1].set()
+        return groups[position]
+
+    in_prompt_order = list(await asyncio.gather(*(one(position) for position in range(len(groups)))))
+    assert finished == list(order)
+    return in_prompt_order
+
+
+@pytest.mark.parametrize("rank", ["none", "ecdf", "group"])
+async def test_rewards_do_not_depend_on_the_order_of_arrival(rank: Literal["none", "ecdf", "group"]) -> None:
+    """Seven steps into a queue that is shorter than a step, so that which rows it drops depends on their order."""
+    ecdf = EcdfConfig(warmup=1, capacity=20)
+    config = RewardConfig(name="mine", components={"x": 0.5}, ranked={"x": 1.0}, rank=rank, ecdf=ecdf)
+    rng = np.random.default_rng(3)
+    stores = [make_store(config), make_store(config)]
+    for step in range(7):
+        groups = [scored(rng.random(4).tolist(), {int(rng.integers(8))}, f"{step}.{place}") for place in range(8)]
+        arrived = await arriving(groups, rng.permutation(8).tolist())
+        assert combine(arrived, config, stores[0]) == combine(groups, config, stores[1])
+        for store in stores:
+            if store is not None:
+                store.flush()
+    if rank == "ecdf":
+        first, second = (store.state().rows["segment"] for store in stores if store is not None)
+        assert first.tolist() == second.tolist()
+
+
+def test_values_of_one_step_do_not_see_each_other() -> None:
+    """Ranks are those of the snapshot: groups of a step may be ranked in any order."""
+    rng = np.random.default_rng(4)
+    store = filled(rng.random(100).tolist())
+    values = rng.random((40, 1))
+    together = store.rank("segment", values)
+    for row in rng.permutation(40):
+        store.append("segment", values[row : row + 1])
+        assert store.rank("segment", values[row : row + 1]).item() == together[row, 0]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_rows_never_exceed_the_capacity() -> None:
+    rng = np.random.default_rng(5)
+    store = one(capacity=2048)
+    seen = np.zeros((0, 1))
+    for rows in (1, 700, 2048, 5000, 100, 1947, 3):
+        values = rng.random((rows, 1))
+        seen = np.concatenate([seen, values])
+        store.append("segment", values)
+        store.flush()
+        kept = store.state().rows["*"]
+        assert len(kept) == min(len(seen), 2048)
+        assert np.array_equal(kept, seen[-2048:].astype(np.float32))
+
+
+@pytest.mark.parametrize("step", [250, 100_000])
+def test_a_hundred_thousand_rows_leave_no_more_behind_than_the_queue(step: int) -> None:
+    """2048 rows of three float32, kept twice (in order and sorted), and the quantile table: under 100 kB."""
+    store = RankStore(NAMES, EcdfConfig(per_task=False))
+    values = np.random.default_rng(6).random((step, 3))
+    tracemalloc.start()
+    try:
+        for _ in range(100_000 // step):
+            store.append("segment", values)
+            store.flush()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(store.state().rows["*"]) == 2048
+    assert held < 100_000

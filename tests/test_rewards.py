@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import hydra
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
-from pydantic import TypeAdapter
 
+from launch.config import CONF, validate
 from perception import answers
-from perception.config import RankConfig, RewardConfig
+from perception.config import EcdfConfig, RewardConfig
 from perception.frames import Frame, convert_answer
 from perception.types import Answer, Failure, FailureKind, Group, Prompt, Sample, Score, ScoredGroup, Target, Trajectory
 from reward_workers.rewards import COMPONENTS, Case, combine, components_in_use, make_store
@@ -103,14 +101,12 @@ def test_unknown_component_is_named() -> None:
         components_in_use(RewardConfig(name="mine", components={"mask_iuo": 1}))
 
 
-PRESETS = Path(__file__).parents[1] / "conf" / "reward"
+PRESETS = CONF / "reward"
 
 
 def preset(name: str) -> RewardConfig:
-    merged = OmegaConf.to_container(OmegaConf.merge(*(OmegaConf.load(PRESETS / f"{n}.yaml") for n in ("base", name))))
-    assert isinstance(merged, dict)
-    del merged["defaults"]
-    return TypeAdapter(RewardConfig).validate_python(merged)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return validate(hydra.compose("config", overrides=["run.name=test", f"reward={name}"])).reward
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem != "base"))
@@ -150,15 +146,23 @@ def test_published_rule_lets_an_unparsed_answer_keep_its_components() -> None:
     assert combine([scored(score(FailureKind.UNPARSED, non_repeat=1.0))], config, None) == [(1.0,)]
 
 
-def test_ranked_components_without_a_store_count_raw() -> None:
-    config = RewardConfig(name="mine", components={}, ranked={"mask_iou": 2.0})
+def test_ranked_components_count_raw_without_a_rank() -> None:
+    config = RewardConfig(name="mine", components={}, ranked={"mask_iou": 2.0, "count_exact": 3.0}, rank="none")
     assert make_store(config) is None
-    assert combine([scored(score(mask_iou=0.25))], config, None) == [(0.5,)]
+    group = scored(score(mask_iou=0.25, count_exact=1.0), score(FailureKind.ENGINE), score(mask_iou=0.0, count_exact=0))
+    assert combine([group], config, None) == [(3.5, 0.0, 0.0)]
+
+
+def test_only_ecdf_keeps_a_store() -> None:
+    ranked = {"mask_iou": 1.0}
+    assert make_store(RewardConfig(name="mine", components={}, ranked=ranked, rank="ecdf")) is not None
+    assert make_store(RewardConfig(name="mine", components={}, ranked=ranked, rank="group")) is None
+    assert make_store(RewardConfig(name="mine", components={"parsed": 1.0}, rank="ecdf")) is None  # nothing to rank
 
 
 def test_a_step_is_ranked_against_earlier_steps_only() -> None:
-    rank = RankConfig(warmup=0, initial_zero_rows=1, ties="le", per_task=True, exclude_unparsed=True)
-    config = RewardConfig(name="mine", components={"parsed": 1.0}, ranked={"mask_iou": 1.0}, rank=rank)
+    ecdf = EcdfConfig(warmup=0, initial_zero_rows=1, ties="le", per_task=True, exclude_unparsed=True)
+    config = RewardConfig(name="mine", components={"parsed": 1.0}, ranked={"mask_iou": 1.0}, rank="ecdf", ecdf=ecdf)
     store = make_store(config)
     assert store is not None
     step = [
@@ -199,6 +203,15 @@ def test_dr_seg_preset_first_and_second_step() -> None:
         store.flush()
     # 2048 rows of ones: a zero has rank 0, half right has rank 0, equal counts rank 1
     assert combine([scored(good, bad)], config, store) == [(6.0, 1.0)]
+
+
+def test_the_paper_takes_the_mean_where_the_code_takes_the_sum() -> None:
+    code, paper = preset("dr_seg"), preset("dr_seg_paper")
+    assert (code.ecdf.aggregate, paper.ecdf.aggregate) == ("sum", "mean")
+    metrics = dict.fromkeys(components_in_use(code), 0.0)
+    # before the first flush everyone has rank 1 in all three
+    assert combine([scored(score(**metrics))], code, make_store(code)) == [(3.0,)]
+    assert combine([scored(score(**metrics))], paper, make_store(paper)) == [(1.0,)]
 
 
 @pytest.mark.parametrize("ranked", [{}, {"matched_iou": 1.0}])

@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +20,23 @@ import yaml
 
 from launch import rollouts, rundir
 from launch.errors import UserError
-from launch.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Spec, chart
-from launch.report.gallery import Picture, pictures
+from launch.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
+from launch.report.curves import curves
+from launch.report.gallery import Picture, Row, pictures
+from launch.summary import changes
 from perception import names
 from perception.types import FailureKind
 
 Record = Mapping[str, Any]
+Draw = Callable[[Sequence[Row]], list[Picture]]
 
 _HERE = Path(__file__).parent
 HELD_OUT_SHOWN = 8
 TRAINING_SHOWN = 3
 """Groups of each training step shown."""
 FAILURES_SHOWN = 6
-_COLOURS = 6
-"""Series one chart can tell apart."""
 _FAILURE_FILES = 20
 """Failures are looked for in so many of the latest rollout files."""
-
-_HEADLINE = {
-    names.GIOU_GREEDY: "gIoU, greedy",
-    names.GIOU_SAMPLED: "gIoU, sampled",
-    names.HELD_OUT_PARSE_OK: "answers that parse",
-}
-_STAGES = {name: name.partition("/")[2] for name in names.STAGES}
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One line of the headline table."""
-
-    label: str
-    before: float
-    after: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +60,11 @@ def write_report(run_dir: Path) -> Path:
     config = yaml.safe_load((run_dir / rundir.CONFIG).read_text(encoding="utf-8"))
     metrics = rundir.read_lines(run_dir / rundir.METRICS)
     evaluations = rundir.read_lines(run_dir / rundir.EVALUATIONS)
+    failures = _failure_shares(metrics)
+    reward = _reward(config)
+    draw: Draw = partial(pictures, reward=reward, pixels=config["look"]["pixels"])
+    pairs, training, failed = _pairs(run_dir, draw), _training(run_dir, draw), _failed(run_dir, draw)
+    shown = [*(picture for pair in pairs for picture in (pair.before, pair.after)), *training, *failed]
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     page = _template().render(
         run=run_dir.resolve().name,
@@ -82,14 +73,15 @@ def write_report(run_dir: Path) -> Path:
         summary=_json(run_dir / rundir.SUMMARY),
         steps=len(metrics),
         seconds=sum(record.get(names.SECONDS_STEP) or 0.0 for record in metrics),
-        changes=_changes(evaluations),
+        changes=changes(evaluations[0], evaluations[-1]) if len(evaluations) > 1 else [],
         eval_steps=[record["step"] for record in evaluations],
-        charts=_charts(metrics, evaluations, config["reward"]),
+        charts=curves(metrics, evaluations, (*reward["components"], *reward["ranked"]), failures),
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
-        pairs=_pairs(run_dir, config["reward"]),
-        training=_training(run_dir, config["reward"]),
-        failures=_failure_shares(metrics),
-        failed=_failed(run_dir, config["reward"]),
+        pairs=pairs,
+        training=training,
+        failures=failures,
+        failed=failed,
+        looked_again=any(attempt.passes for picture in shown for attempt in picture.attempts),
         style=(_HERE / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
@@ -124,66 +116,32 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _changes(evaluations: Sequence[Record]) -> list[Change]:
-    if len(evaluations) < 2:
-        return []
-    first, last = evaluations[0], evaluations[-1]
-    both = {n: label for n, label in _HEADLINE.items() if None not in (first.get(n), last.get(n))}
-    return [Change(label, first[name], last[name]) for name, label in both.items()]
-
-
-def _charts(metrics: Sequence[Record], evaluations: Sequence[Record], reward: Record) -> list[Chart]:
-    components = [*reward["components"], *reward["ranked"]]
-    failures = {names.failure(kind): kind.value for kind in FailureKind if kind.value in _failure_shares(metrics)}
-    held_out = Spec(
-        "Held-out gIoU", "mean IoU", {names.GIOU_SAMPLED: "sampled", names.GIOU_GREEDY: "greedy"}, marks=True
-    )
-    specs = (
-        Spec("Reward", "mean per step", {names.REWARD_MEAN: "reward"}, smooth=True),
-        Spec("Training gIoU", "mean IoU", {names.GIOU: "gIoU"}, smooth=True),
-        *(
-            Spec("Reward components", "mean raw value", {names.component(n): n for n in components[i : i + _COLOURS]})
-            for i in range(0, len(components), _COLOURS)
-        ),
-        Spec("Time of a step", "seconds", _STAGES, stacked=True),
-        Spec("Entropy", "nats per token", {names.ENTROPY: "entropy"}, smooth=True),
-        Spec("Importance ratio", "learner / engine", {names.RATIO: "ratio"}),
-        Spec("Engine against learner", "mean |log-prob difference|", {names.LOGPROB_MISMATCH: "mismatch"}),
-        Spec("Clipped tokens", "share", {names.CLIP_LOW: "below the range", names.CLIP_HIGH: "above the range"}),
-        Spec("KL to the reference", "nats per token", {names.KL: "KL"}),
-        Spec("Gradient norm", "before clipping", {names.GRAD_NORM: "norm"}, smooth=True),
-        Spec("Response length", "tokens, mean", {names.RESPONSE_TOKENS: "tokens"}, smooth=True),
-        Spec("Boxes", "mean per sample", {names.BOXES_ANSWERED: "answered", names.BOXES_TRUE: "true"}),
-        Spec("Spread of rewards", "standard deviation", {names.REWARD_STD: "reward"}, smooth=True),
-        Spec("Groups with equal rewards", "share", {names.ZERO_VARIANCE: "share"}, smooth=True),
-        Spec("Failed answers", "share", failures),
-        Spec("Weight sync", "seconds", {names.SYNC_PAUSE: "engine paused", names.SYNC_TRANSFER: "transfer"}),
-        Spec("Throughput", "sampled tokens / s", {names.TOKENS_PER_S: "tokens / s"}, smooth=True),
-        Spec("Learning rate", "", {names.LR: "lr"}),
-    )
-    drawn = [chart(held_out, evaluations), *(chart(spec, metrics) for spec in specs)]
-    return [one for one in drawn if one is not None]
+def _reward(config: Record) -> dict[str, Any]:
+    """The run's reward settings, what its look mode adds to the components included."""
+    reward = config["reward"]
+    added = {name: weight for name, weight in config["look"]["components"].items() if name not in reward["ranked"]}
+    return reward | {"components": added | reward["components"]}
 
 
 def _files(run_dir: Path, phase: str) -> list[Path]:
     return sorted((run_dir / rundir.ROLLOUTS).glob(f"{phase}-*.parquet"))
 
 
-def _pairs(run_dir: Path, reward: Record) -> list[Pair]:
+def _pairs(run_dir: Path, draw: Draw) -> list[Pair]:
     """The first held-out samples that both the first and the last evaluation kept: not chosen by how they came out."""
     files = _files(run_dir, "eval")
     if len(files) < 2:
         return []
-    before, after = (pictures(rollouts.read(path), reward) for path in (files[0], files[-1]))
+    before, after = (draw(rollouts.read(path)) for path in (files[0], files[-1]))
     later = {picture.sample_id: picture for picture in after}
     return [Pair(p, later[p.sample_id]) for p in before if p.sample_id in later][:HELD_OUT_SHOWN]
 
 
-def _training(run_dir: Path, reward: Record) -> list[Picture]:
+def _training(run_dir: Path, draw: Draw) -> list[Picture]:
     """The first groups of the last recorded training step, then of the first."""
     files = _files(run_dir, "train")
     chosen = dict.fromkeys((*files[-1:], *files[:1]))
-    return [picture for path in chosen for picture in pictures(rollouts.read(path), reward)[:TRAINING_SHOWN]]
+    return [picture for path in chosen for picture in draw(rollouts.read(path))[:TRAINING_SHOWN]]
 
 
 def _failure_shares(metrics: Sequence[Record]) -> dict[str, tuple[float, float]]:
@@ -198,12 +156,12 @@ def _failure_shares(metrics: Sequence[Record]) -> dict[str, tuple[float, float]]
     return shares
 
 
-def _failed(run_dir: Path, reward: Record) -> list[Picture]:
+def _failed(run_dir: Path, draw: Draw) -> list[Picture]:
     """The latest failed answers, each as a picture with that one attempt."""
     found: list[Picture] = []
     for path in _files(run_dir, "train")[: -_FAILURE_FILES - 1 : -1]:
         rows = [row for row in rollouts.read(path) if row["failure"]]
-        found += [picture for row in rows for picture in pictures([row], reward)]
+        found += [picture for row in rows for picture in draw([row])]
         if len(found) >= FAILURES_SHOWN:
             break
     return found[:FAILURES_SHOWN]

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import cv2
 import numpy as np
 
-from perception.masks import decode
-from perception.types import Rle
+from launch.report.drawing import Box, Point, corner_and_size, data_uri, decoded, mask_of, outline
+from perception import views
 
-MAX_SIDE = 448
-"""Larger images are shown smaller; overlays keep the original's coordinates."""
-_LOSSLESS_SIDE = 256
 MAX_TEXT = 4000
 
 Row = Mapping[str, Any]
@@ -34,6 +29,24 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """One look of a trajectory that looked more than once. Coordinates in original pixels."""
+
+    text: str
+    confidence: float | None
+    iou: float | None
+    kept: bool
+    view: Box | None
+    """What was shown enlarged; None: the whole image."""
+    crop: str | None
+    """data: URI of the view as the policy was shown it; None without a view, or where the image does not decode."""
+    boxes: tuple[Box, ...]
+    points: tuple[Point, ...]
+    mask: str
+    """SVG path, empty where nothing was segmented."""
+
+
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One trajectory, ready to be drawn. Coordinates in original pixels."""
 
@@ -45,12 +58,13 @@ class Attempt:
     parts: tuple[Part, ...]
     failure: str | None
     failure_detail: str | None
-    boxes: tuple[tuple[float, float, float, float], ...]
-    """x, y, width, height."""
-    points: tuple[tuple[float, float], ...]
+    boxes: tuple[Box, ...]
+    points: tuple[Point, ...]
     mask: str
     """SVG path, empty where nothing was segmented."""
     iou: float | None
+    passes: tuple[Pass, ...]
+    """Empty where there was only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +79,18 @@ class Picture:
     """data: URI, None where the bytes do not decode."""
     height: int
     width: int
-    truth_boxes: tuple[tuple[float, float, float, float], ...]
+    truth_boxes: tuple[Box, ...]
     truth_masks: tuple[str, ...]
     truth_count: int
     attempts: tuple[Attempt, ...]
 
 
-def pictures(rows: Sequence[Row], reward: Mapping[str, Any]) -> list[Picture]:
-    """Group consecutive rows of one sample. `reward` is the run's reward settings (`RewardConfig` as a dict)."""
-    return [_picture(list(group), reward) for _, group in groupby(rows, key=lambda row: row["sample_id"])]
+def pictures(rows: Sequence[Row], reward: Mapping[str, Any], pixels: int) -> list[Picture]:
+    """Group consecutive rows of one sample.
+
+    `reward`: the run's reward settings (`RewardConfig` as a dict); `pixels`: its `look.pixels`.
+    """
+    return [_picture(list(group), reward, pixels) for _, group in groupby(rows, key=lambda row: row["sample_id"])]
 
 
 def printable(text: str) -> str:
@@ -89,8 +106,8 @@ def breakdown(row: Row, reward: Mapping[str, Any]) -> tuple[Part, ...]:
     always add up to the reward. Measured but unrewarded metrics follow without points.
     """
     metrics = row["metrics"]
-    ranked = reward["ranked"] if reward["rank"] else {}
-    plain = reward["components"] | ({} if reward["rank"] else reward["ranked"])
+    ranked = {} if reward["rank"] == "none" else reward["ranked"]
+    plain = reward["components"] | (reward["ranked"] if reward["rank"] == "none" else {})
     parts = [Part(n, metrics.get(n), w, w * metrics[n] if n in metrics else None) for n, w in plain.items()]
     parts += [Part(name, metrics.get(name), weight, None) for name, weight in ranked.items()]
     if row["reward"] is None:
@@ -104,27 +121,28 @@ def breakdown(row: Row, reward: Mapping[str, Any]) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _picture(rows: list[Row], reward: Mapping[str, Any]) -> Picture:
+def _picture(rows: list[Row], reward: Mapping[str, Any], pixels: int) -> Picture:
     head = rows[0]
     height, width = head["height"], head["width"]
-    attempts = [_attempt(row, reward) for row in rows]
+    image = decoded(head["image"]["bytes"])
+    attempts = [_attempt(row, reward, image, pixels) for row in rows]
     attempts.sort(key=lambda attempt: -(attempt.reward or 0.0))
     return Picture(
         step=head["step"],
         sample_id=head["sample_id"],
         task=head["task"],
         question=printable(head["question"]),
-        image=_data_uri(head["image"]["bytes"]),
+        image=data_uri(image) if image is not None else None,
         height=height,
         width=width,
-        truth_boxes=_corner_and_size(head["truth_boxes"]),
-        truth_masks=tuple(_outline(counts, height, width) for counts in head["truth_masks"]),
+        truth_boxes=corner_and_size(head["truth_boxes"]),
+        truth_masks=tuple(outline(mask_of(counts, height, width)) for counts in head["truth_masks"]),
         truth_count=len(head["truth_boxes"]),
         attempts=tuple(attempts),
     )
 
 
-def _attempt(row: Row, reward: Mapping[str, Any]) -> Attempt:
+def _attempt(row: Row, reward: Mapping[str, Any], image: np.ndarray | None, pixels: int) -> Attempt:
     return Attempt(
         index=row["index"],
         text=printable("\n⟶ next turn\n".join(row["turns"])),
@@ -134,36 +152,44 @@ def _attempt(row: Row, reward: Mapping[str, Any]) -> Attempt:
         parts=breakdown(row, reward),
         failure=row["failure"],
         failure_detail=printable(row["failure_detail"]) if row["failure_detail"] else None,
-        boxes=_corner_and_size(row["boxes"]),
-        points=tuple((x, y) for x, y in row["points"]),
-        mask=_outline(row["mask"], row["height"], row["width"]) if row["mask"] else "",
+        boxes=corner_and_size(row["boxes"]),
+        points=_points(row),
+        mask=_outline(row, row["mask"]),
         iou=next((row["metrics"][name] for name in ("mask_iou", "box_iou") if name in row["metrics"]), None),
+        passes=_passes(row, image, pixels) if len(row["passes"]) > 1 else (),
     )
 
 
-def _corner_and_size(boxes: Sequence[Sequence[float]]) -> tuple[tuple[float, float, float, float], ...]:
-    return tuple((x1, y1, max(0.0, x2 - x1), max(0.0, y2 - y1)) for x1, y1, x2, y2 in boxes)
+def _passes(row: Row, image: np.ndarray | None, pixels: int) -> tuple[Pass, ...]:
+    """Every look of a trajectory; each later one is cut from the image with the mask of the one before outlined."""
+    found, before = [], None
+    for one in row["passes"]:
+        found.append(
+            Pass(
+                text=printable(one["text"]),
+                confidence=one["confidence"],
+                iou=one["mask_iou"],
+                kept=one["kept"],
+                view=corner_and_size([one["view"]])[0] if one["view"] else None,
+                crop=_crop(row, one["view"], before, image, pixels) if one["view"] and image is not None else None,
+                boxes=corner_and_size(one["boxes"]),
+                points=_points(one),
+                mask=_outline(row, one["mask"]),
+            )
+        )
+        before = one["mask"]
+    return tuple(found)
 
 
-def _outline(counts: str, height: int, width: int) -> str:
-    """SVG path along the edges of a mask, holes included (fill-rule evenodd)."""
-    mask = decode(Rle(height=height, width=width, counts=counts.encode("ascii"))).astype(np.uint8)
-    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    # A contour runs through pixel centres; a pixel's centre lies at +0.5.
-    return "".join(
-        "M" + "L".join(f"{x + 0.5:g} {y + 0.5:g}" for x, y in contour.reshape(-1, 2).tolist()) + "Z"
-        for contour in contours
-    )
+def _crop(row: Row, view: Sequence[int], before: str | None, image: np.ndarray, pixels: int) -> str:
+    left, top, right, bottom = view
+    provisional = mask_of(before, row["height"], row["width"]) if before else None
+    return data_uri(views.picture(image, (left, top, right, bottom), provisional, pixels))
 
 
-def _data_uri(encoded: bytes) -> str | None:
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR) if encoded else None
-    if image is None:
-        return None
-    scale = MAX_SIDE / max(image.shape[:2])
-    if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    small = max(image.shape[:2]) <= _LOSSLESS_SIDE
-    kind, options = ("png", []) if small else ("webp", [cv2.IMWRITE_WEBP_QUALITY, 82])
-    _, data = cv2.imencode(f".{kind}", image, options)
-    return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode('ascii')}"
+def _points(answer: Row) -> tuple[Point, ...]:
+    return tuple((x, y) for x, y in answer["points"])
+
+
+def _outline(row: Row, counts: str | None) -> str:
+    return outline(mask_of(counts, row["height"], row["width"])) if counts else ""

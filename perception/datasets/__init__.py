@@ -16,12 +16,12 @@ _READERS = {"coco": coco.read, "jsonl": jsonl.read}
 _DECODED = 32  # images whose pixels are read, too: a broken copy usually breaks many
 
 
-def load(config: DataConfig, split: Literal["train", "eval"]) -> list[Sample]:
-    """All training samples, or the first `eval_samples` held-out ones.
+def load(config: DataConfig, split: Literal["train", "eval"], also: str | None = None) -> list[Sample]:
+    """All training samples, or the first `eval_samples` held-out ones; `also` is the path of a further held-out set.
 
     Every annotation and image header is checked, and the pixels of the first few images. Raises DataError.
     """
-    path = Path(config.train if split == "train" else config.eval)
+    path = Path(also or (config.train if split == "train" else config.eval))
     samples = _READERS[config.format](path, config.max_pixels)
     if not samples:
         raise DataError(f"{path}: the data set is empty; it needs at least one question")

@@ -1,0 +1,146 @@
+"""How far an answer can be believed without knowing the truth, and whether a further look at it pays.
+
+Confidence features of a candidate -> expected mask IoU, by a logistic model fitted to the candidates whose truth the
+reward workers have just seen. The threshold below which an answer is looked at again maximises
+
+    sum over decisions with confidence < threshold of  weight * (gain - cost)
+
+where gain is the mask IoU of the answer kept after the further pass less that of the one kept before it, and cost is
+`look.cost`. Confident answers are looked at again only now and then (`look.explore`); such a decision weighs
+1 / explore, so that the sum estimates what a higher threshold would have brought. All of this is ours: the published
+Look-to-Confirm (Dr. Seg) has one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from perception.config import LookConfig
+from perception.types import CalibratorState, Candidate, LookState, Score
+
+FEATURES = ("predicted_iou", "stability", "agreement", "certainty", "empty", "later", "withdrawn")
+"""predicted_iou   SAM2's own estimate, mean over the answer's objects
+stability       area of the mask at logit > 1 over that at logit > -1, mean
+agreement       IoU of the answered box and the mask's own box, mean
+certainty       mean log-prob of the pass's sampled tokens
+empty           1 where the first pass answers that nothing is there
+later           1 in every pass but the first
+withdrawn       1 where a later pass answers that nothing is there
+"""
+_RIDGE = 1.0
+_BINS = 10
+_LEAST = 64
+"""Judged answers below which nothing is believed yet."""
+
+
+def confidence(state: LookState, features: np.ndarray) -> np.ndarray:
+    """Expected mask IoU (n,) of candidates with `features` (n, FEATURES). SAM2's own word while nothing is learned."""
+    if not state.weights:
+        return np.clip(features[:, 0], 0.0, 1.0)
+    weights = np.array(state.weights)
+    return np.asarray(expit(features @ weights[1:] + weights[0]))
+
+
+def most_confident(candidates: Sequence[Candidate]) -> int:
+    """Index of the candidate to keep; the later one where two are equal. One that did not parse is the last choice."""
+    order = [(one.answer.failure is None, one.confidence, place) for place, one in enumerate(candidates)]
+    return max(order)[2]
+
+
+class Calibrator:
+    """Learns from whole steps in prompt order, whatever the order of arrival; frozen unless `learn` is called."""
+
+    def __init__(self, config: LookConfig) -> None:
+        self._config = config
+        width = len(FEATURES)
+        self.state = LookState(weights=(), threshold=1.0, explore=config.explore)
+        self._judged = np.zeros((0, width + 1))
+        self._decisions = np.zeros((0, width + 2))
+
+    @property
+    def fitted(self) -> bool:
+        return bool(self.state.weights)
+
+    def learn(self, scores: Sequence[Score]) -> None:
+        """Take a step's judged candidates, fit the calibration anew and choose the threshold for the next step."""
+        judged = [
+            (*one.features, one.mask_iou) for score in scores for one in score.candidates if one.mask_iou is not None
+        ]
+        decisions = [row for score in scores for row in self._decided(score.candidates)]
+        self._judged = _newest(self._judged, judged, self._config.window)
+        self._decisions = _newest(self._decisions, decisions, self._config.window)
+        if len(self._judged) < _LEAST:
+            return
+        weights = fit(self._judged[:, :-1], self._judged[:, -1])
+        fitted = LookState(weights=tuple(weights.tolist()), threshold=1.0, explore=self._config.explore)
+        if len(self._decisions):
+            sure = confidence(fitted, self._decisions[:, :-2])
+            threshold = best_threshold(sure, self._decisions[:, -2], self._decisions[:, -1], self._config.cost)
+            fitted = LookState(weights=fitted.weights, threshold=threshold, explore=fitted.explore)
+        self.state = fitted
+
+    def export(self) -> CalibratorState:
+        return CalibratorState(look=self.state, judged=self._judged, decisions=self._decisions)
+
+    def restore(self, saved: CalibratorState) -> None:
+        """Raises ValueError where the checkpoint knows other features."""
+        width = len(FEATURES)
+        if (saved.judged.shape[1], saved.decisions.shape[1]) != (width + 1, width + 2):
+            raise ValueError(f"the checkpoint's calibration has other features than {', '.join(FEATURES)}")
+        self.state, self._judged, self._decisions = saved.look, saved.judged, saved.decisions
+
+    def _decided(self, candidates: Sequence[Candidate]) -> list[tuple[float, ...]]:
+        """One row per further pass taken: features of the answer it was decided on, the gain, its weight."""
+        rows = []
+        by_confidence = self.fitted and self._config.trigger == "confidence" and self.state.explore > 0
+        for place, before in enumerate(candidates[:-1]):
+            kept = candidates[most_confident(candidates[: place + 1])].mask_iou
+            then = candidates[most_confident(candidates[: place + 2])].mask_iou
+            if kept is None or then is None:
+                continue
+            explored = by_confidence and before.confidence >= self.state.threshold
+            rows.append((*before.features, then - kept, 1 / self.state.explore if explored else 1.0))
+        return rows
+
+
+def fit(features: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Logistic regression of soft labels: features (n, k), truth (n,) in 0..1 -> (1 + k,), the bias first.
+
+    Cross-entropy plus half the squared weights (bias free); convex, so the result does not depend on the start.
+    """
+    design = np.column_stack([np.ones(len(features)), features])
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = design @ weights
+        free = np.concatenate([[0.0], weights[1:]])
+        value = np.logaddexp(0, logits).sum() - truth @ logits + _RIDGE * free @ free / 2
+        return float(value), design.T @ (expit(logits) - truth) + _RIDGE * free
+
+    return np.asarray(minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B").x)
+
+
+def best_threshold(sure: np.ndarray, gains: np.ndarray, weights: np.ndarray, cost: float) -> float:
+    """The threshold of the greatest total weighted gain less cost; 0 where no further look pays, 1 where all do.
+
+    Arrays (n,), one entry per decision; `sure` is the confidence it was taken at.
+    """
+    order = np.argsort(sure, kind="stable")
+    total = np.concatenate([[0.0], np.cumsum((weights * (gains - cost))[order])])
+    edges = np.concatenate([[0.0], (sure[order][1:] + sure[order][:-1]) / 2, [1.0]])
+    distinct = np.concatenate([[True], np.diff(sure[order]) > 0, [True]])  # equal confidences are not told apart
+    return float(edges[np.argmax(np.where(distinct, total, -np.inf))])
+
+
+def calibration_error(sure: np.ndarray, truth: np.ndarray) -> float:
+    """Expected calibration error: |mean expected - mean true IoU| over ten equal bins, weighted by their size."""
+    bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
+    gaps = [abs(float((sure[bins == b] - truth[bins == b]).sum())) for b in range(_BINS)]
+    return sum(gaps) / len(sure) if len(sure) else 0.0
+
+
+def _newest(rows: np.ndarray, more: Sequence[tuple[float, ...]], window: int) -> np.ndarray:
+    return np.concatenate([rows, np.array(more).reshape(-1, rows.shape[1])])[-window:]
