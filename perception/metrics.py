@@ -62,8 +62,10 @@ def box_iou(answered: np.ndarray, true: np.ndarray) -> float:
     belongs = np.arange(len(boxes)) < len(answered)
     solid = (boxes[:, 2:] > boxes[:, :2]).all(-1)
     boxes, belongs = boxes[solid], belongs[solid]
+    if belongs.all() or not belongs.any():
+        return float(not len(boxes))
     xs, ys = np.unique(boxes[:, 0::2]), np.unique(boxes[:, 1::2])
-    covered = np.zeros((2, max(0, len(ys) - 1), max(0, len(xs) - 1)), bool)
+    covered = np.zeros((2, len(ys) - 1, len(xs) - 1), bool)
     columns, rows = np.searchsorted(xs, boxes[:, 0::2]), np.searchsorted(ys, boxes[:, 1::2])
     for side, (left, right), (top, bottom) in zip(belongs.astype(int), columns, rows, strict=True):
         covered[side, top:bottom, left:right] = True

@@ -53,7 +53,7 @@ from perception.types import (
 HOSTILE = "</pre><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\u202e </style>"
 N = 8
 SIDE = 112
-LOOK = LookConfig(mode="relook", components={"non_repeat": 0.1})
+LOOK = LookConfig(mode="relook")
 
 
 def config(

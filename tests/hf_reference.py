@@ -53,13 +53,15 @@ class Reference:
     def logprobs(self, prompt: Prompt, token_ids: tuple[int, ...], temperature: float) -> np.ndarray:
         """(len(token_ids), vocabulary) log-probs of every next token under the mask and the temperature."""
         pictures = [Image.open(io.BytesIO(handle.ref)) for handle in prompt.images]
-        text = self.processor.tokenizer.decode(list(prompt.token_ids))
-        inputs = self.processor(text=[text], images=pictures, return_tensors="pt")
-        length = inputs["input_ids"].shape[1]
-        sampled = torch.tensor([token_ids])
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], sampled], 1)
+        inputs = dict(self.processor.image_processor(images=pictures, return_tensors="pt"))
+        sizes = iter((inputs["image_grid_thw"].prod(-1) // 4).tolist())  # patches are merged 2 x 2
+        row: list[int] = []
+        for token in prompt.token_ids:
+            row += [token] * (next(sizes) if token == self.policy.image_token_id else 1)
+        length = len(row)
+        inputs["input_ids"] = torch.tensor([[*row, *token_ids]])
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(sampled)], 1)
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.policy.image_token_id).int()
         logits = self.model(**inputs).logits[0, length - 1 : -1]
         logits[:, list(self.policy.banned_token_ids)] = -torch.inf
         return torch.log_softmax(logits / temperature, -1).numpy()

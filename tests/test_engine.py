@@ -11,10 +11,10 @@ import pytest
 import ray
 
 from perception.config import RolloutConfig
-from perception.types import FailureKind, Group, Prompt, SamplingSpec
+from perception.types import FailureKind, Feed, Group, Prompt, SamplingSpec, Trajectory, Turn, View
 from rollout.engine import RolloutEngine
-from tests.hf_reference import Reference
-from tests.tiny_policy import build
+from tests.hf_reference import Reference, image
+from tests.tiny_policy import IMAGE_TOKENS, build
 
 CONFIG = RolloutConfig(max_model_len=1024, kv_cache_mb=64)
 SAMPLING = SamplingSpec(n=8, temperature=1.7, max_new_tokens=128)
@@ -109,6 +109,59 @@ def test_temperature_zero_is_greedy(engine: Any, reference: Reference) -> None:
     (group,) = generate(engine, [prompt], SamplingSpec(n=1, temperature=0.0, max_new_tokens=24))
     (turn,) = group.trajectories[0].turns
     assert turn.token_ids == tuple(reference.logprobs(prompt, turn.token_ids, 1.0).argmax(-1))
+
+
+def sample(
+    engine: Any, prompt: Prompt, index: int, turns: tuple[Turn, ...] = (), feed: Feed | None = None
+) -> Trajectory:
+    return ray.get(engine.sample.remote(prompt, index, turns, feed, SAMPLING), timeout=280)
+
+
+def closer(reference: Reference, seed: int) -> Feed:
+    text = f"\n<|im_start|>user\n{IMAGE_TOKENS}Again.<|im_end|>\n<|im_start|>assistant\n"
+    view = View(left=0, top=0, right=56, bottom=56, height=84, width=84)
+    ids = tuple(reference.processor.tokenizer(text).input_ids)
+    return Feed(input_ids=ids, images=(image(seed, 84, 84),), view=view)
+
+
+def test_a_sample_of_its_own_is_the_one_its_group_would_hold(
+    engine: Any, groups: list[Group], reference: Reference
+) -> None:
+    for index in (0, 3, 7):
+        alone = sample(engine, groups[1].prompt, index)
+        assert alone.index == index
+        assert alone.turns[0].token_ids == groups[1].trajectories[index].turns[0].token_ids
+
+
+def test_a_second_turn_has_the_logprobs_of_transformers_and_comes_from_the_prefix_cache(
+    engine: Any, groups: list[Group], reference: Reference
+) -> None:
+    group = groups[0]
+    first = next(t for t in group.trajectories if t.failure is None and len(t.turns[0].token_ids) > 32)
+    feed = closer(reference, 50)
+    before = ray.get(engine.stats.remote(), timeout=30)
+    whole = sample(engine, group.prompt, first.index, first.turns, feed)
+    after = ray.get(engine.stats.remote(), timeout=30)
+    one, two = whole.turns
+    assert one == first.turns[0] and two.input_ids == feed.input_ids and two.view == feed.view
+    row = (*group.prompt.token_ids, *one.token_ids, *feed.input_ids)
+    dialogue = replace(group.prompt, token_ids=row, images=(*group.prompt.images, *feed.images))
+    table = reference.logprobs(dialogue, two.token_ids, SAMPLING.temperature)
+    expected = table[np.arange(len(two.token_ids)), two.token_ids]
+    np.testing.assert_allclose(two.logprobs, expected, atol=1e-5, rtol=0)
+    prefix = after.prefix_tokens - before.prefix_tokens
+    assert prefix == len(group.prompt.token_ids) - 1 + 20 + len(one.token_ids)  # 112 x 140 px are 4 x 5 image tokens
+    cached = after.prefix_cached - before.prefix_cached
+    assert prefix - CONFIG.block_size < cached <= prefix and cached % CONFIG.block_size == 0
+
+
+def test_a_second_turn_that_fails_keeps_the_first(engine: Any, groups: list[Group], reference: Reference) -> None:
+    first = groups[0].trajectories[0]
+    feed = replace(closer(reference, 51), images=())
+    marked = sample(engine, groups[0].prompt, 0, first.turns, feed)
+    assert marked.failure is not None and marked.failure.kind is FailureKind.ENGINE
+    assert "2 image placeholders for 1 images" in marked.failure.detail
+    assert marked.turns == first.turns
 
 
 def test_a_bad_request_is_a_marked_group_not_an_exception(engine: Any, reference: Reference) -> None:

@@ -81,7 +81,14 @@ def test_a_prompt_holds_one_placeholder_and_the_frame_of_the_resized_image(tmp_p
     build(tmp_path)
     model = ModelConfig(path=str(tmp_path), segmenter="")
     spec = read_policy_spec(model)
-    maker = PromptMaker(model, {"segment": TaskConfig(system="Be brief.", template='Find "{question}".')})
+    maker = PromptMaker(
+        model,
+        {
+            "segment": TaskConfig(
+                system="Be brief.", template='Find "{question}".', inline='Look for "{question}".', again="Again."
+            )
+        },
+    )
     image = ImageHandle(key="k", height=100, width=300, ref=b"")
     prompt = maker.prompt(sample(height=100, width=300), image, seed=5)
     assert prompt.token_ids.count(spec.image_token_id) == 1

@@ -15,21 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception.config import EcdfConfig, RewardConfig
-from perception.types import (
-    Answer,
-    Candidate,
-    Failure,
-    FailureKind,
-    Group,
-    Prompt,
-    Sample,
-    Score,
-    ScoredGroup,
-    Target,
-    Trajectory,
-)
+from perception.types import FailureKind, ScoredGroup
 from reward_workers.ranking import RankStore
 from reward_workers.rewards import combine, make_store
+from tests.test_group_rank import candidate, sampled, scored
 
 DR_SEG = EcdfConfig(
     capacity=2048,
@@ -182,6 +171,12 @@ def test_a_million_values_a_second() -> None:
 # ---------------------------------------------------------------- failed samples
 
 
+def group_of(values: Sequence[float], failed: int) -> ScoredGroup:
+    """One pass each, measured by `x`, which is also its mask IoU; sample number `failed` did not parse."""
+    kinds = [FailureKind.UNPARSED if index == failed else None for index in range(len(values))]
+    return scored(*(sampled(candidate(x, kind is None), kind=kind, x=x) for x, kind in zip(values, kinds, strict=True)))
+
+
 def test_a_metric_at_which_everyone_fails_gives_half_to_an_answer_and_nothing_to_a_failure() -> None:
     """With the published `le` a zero among zeros has rank 1, as if it were the best ever seen."""
     config = RewardConfig(name="mine", components={}, ranked={"x": 1.0}, rank="ecdf", ecdf=EcdfConfig(warmup=0))
@@ -190,7 +185,7 @@ def test_a_metric_at_which_everyone_fails_gives_half_to_an_answer_and_nothing_to
     store.append("segment", np.zeros((2048, 1)))
     store.flush()
     assert filled([0.0] * 2048, ties="le").rank("segment", np.array([[0.0]])).item() == 1.0
-    step = [scored([0.0, 0.0, 0.1], failed={1})]
+    step = [group_of([0.0, 0.0, 0.1], failed=1)]
     assert combine(step, config, store) == [(0.5, 0.0, 1.0)]
 
 
@@ -214,29 +209,13 @@ def test_a_failed_sample_is_never_a_lucky_rank(
     if history:
         store.append("segment", np.array(history)[:, None])
         store.flush()
-    [rewards] = combine([scored([0.0, *values], failed={0})], config, store)
+    [rewards] = combine([group_of([0.0, *values], failed=0)], config, store)
     assert rewards[0] <= min(rewards[1:])
     store.flush()
     assert len(store.state().rows["segment"]) == len(history) + len(values) + evidence
 
 
 # ---------------------------------------------------------------- arrival order
-
-
-def scored(values: Sequence[float], failed: frozenset[int] | set[int] = frozenset(), name: str = "s") -> ScoredGroup:
-    """A group of one pass each, measured by `x`, which is also its mask IoU."""
-    nothing = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
-    sample = Sample(id=name, image_path="", height=8, width=8, question="", task="segment", target=nothing)
-    prompt = Prompt(sample=sample, token_ids=(), images=(), answer_height=8, answer_width=8, seed=0)
-    scores = []
-    for index, value in enumerate(values):
-        failure = Failure(kind=FailureKind.UNPARSED, detail="test") if index in failed else None
-        answer = Answer(objects=(), failure=failure)
-        one = Candidate(answer=answer, features=(), confidence=0.5, mask_iou=value, mask_dice=value)
-        scores.append(Score(metrics={"x": value}, answer=answer, failure=failure, candidates=(one,)))
-    trajectories = tuple(Trajectory(index=index, turns=()) for index in range(len(scores)))
-    group = Group(prompt=prompt, trajectories=trajectories)
-    return ScoredGroup(group=group, scores=tuple(scores), seconds=0, cached=False)
 
 
 async def arriving(groups: Sequence[ScoredGroup], order: Sequence[int]) -> list[ScoredGroup]:
@@ -264,8 +243,8 @@ async def test_rewards_do_not_depend_on_the_order_of_arrival(rank: Literal["none
     config = RewardConfig(name="mine", components={"x": 0.5}, ranked={"x": 1.0}, rank=rank, ecdf=ecdf)
     rng = np.random.default_rng(3)
     stores = [make_store(config), make_store(config)]
-    for step in range(7):
-        groups = [scored(rng.random(4).tolist(), {int(rng.integers(8))}, f"{step}.{place}") for place in range(8)]
+    for _ in range(7):
+        groups = [group_of(rng.random(4).tolist(), failed=rng.integers(8)) for _ in range(8)]
         arrived = await arriving(groups, rng.permutation(8).tolist())
         assert combine(arrived, config, stores[0]) == combine(groups, config, stores[1])
         for store in stores:

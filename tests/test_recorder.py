@@ -16,7 +16,7 @@ from launch.recorder import Recorder
 from launch.wandb_sink import logged_in, resolved_mode
 from perception import names
 from perception.config import RunConfig, WandbConfig
-from tests.fake_run import N, config, reward, scored_group, write_run
+from tests.fake_run import LOOK, N, config, reward, scored_group, write_run
 
 
 def steps_in(run_dir: Path) -> list[int]:
@@ -56,6 +56,25 @@ def test_rollouts_round_trip(tmp_path: Path) -> None:
         assert row["failure"] == (score.answer.failure.kind if score.answer.failure else None)
         assert row["image"]["bytes"] == Path(entry.group.prompt.sample.image_path).read_bytes()
         assert row["truth_masks"] == [mask.counts.decode() for mask in entry.group.prompt.sample.target.masks]
+
+
+def test_every_pass_is_kept_and_the_columns_describe_the_most_confident_one(tmp_path: Path) -> None:
+    entry = scored_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
+    path = tmp_path / "train-000001.parquet"
+    rollouts.write(path, 1, [entry])
+    for row, trajectory, score in zip(rollouts.read(path), entry.group.trajectories, entry.scores, strict=True):
+        assert [one["text"] for one in row["passes"]] == row["turns"] == [turn.text for turn in trajectory.turns]
+        for one, turn, candidate in zip(row["passes"], trajectory.turns, score.candidates, strict=True):
+            view = turn.view
+            assert one["view"] == ([view.left, view.top, view.right, view.bottom] if view else None)
+            assert (one["confidence"], one["mask_iou"]) == (candidate.confidence, candidate.mask_iou)
+            assert one["boxes"] == [pytest.approx(answered.box) for answered in candidate.answer.objects]
+            assert one["points"] == [pytest.approx(answered.point) for answered in candidate.answer.objects]
+            assert one["mask"] == (candidate.mask.counts.decode() if candidate.mask else None)
+        assert [i for i, one in enumerate(row["passes"]) if one["kept"]] == [score.kept]
+        described = ("text", "confidence", "boxes", "points", "mask")
+        assert [row["passes"][score.kept][name] for name in described] == [row[name] for name in described]
+    assert {score.kept for score in entry.scores} == {0, 1}, "the scene was chosen to have both"
 
 
 def test_image_bytes_lie_in_the_file_once(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ from launch.errors import UserError
 from launch.recorder import Recorder
 from launch.report import write_report
 from launch.report.charts import BOTTOM, HEIGHT, LEFT, MAX_POINTS, RIGHT, TOP, WIDTH, Spec, chart
-from launch.report.gallery import MAX_SIDE, breakdown, pictures, printable
-from perception import names
-from tests.fake_run import HOSTILE, config, scored_group, write_run
+from launch.report.drawing import MAX_SIDE
+from launch.report.gallery import Picture, breakdown, pictures, printable
+from launch.summary import changes
+from perception import images, names
+from perception.types import Failure, FailureKind, ScoredGroup
+from tests.fake_run import HOSTILE, LOOK, config, reward, scored_group, write_run
 
-REWARD = {"components": {"mask_iou": 1.0, "parsed": 0.2}, "ranked": {"point_score": 0.5}, "rank": None}
+REWARD = {"components": {"mask_iou": 1.0, "parsed": 0.2}, "ranked": {"point_score": 0.5}, "rank": "none"}
+LOOK_CHARTS = {"Re-look rate", "Threshold and confidence", "Gain of a second look", "Calibration error"}
 
 
 class Page(HTMLParser):
@@ -48,8 +53,19 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_report(write_run(tmp_path_factory.mktemp("report"), steps=20)).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def relook(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_report(write_run(tmp_path_factory.mktemp("relook"), steps=20, look=LOOK)).read_text(encoding="utf-8")
+
+
+@pytest.fixture(params=["plain", "relook"])
+def html(request: pytest.FixtureRequest) -> str:
+    page: str = request.getfixturevalue(request.param)
+    return page
 
 
 def test_the_page_needs_no_network(html: str) -> None:
@@ -71,14 +87,128 @@ def test_what_the_policy_wrote_stays_text(html: str) -> None:
 
 
 def test_headline_says_before_and_after(html: str) -> None:
-    row = re.search(r"<td>gIoU, greedy</td>.*?</tr>", html, re.DOTALL)
-    assert row is not None
-    assert re.findall(r">([+\d.]+)</td>", row.group()) == ["0.561", "0.598", "+0.037"]
+    assert headline(html, "gIoU, greedy answers") == ["0.561", "0.598", "+0.037"]
+
+
+def headline(html: str, label: str) -> list[str]:
+    row = re.search(rf"<td>{label}</td>.*?</tr>", html, re.DOTALL)
+    return re.findall(r">([-+\d.]+)</td>", row.group()) if row else []
+
+
+def test_headline_names_further_sets_and_second_looks(plain: str, relook: str) -> None:
+    assert headline(relook, "shifted: gIoU, greedy answers") == ["0.411", "0.448", "+0.037"]
+    assert headline(relook, "looked at again") == ["0.920", "0.420", "-0.500"]
+    assert headline(relook, "mask IoU gained by looking again") == ["0.012", "0.062", "+0.050"]
+    assert not headline(plain, "looked at again") and "shifted" not in plain
+
+
+def test_what_one_evaluation_lacks_is_no_change() -> None:
+    before = {"giou_greedy": 0.5, "look_gain": None, "relook_rate": math.nan, "giou_greedy/far": 0.25, "samples": 8}
+    after = {"giou_greedy": 0.75, "look_gain": 0.1, "relook_rate": 0.5, "giou_greedy/far": 0.5, "parse_ok/far": 1.0}
+    assert [(one.label, one.before, one.after) for one in changes(before, after)] == [
+        ("gIoU, greedy answers", 0.5, 0.75),
+        ("far: gIoU, greedy answers", 0.25, 0.5),
+    ]
+
+
+def titles(html: str) -> set[str]:
+    return set(re.findall(r"<figcaption><h3>(.*?)</h3>", html))
+
+
+def test_charts_of_second_looks_only_where_there_were_any(plain: str, relook: str) -> None:
+    assert titles(relook) - titles(plain) == LOOK_CHARTS
+    assert "pass 1</span>" in relook and "pass 1</span>" not in plain and 'id="show-view"' not in plain
+
+
+def charts(html: str) -> list[dict[str, Any]]:
+    return [json.loads(figure["data-chart"] or "") for figure in Page(html).all("figure") if figure.get("data-chart")]
+
+
+def test_every_held_out_set_has_its_curves(plain: str, relook: str) -> None:
+    assert charts(plain)[0]["labels"] == ["sampled", "greedy"]
+    assert charts(relook)[0]["labels"] == ["sampled", "greedy", "shifted, sampled", "shifted, greedy"]
+    assert charts(relook)[0]["series"][3] == [pytest.approx(0.411), pytest.approx(0.448)]
+
+
+def test_components_of_the_look_mode_are_part_of_the_reward(tmp_path: Path) -> None:
+    look = replace(LOOK, components={"look": 0.3, "point_score": 9.0, "parsed": 9.0})
+    entry = scored_group(tmp_path, 5, 5.0, np.random.default_rng(0))
+    with Recorder(config(tmp_path, look=look)) as recorder:
+        recorder.step(1, {names.component("look"): 0.5}, [entry], [[0.0] * 8], [[0.0] * 8])
+    page = write_report(recorder.run_dir).read_text()
+    assert "Reward components" in titles(page)
+    weights = re.findall(r"<td>(look|parsed|point_score)</td><td.*?</td><td class=\"num\">(.*?)</td>", page)
+    assert set(weights) == {("look", "0.3"), ("parsed", "0.2"), ("point_score", "0.5")}
+
+
+def drawn(entry: ScoredGroup, folder: Path) -> Picture:
+    path = folder / "train-000001.parquet"
+    rollouts.write(path, 1, [entry])
+    (picture,) = pictures(rollouts.read(path), REWARD, LOOK.pixels)
+    return picture
+
+
+def pixels_of(uri: str | None) -> np.ndarray:
+    return images.decode(base64.b64decode((uri or "").partition(",")[2]))
+
+
+def test_passes_show_what_the_policy_was_shown_and_which_one_was_kept(tmp_path: Path) -> None:
+    entry = scored_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
+    attempts = {attempt.index: attempt for attempt in drawn(entry, tmp_path).attempts}
+    for trajectory, score in zip(entry.group.trajectories, entry.scores, strict=True):
+        attempt = attempts[trajectory.index]
+        if len(trajectory.turns) == 1:
+            assert not attempt.passes
+            continue
+        first, second = attempt.passes
+        view = trajectory.turns[1].view
+        assert view is not None and first.view is None and first.crop is None
+        assert second.view == (view.left, view.top, view.right - view.left, view.bottom - view.top)
+        assert (pixels_of(second.crop) == images.decode(trajectory.turns[1].images[-1].ref)).all()
+        assert [one.kept for one in attempt.passes] == [score.kept == 0, score.kept == 1]
+        kept = attempt.passes[score.kept]
+        assert (kept.boxes, kept.points, kept.mask, kept.iou) == (
+            attempt.boxes, attempt.points, attempt.mask, attempt.iou
+        )  # fmt: skip
+    assert {score.kept for score in entry.scores} == {0, 1}, "the scene was chosen to have both"
+
+
+def test_the_page_marks_the_kept_pass_and_frames_the_view(tmp_path: Path) -> None:
+    entry = scored_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
+    rewards = [[reward(score) for score in entry.scores]]
+    with Recorder(config(tmp_path, look=LOOK)) as recorder:
+        recorder.step(1, {}, [entry], rewards, rewards)
+    training = write_report(recorder.run_dir).read_text().partition("<h2>Failures")[0]
+    looked = [(t, s) for t, s in zip(entry.group.trajectories, entry.scores, strict=True) if len(t.turns) > 1]
+    captions = re.findall(r"pass (\d)</span> · confidence ([\d.]+) · IoU ([\d.]+)(.*?)</figcaption>", training)
+    assert sorted((int(number), sure, iou, "kept" in mark) for number, sure, iou, mark in captions) == sorted(
+        (place + 1, f"{one.confidence:.2f}", f"{one.mask_iou:.2f}", place == score.kept)
+        for _, score in looked
+        for place, one in enumerate(score.candidates)
+    )
+    page, hostile = Page(training), [turn for t, _ in looked for turn in t.turns[1:] if turn.text == HOSTILE]
+    assert hostile and page.text.count(printable(HOSTILE)) == len(hostile) and not page.all("script")
+    frames = re.findall(
+        r'<g class="view-layer">\s*<rect class="case" x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', training
+    )
+    closer = re.findall(r'viewBox="(.*?)" role="img" aria-label="[^"]*, a closer view"', training)
+    assert len(looked) == len(closer) and [" ".join(frame) for frame in frames] == closer
+
+
+def test_a_second_look_that_could_not_be_measured_is_shown_as_said(tmp_path: Path) -> None:
+    entry = scored_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
+    failure = Failure(kind=FailureKind.SCORER, detail="timed out")
+    scores = tuple(replace(s, metrics={}, failure=failure, candidates=(), kept=0, mask=None) for s in entry.scores)
+    attempts = drawn(replace(entry, scores=scores), tmp_path).attempts
+    shown = [one for attempt in attempts for one in attempt.passes]
+    assert shown and all(one.text and one.confidence is None and not one.kept and not one.mask for one in shown)
+    with Recorder(config(tmp_path, look=LOOK)) as recorder:
+        recorder.step(1, {}, [replace(entry, scores=scores)], [[0.0] * 8], [[0.0] * 8])
+    assert "pass 2</span></figcaption>" in write_report(recorder.run_dir).read_text()
 
 
 def test_charts_carry_the_recorded_values(html: str) -> None:
-    figures = [figure for figure in Page(html).all("figure") if figure.get("data-chart")]
-    data = [json.loads(figure["data-chart"] or "") for figure in figures]
+    data = charts(html)
     stages = next(d for d in data if d["labels"] == ["generate", "score", "learn", "sync", "controller"])
     assert stages["steps"] == list(range(1, 21))
     entropy = next(d for d in data if d["labels"] == ["entropy"])
@@ -111,12 +241,9 @@ def test_large_images_are_shown_smaller_and_overlays_keep_their_frame(tmp_path: 
     entry = scored_group(tmp_path, 5, 5.0, np.random.default_rng(0))
     image = np.random.default_rng(0).integers(0, 255, (900, 1800, 3), dtype=np.uint8)
     cv2.imwrite(entry.group.prompt.sample.image_path, image)
-    path = tmp_path / "train-000001.parquet"
-    rollouts.write(path, 1, [entry])
-    (picture,) = pictures(rollouts.read(path), REWARD)
+    picture = drawn(entry, tmp_path)
     assert picture.image is not None and (picture.width, picture.height) == (112, 112)
-    shown = cv2.imdecode(np.frombuffer(base64.b64decode(picture.image.partition(",")[2]), np.uint8), cv2.IMREAD_COLOR)
-    assert shown is not None and shown.shape == (MAX_SIDE // 2, MAX_SIDE, 3)
+    assert pixels_of(picture.image).shape == (MAX_SIDE // 2, MAX_SIDE, 3)
 
 
 def row(reward: float | None, failure: str | None = None, **metrics: float) -> dict[str, Any]:
@@ -129,7 +256,7 @@ def test_breakdown_adds_up() -> None:
 
 
 def test_breakdown_shows_ranks_as_one_sum() -> None:
-    parts = breakdown(row(1.2, mask_iou=0.6, parsed=1.0, point_score=9.0), REWARD | {"rank": {"capacity": 8}})
+    parts = breakdown(row(1.2, mask_iou=0.6, parsed=1.0, point_score=9.0), REWARD | {"rank": "ecdf"})
     assert [(part.name, part.points) for part in parts[:3]] == [
         ("mask_iou", 0.6),
         ("parsed", 0.2),

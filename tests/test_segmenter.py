@@ -88,14 +88,14 @@ def test_union_is_of_each_answers_own_masks(segmenter: Segmenter) -> None:
     assert joint.masks.shape == (3, 90, 112)
     assert (joint.mask(0) == (each.mask(0) | each.mask(2))).all()
     assert (joint.mask(2) == each.mask(1)).all()
-    assert not joint.mask(1).any() and joint.confidence[1] == 0
-    assert joint.confidence[0] == pytest.approx((each.confidence[0] + each.confidence[2]) / 2)
+    assert not joint.mask(1).any() and joint.features[1].tolist() == [0, 0, 0]
+    assert joint.features[0] == pytest.approx((each.features[0] + each.features[2]) / 2)
 
 
 def test_nothing_to_segment_is_an_empty_mask(segmenter: Segmenter) -> None:
     embedding = segmenter.encode([image()])[0]
     empty = segmenter.segment(embedding, np.zeros((0, 4)), np.zeros((0, 2)), np.zeros(0), 2)
-    assert not empty.masks.any() and empty.confidence.tolist() == [0, 0]
+    assert not empty.masks.any() and not empty.features.any()
 
 
 def test_a_prompt_without_box_and_point_is_refused(segmenter: Segmenter) -> None:

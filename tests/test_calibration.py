@@ -1,0 +1,145 @@
+"""Confidence, the threshold it is compared with, and what is learned of both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perception.calibration import (
+    FEATURES,
+    Calibrator,
+    best_threshold,
+    calibration_error,
+    confidence,
+    fit,
+    most_confident,
+)
+from perception.config import LookConfig
+from perception.types import Answer, Candidate, Failure, FailureKind, LookState, Score
+
+READ = Answer(objects=())
+UNREAD = Answer(objects=(), failure=Failure(kind=FailureKind.UNPARSED, detail="?"))
+
+
+def candidate(sure: float, iou: float | None, answer: Answer = READ, predicted: float = 0.5) -> Candidate:
+    features = (predicted, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    return Candidate(answer=answer, features=features, confidence=sure, mask_iou=iou)
+
+
+def score(*candidates: Candidate) -> Score:
+    return Score(metrics={}, answer=READ, candidates=candidates, kept=most_confident(candidates))
+
+
+def test_the_fit_recovers_the_model_that_made_the_labels() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(20_000, 2))
+    truth = 1 / (1 + np.exp(-(0.5 + 2.0 * features[:, 0] - 1.0 * features[:, 1])))
+    np.testing.assert_allclose(fit(features, truth), [0.5, 2.0, -1.0], atol=0.01)
+
+
+def test_a_constant_truth_is_fitted_by_the_bias_alone() -> None:
+    weights = fit(np.random.default_rng(0).normal(size=(500, 3)), np.full(500, 0.8))
+    assert weights[0] == pytest.approx(np.log(0.8 / 0.2), abs=1e-3) and np.abs(weights[1:]).max() < 1e-3
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(-1, 1), st.floats(0.1, 10)), min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_no_other_threshold_gains_more(rows: list[tuple[float, float, float]]) -> None:
+    sure, gains, weights = np.array(rows).T
+    cost = 0.05
+
+    def total(threshold: float) -> float:
+        return float((weights * (gains - cost))[sure < threshold].sum())
+
+    found = total(best_threshold(sure, gains, weights, cost))
+    every = [total(t) for t in (*sure, *(sure + 1e-9), 0.0, 1.1)]
+    reachable = [t for t in every if not np.isclose(t, total(1.1))] + ([total(1.1)] if sure.max() < 1 else [])
+    assert found >= max([0.0, *reachable]) - 1e-9 or np.isclose(found, max(every))
+
+
+def test_thresholds_worked_by_hand() -> None:
+    sure = np.array([0.2, 0.4, 0.6, 0.8])
+    one = np.ones(4)
+    assert best_threshold(sure, np.array([0.3, 0.2, -0.1, -0.2]), one, 0.01) == pytest.approx(0.5)
+    assert best_threshold(sure, np.array([0.3, 0.2, 0.1, 0.2]), one, 0.01) == 1.0
+    assert best_threshold(sure, np.array([-0.3, 0.0, 0.005, 0.0]), one, 0.01) == 0.0
+    # what was explored stands for ten like it: at 0.6 it turns the sum
+    assert best_threshold(sure, np.array([0.3, -0.1, 0.05, -0.2]), np.array([1, 1, 10, 10]), 0.0) == pytest.approx(0.7)
+
+
+def test_calibration_error_worked_by_hand() -> None:
+    # bins [0.1, 0.2) and [0.9, 1.0]: |0.3 - 1.0| and |0.95 - 1.0| over 3 answers
+    sure, truth = np.array([0.15, 0.15, 0.95]), np.array([0.0, 1.0, 1.0])
+    assert calibration_error(sure, truth) == pytest.approx((0.7 + 0.05) / 3)
+    assert calibration_error(np.zeros(0), np.zeros(0)) == 0
+
+
+def test_before_anything_is_learned_sam2_is_believed() -> None:
+    state = LookState(weights=(), threshold=1.0, explore=0.0)
+    features = np.zeros((2, len(FEATURES)))
+    features[:, 0] = [0.7, 1.4]
+    assert confidence(state, features).tolist() == [0.7, 1.0]
+
+
+def test_the_most_confident_candidate_that_parses_is_kept() -> None:
+    assert most_confident([candidate(0.4, None), candidate(0.6, None)]) == 1
+    assert most_confident([candidate(0.6, None), candidate(0.4, None)]) == 0
+    assert most_confident([candidate(0.1, None), candidate(0.9, None, UNREAD)]) == 0
+    assert most_confident([candidate(0.5, None), candidate(0.5, None)]) == 1
+
+
+def _steps(rng: np.random.Generator, n: int) -> list[Score]:
+    """First answers are as good as SAM2 predicts; a second look always ends at 0.7."""
+    return [score(candidate(p, p, predicted=p), candidate(0.99, 0.7, predicted=0.7)) for p in rng.uniform(0, 1, n)]
+
+
+def test_the_threshold_moves_to_where_a_second_look_stops_paying() -> None:
+    calibrator = Calibrator(LookConfig(cost=0.05))
+    assert not calibrator.fitted
+    calibrator.learn(_steps(np.random.default_rng(0), 1000))
+    sure = confidence(calibrator.state, np.array([[0.65] + [0.0] * 6]))[0]  # gain 0.05 = cost
+    assert calibrator.fitted and calibrator.state.threshold == pytest.approx(sure, abs=0.03)
+    dear = Calibrator(LookConfig(cost=1.0))
+    dear.learn(_steps(np.random.default_rng(0), 1000))
+    assert dear.state.threshold == 0
+
+
+def test_confident_answers_that_were_explored_stand_for_those_that_were_not() -> None:
+    calibrator = Calibrator(LookConfig(explore=0.1, cost=0.0))
+    calibrator.learn(_steps(np.random.default_rng(0), 200))
+    threshold = calibrator.state.threshold
+    below = score(candidate(threshold - 0.01, 0.2), candidate(0.99, 0.3))
+    above = score(candidate(threshold + 0.01, 0.8), candidate(0.99, 0.9))
+    calibrator.learn([below, above])
+    assert calibrator.export().decisions[-2:, -1].tolist() == [1.0, pytest.approx(10.0)]
+    assert calibrator.export().decisions[-2:, -2] == pytest.approx([0.1, 0.1])
+
+
+def test_learning_is_deterministic_bounded_and_survives_a_checkpoint() -> None:
+    first, second = Calibrator(LookConfig(window=300)), Calibrator(LookConfig(window=300))
+    rng = np.random.default_rng(1)
+    steps = [_steps(rng, 120) for _ in range(4)]
+    for step in steps[:2]:
+        first.learn(step)
+    second.restore(first.export())
+    for step in steps[2:]:
+        first.learn(step)
+        second.learn(step)
+    assert first.state == second.state
+    assert len(first.export().judged) == 300 and len(first.export().decisions) == 300
+
+
+def test_a_checkpoint_of_other_features_is_refused() -> None:
+    calibrator = Calibrator(LookConfig())
+    saved = calibrator.export()
+    other = type(saved)(look=saved.look, judged=np.zeros((0, 3)), decisions=np.zeros((0, 4)))
+    with pytest.raises(ValueError, match="other features"):
+        calibrator.restore(other)
+
+
+def test_unjudged_answers_teach_nothing() -> None:
+    calibrator = Calibrator(LookConfig())
+    calibrator.learn([score(candidate(0.5, None), candidate(0.6, None))] * 100)
+    assert not calibrator.fitted and not len(calibrator.export().decisions)
