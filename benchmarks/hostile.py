@@ -1,7 +1,7 @@
 """How fast hostile completions are read and measured by every reward component, in processor seconds of one core.
 
-Stops at the first one that raises or has a value that is not finite. Beside mutated completions, families of adversarial
-texts are timed at 100 kB each. There is no rival.
+Stops at the first one that raises or has a value that is not finite. Beside mutated completions, families of
+adversarial texts are timed at 100 kB each. There is no rival.
 
 python -m benchmarks.hostile [--count 200000] [--seed 0] [--json]
 """

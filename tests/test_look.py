@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import pytest
-
 import numpy as np
+import pytest
 
 from perception.types import Failure, FailureKind, Feed, Finding, Group, Prompt, Sample, Target, Trajectory, Turn, View
 from rollout.look import look

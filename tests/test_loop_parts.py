@@ -93,9 +93,29 @@ def test_a_prompt_holds_one_placeholder_and_the_frame_of_the_resized_image(tmp_p
     prompt = maker.prompt(sample(height=100, width=300), image, seed=5)
     assert prompt.token_ids.count(spec.image_token_id) == 1
     assert 'Find "the cat".' in maker.tokenizer.decode(prompt.token_ids)
+    inline = maker.prompt(sample(height=100, width=300), image, seed=5, inline=True)
+    assert 'Look for "the cat".' in maker.tokenizer.decode(inline.token_ids)
     # 224 * 224 pixels at most, sides in multiples of 28: 100 x 300 -> 112 x 308 (smart_resize of the processor)
     assert (prompt.answer_height, prompt.answer_width) == (112, 308)
     assert spec.image_token_id in spec.banned_token_ids and len(spec.banned_token_ids) == 4
+
+
+def test_a_second_look_goes_on_where_the_answer_ended(tmp_path: Path) -> None:
+    """Prompt, answer, end token and what is fed then are the chat template's own rendering of the whole dialogue."""
+    build(tmp_path)
+    form = TaskConfig(system="Be brief.", template="Find {question}.", inline="", again="Again.")
+    maker = PromptMaker(ModelConfig(path=str(tmp_path), segmenter=""), {"segment": form})
+    image = {"type": "image"}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [image, {"type": "text", "text": "Find the cat."}]},
+        {"role": "assistant", "content": "[1, 2]"},
+        {"role": "user", "content": [image, {"type": "text", "text": "Again."}]},
+    ]
+    whole = maker.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    said = [*maker.tokenizer.encode("[1, 2]"), maker.tokenizer.eos_token_id]
+    row = [*maker.tokens("the cat", "segment"), *said, *maker.again("segment")]
+    assert maker.tokenizer.decode(row) == whole
 
 
 def test_the_parity_gate_stops_a_run_whose_engine_and_learner_disagree() -> None:

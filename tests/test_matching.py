@@ -70,6 +70,48 @@ def test_the_continuous_cost_pairs_near_misses_where_the_binary_cost_is_blind() 
     assert match(answered, true, "binary").columns.tolist() == [0, 1]  # all costs 3: by order
 
 
+def test_only_the_continuous_cost_pairs_poor_boxes_whatever_their_order() -> None:
+    """Three answers, each 60 px right of its object: IoU 0.4 / 1.6, L1 30 px, points 60 px apart. All miss all."""
+    true = [(0.0, 0.0, 100.0, 100.0), (200.0, 0.0, 300.0, 100.0), (0.0, 300.0, 100.0, 400.0)]
+    answered = [(left + 60, top, right + 60, bottom) for left, top, right, bottom in true]
+    found: dict[str, set[float]] = {"binary": set(), "continuous": set()}
+    for order in permutations(answered):
+        for cost, means in found.items():
+            means.add(round(match(objects(*order), objects(*true), cost).iou.mean(), 6))
+    # Nearest is right for all three, for one alone, or for none: what the order of the list happens to give.
+    assert found["binary"] == {0.25, 0.083333, 0.0}
+    assert found["continuous"] == {0.25}
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("box", "iou", "published_iou", "l1"),
+    [
+        ((50, 50, 50, 50), 0, 1 / 10201, 50),  # no area; published: one pixel of 101 x 101
+        ((0, 50, 100, 50), 0, 1 / 101, 25),
+        ((100, 100, 0, 0), 0, 0, 100),  # inverted
+        ((-100, -100, 0, 0), 0, 1 / 20401, 100),  # outside, touching; published: they share the corner's pixel
+        ((-300, 0, -200, 100), 0, 0, 150),
+        ((-50, 0, 50, 100), 1 / 3, 51 / 151, 25),  # half outside
+        ((-1e300, -1e300, 1e300, 1e300), 0, 0, 1e300),
+        ((0, 0, INF, 100), 0, 0, INF),
+        ((INF, INF, INF, INF), 0, 0, INF),
+        ((NAN, 0, 100, 100), 0, 0, INF),
+    ],
+)
+def test_improper_boxes_have_defined_values(box: tuple, iou: float, published_iou: float, l1: float) -> None:
+    one, true = np.array([box], float), np.array([[0.0, 0, 100, 100]])
+    assert pairwise_iou(one, true).item() == pytest.approx(iou)
+    assert pairwise_iou(one, true, pixel=1).item() == pytest.approx(published_iou)
+    assert pairwise_l1(one, true).item() == pytest.approx(l1)
+    assert pairwise_iou(one, one).item() in (0, 1)  # with itself: 1 only where there is a finite area
+    for cost in ("binary", "continuous"):
+        matched = match(Objects(boxes=one, points=one[:, :2]), Objects(boxes=true, points=true[:, :2]), cost)
+        assert (len(matched.iou), matched.iou.item()) == (1, pytest.approx(iou))
+
+
 def test_the_binary_cost_takes_the_pairing_with_most_hits() -> None:
     true = objects((0, 0, 100, 100), (0, 0, 120, 120))
     answered = objects((0, 0, 160, 160), (0, 0, 101, 101))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -122,6 +123,68 @@ def test_masks_by_hand() -> None:
     assert metrics.mask_dice(rle_a, rle_b) == pytest.approx(2 / 8)
     assert metrics.mask_iou(rle_a, rle_empty) == metrics.mask_dice(rle_empty, rle_a) == 0
     assert metrics.mask_iou(rle_empty, rle_empty) == metrics.mask_dice(rle_empty, rle_empty) == 1
+
+
+def square(top: int, left: int, side: int, image: int = 10) -> np.ndarray:
+    mask = np.zeros((image, image), bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+def test_boundary_iou_by_hand() -> None:
+    one, whole, empty = square(2, 2, 4), square(0, 0, 10), square(0, 0, 0)
+    # 2 % of the diagonal is less than a pixel, so 1. Two rings of 12 pixels share 3 above and 3 below.
+    assert metrics.boundary_iou(one, square(2, 3, 4)) == pytest.approx(6 / 18)
+    # The image's border bounds a mask: rings of 36 and 28 pixels one inside the other, of masks with an IoU of 0.64.
+    assert metrics.boundary_iou(whole, square(1, 1, 8)) == 0
+    # 20 %: 3 pixels. The outer one leaves 4 x 4, the inner 2 x 2, their rings of 84 and 60 share 8 x 8 - 4 x 4.
+    assert metrics.boundary_iou(whole, square(1, 1, 8), ratio=0.2) == pytest.approx(48 / 96)
+    assert metrics.boundary_iou(square(5, 5, 1), square(5, 5, 1)) == metrics.boundary_iou(empty, empty) == 1
+    assert metrics.boundary_iou(one, empty) == metrics.boundary_iou(empty, one) == 0
+
+
+def test_s_measure_by_hand() -> None:
+    true, answered = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
+    true[:, :2], answered[:, 1:3] = True, True
+    # Objects: half of the target's 4 pixels and half of the other 4 agree: 2 * 0.5 / (0.25 + 1 + sqrt(0.25 * 4 / 3)).
+    # Parts, cut after row 0 and column 0: 1 pixel (1 by definition) and 3, of which 2 answered, 1 true, 1 both:
+    # 4 * 2 * 1 * (3 * 1 - 2) / ((4 + 1) * (2 * 1 + 1 * 2)) = 0.4. Twice: (1 + 3 * 0.4) * 2 / 8.
+    assert metrics.s_measure(answered, true) == pytest.approx(0.5 * 0.5472406 + 0.5 * 0.55)
+    assert metrics.s_measure(answered, true, alpha=1) == pytest.approx(0.5472406)
+    assert metrics.s_measure(answered, true, alpha=0) == pytest.approx(0.55)
+    assert metrics.s_measure(true, true) == pytest.approx(1)
+
+
+def test_s_measure_of_empty_and_full_masks() -> None:
+    quarter, whole, empty = square(0, 0, 5), square(0, 0, 10), square(0, 0, 0)
+    assert [metrics.s_measure(mask, empty) for mask in (empty, quarter, whole)] == [1, 0.75, 0]
+    assert [metrics.s_measure(mask, whole) for mask in (empty, quarter, whole)] == [0, 0.25, 1]
+    # Nothing answered. Objects: the 75 background pixels agree, 0.75. Parts, cut after row 2 and column 2: the first 9
+    # pixels are all target, so nothing varies (1 by definition); the other three vary and hold no answer (0).
+    assert metrics.s_measure(empty, quarter) == pytest.approx(0.5 * 0.75 + 0.5 * 0.09)
+    assert metrics.s_measure(square(5, 5, 1), square(5, 5, 1)) == 1
+
+
+def test_s_measure_of_a_large_image() -> None:
+    """Products of four counts pass 64 bits. pysodmetrics' value."""
+    true = np.zeros((2048, 2048), bool)
+    true[300:900, 200:1500] = True
+    assert metrics.s_measure(np.roll(true, 7, 1), true) == pytest.approx(0.9863036508)
+
+
+@pytest.mark.parametrize("metric", [metrics.boundary_iou, metrics.s_measure])
+def test_masks_of_different_sizes_are_refused(metric: Callable[[np.ndarray, np.ndarray], float]) -> None:
+    with pytest.raises(ValueError, match=r"\(10, 10\) and \(9, 9\)"):
+        metric(square(0, 0, 3), square(0, 0, 3, image=9))
+
+
+@settings(max_examples=60)
+@given(st.lists(box, max_size=4), st.lists(box, max_size=4))
+def test_mask_likeness_is_bounded_and_whole_for_the_same_mask(a: list, b: list) -> None:
+    one, other = painted(a), painted(b)
+    for metric in (metrics.boundary_iou, metrics.s_measure):
+        assert 0 <= metric(one, other) <= 1 + 1e-12
+        assert metric(one, one) == pytest.approx(1)
 
 
 def test_means_over_samples() -> None:

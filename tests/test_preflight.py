@@ -137,11 +137,11 @@ def test_output_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_data_must_fill_a_step_and_have_templates(tmp_path: Path) -> None:
     settings = config(tmp_path)
     enough = [sample(i) for i in range(32)]
-    preflight.check_data(settings, enough, enough[:1])
+    preflight.check_data(settings, enough, {"": enough[:1]})
     with pytest.raises(UserError, match="holds 31 samples"):
-        preflight.check_data(settings, enough[:31], enough)
+        preflight.check_data(settings, enough[:31], {"": enough})
     with pytest.raises(UserError, match="sample s40 has the task 'count'"):
-        preflight.check_data(settings, enough, [sample(40, task="count")])
+        preflight.check_data(settings, enough, {"": [sample(40, task="count")]})
 
 
 @pytest.mark.parametrize(("side", "tokens"), [(112, 16), (224, 64), (28, 4), (2000, 64)])

@@ -97,12 +97,12 @@ def test_what_is_counted_is_what_matches() -> None:
 
 
 def test_the_ideal_answer_reads_as_published() -> None:
-    text = ideal_completion([(10, 20, 50, 60), (80, 5, 100, 30)], [(30, 40), (90, 15)], 112, 112)
+    text = ideal_completion([(10, 20, 50, 60), (80, 5, 100, 30)], [(30, 40), (90, 15)], 112, 112, inline=True)
     assert text == (
         "<think><look>left and upper right</look></think><answer>"
         '[{"bbox_2d": [10,20,50,60], "point_2d": [30,40]}, {"bbox_2d": [80,5,100,30], "point_2d": [90,15]}]</answer>'
     )
-    assert ideal_completion([], [], 112, 112) == "<think><look>nowhere</look></think><answer>[]</answer>"
+    assert ideal_completion([], [], 112, 112) == "<think>nowhere</think><answer>[]</answer>"
 
 
 def test_whereabouts_names_the_ninth_of_the_image() -> None:

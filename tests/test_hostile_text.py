@@ -1,0 +1,99 @@
+"""Guards the promise about hostile text: nothing raises, every value is finite, time is linear and memory bounded."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tracemalloc
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.hostile import COMPLETIONS, FAMILIES, FRAGMENTS, NUMBERS, TAGS, TRUTHS, measure, run, seconds_of
+from perception import answers, formats
+from perception.tasks import TASKS
+from perception.types import Target
+
+keys = st.sampled_from(["bbox_2d", "point_2d", "label", "BBOX_2D", ""])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=5),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(keys, inner, max_size=4),
+    max_leaves=12,
+)
+boxes = st.lists(st.integers(-900, 900) | st.floats() | st.sampled_from(["7", None, True, 10**400]), max_size=5)
+objects = st.fixed_dictionaries({"bbox_2d": boxes | values, "point_2d": boxes | values})
+bodies = st.lists(objects | values, max_size=4).map(json.dumps)
+raw = st.lists(st.sampled_from([*FRAGMENTS, *NUMBERS, *TAGS, *COMPLETIONS]) | st.text(max_size=9), max_size=8).map(
+    "".join
+)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    text=raw | bodies.map(lambda body: f"<think>a</think><answer>{body}</answer>"),
+    truth=st.sampled_from(TRUTHS),
+    published=st.booleans(),
+)
+@example(text="<answer>" + "[" * 100_000 + "</answer>", truth=TRUTHS[0], published=True)
+@example(
+    text='<answer>[{"bbox_2d": [1e308, -1e308, -1e308, 1e308], "point_2d": [1e308, 0]}]</answer>',
+    truth=TRUTHS[0],
+    published=True,
+)
+def test_any_text_is_read_and_measured(text: str, truth: Target, published: bool) -> None:
+    for task in TASKS:
+        read = answers.parse(text, task)
+        for worth in measure(text, read, truth, published).values():
+            assert 0 <= worth <= 3
+
+
+@pytest.mark.parametrize("count", [20_000])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_mutated_completions(count: int) -> None:
+    """`python -m benchmarks.hostile` runs 200,000. Many must still be answers, or the components see none."""
+    assert run(count, seed=1)["share_answered"] > 0.2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_time_is_linear(name: str) -> None:
+    """Ten times the text takes at most 25 times as long: 10 would be linear, 100 quadratic.
+
+    Below a millisecond the clock and the fixed costs count for more than the text.
+    """
+    sizes = ((10**4, 3), (10**5, 3), (10**6, 1), (10**7, 1))
+    took = [seconds_of(FAMILIES[name](size), repeats) for size, repeats in sizes]
+    for shorter, longer in pairwise(took):
+        assert longer <= 25 * max(shorter, 1e-3)
+
+
+GREEDY = ["sentences", "stops", "boxes", "lists", "keys", "nested lists", "half placeholders", "decimals"]
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_memory_is_bounded(name: str) -> None:
+    """At most six times a text of ten million characters.
+
+    The copies of a body and of its lower case take two; what becomes Python objects, some 40 times its size, is cut at
+    the first million characters (`formats.LONGEST`): four more.
+    """
+    text = FAMILIES[name](10**7)
+    tracemalloc.start()
+    try:
+        measure(text, answers.parse(text, "segment"), TRUTHS[0], published=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * sys.getsizeof(text)
+
+
+@pytest.mark.parametrize(("beyond", "answered"), [(0, True), (1, False)])
+def test_what_is_too_long_is_no_answer(beyond: int, answered: bool) -> None:
+    items = '[{"bbox_2d": [10, 20, 110, 130], "point_2d": [60, 75]}'
+    text = f"<think>a</think><answer>{items}{' ' * (formats.LONGEST + beyond - len(items) - 1)}]</answer>"
+    failure = answers.parse(text, "segment").failure
+    assert answered if failure is None else "1,000,000 characters" in failure.detail
+    assert formats.answer_format(text) == 2 * answered
+    assert formats.published_objects(text).count == answered
+    assert formats.think_format(text) == 1
