@@ -84,20 +84,16 @@ async def _round(
     system: System, samples: Sequence[Sample], sampling: SamplingSpec, mode: LookMode, into: Mode, number: int
 ) -> None:
     await system.sync_weights(0)  # drops the prefix cache
-    before = await system.engines.stats()
     began = time.perf_counter()
     scored = await system.answer(system.prompts(samples, number, mode), sampling, mode=mode, metrics=("mask_iou",))
     into.seconds.append(time.perf_counter() - began)
-    after = await system.engines.stats()
     into.ious.append(np.array([np.mean([s.metrics.get("mask_iou", 0.0) for s in one.scores]) for one in scored]))
     trajectories = [t for one in scored for t in one.group.trajectories]
     into.tokens.append(float(np.mean([_row_tokens(t, system.config.model) for t in trajectories])))
     into.sampled.append(float(np.mean([t.sampled_tokens for t in trajectories])))
     if mode == "relook":
-        into.relook_rate = look_metrics([s for one in scored for s in one.scores])[names.RELOOK_RATE]
-        new, cached = (sum(getattr(a, k) - getattr(b, k) for a, b in zip(after, before, strict=True))
-                       for k in ("prefix_tokens", "prefix_cached"))  # fmt: skip
-        into.prefix_hit = cached / max(1, new)
+        looks = look_metrics(scored)
+        into.relook_rate, into.prefix_hit = looks[names.RELOOK_RATE], looks[names.PREFIX_HITS]
 
 
 def _row_tokens(trajectory: Trajectory, model: ModelConfig) -> int:

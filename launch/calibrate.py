@@ -34,8 +34,8 @@ async def calibrate(system: System, samples: Sequence[Sample]) -> str:
             "(python -m launch.sft), or use look=none or look=inline"
         )
     system.look.learn([score for entry in scored for score in entry.scores])
-    state = system.look.state
-    return f"look: calibrated on {len(scored) * ANSWERS} answers, {len(later)} second looks; threshold {state.threshold:.2f}"
+    threshold = system.look.state.threshold
+    return f"look: calibrated on {len(scored) * ANSWERS} answers and {len(later)} second looks; threshold {threshold:.2f}"
 
 
 def _later_parsed(scored: Sequence[ScoredGroup]) -> list[bool]:

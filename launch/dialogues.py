@@ -1,4 +1,4 @@
-"""Ideal dialogues about synthetic scenes: one look, or a first answer that is a little wrong and the second look at it."""
+"""Ideal dialogues about synthetic scenes: one look, or a first answer that is a little wrong and a second look."""
 
 from __future__ import annotations
 

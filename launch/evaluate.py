@@ -65,7 +65,7 @@ async def evaluate(system: System, samples: Sequence[Sample], pictures: int = 0)
     )
     greedy, sampled = [await system.answer(prompts, way, masks=pictures, metrics=HELD_OUT) for way in ways]
     scores = [score for entry in sampled for score in entry.scores]
-    looks = look_metrics(scores) if system.config.look.mode == "relook" else {}
+    looks = look_metrics(sampled) if system.config.look.mode == "relook" else {}
     return Evaluation(
         giou_greedy=_mean_iou(greedy),
         giou_sampled=_mean_iou(sampled),

@@ -81,8 +81,10 @@ def step_metrics(
     }
 
 
-def look_metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """Passes, how often a second look was taken and what it brought; 0 gain where there was none."""
+def look_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Passes, how often a second look was taken, what it brought and what it cost; 0 gain where there was none."""
+    scores = [score for entry in scored for score in entry.scores]
+    turns = [turn for entry in scored for one in entry.group.trajectories for turn in one.turns[1:]]
     measured = [score for score in scores if score.candidates]
     again = [score for score in measured if len(score.candidates) > 1]
     gains = [_iou(score, score.kept) - _iou(score, 0) for score in again]
@@ -95,6 +97,8 @@ def look_metrics(scores: Sequence[Score]) -> dict[str, float]:
         names.RELOOK_CHANGED: float(np.mean([score.kept > 0 for score in again])) if again else 0.0,
         names.CONFIDENCE: float(np.mean([score.confidence for score in measured])),
         names.CALIBRATION_ERROR: calibration_error(sure, np.array([one.mask_iou for one in judged], np.float64)),
+        names.PREFIX_HITS: sum(turn.prefix_cached for turn in turns)
+        / max(1, sum(turn.prefix_tokens for turn in turns)),
     }
 
 

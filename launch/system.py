@@ -175,14 +175,13 @@ class System:
             view=View(left=left, top=top, right=right, bottom=bottom, height=height, width=width),
         )
 
-    async def learn_to_look(self, scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    def learn_to_look(self, scored: Sequence[ScoredGroup]) -> dict[str, float]:
         """Ends a step: its looks in figures, measured by what was known before, and then learned from."""
         if self.config.look.mode != "relook":
             return {}
-        scores = [score for entry in scored for score in entry.scores]
-        metrics = look_metrics(scores) | {names.THRESHOLD: self.look.state.threshold}
-        self.look.learn(scores)
-        return metrics | {names.PREFIX_HITS: await self.prefix_hits()}
+        metrics = look_metrics(scored) | {names.THRESHOLD: self.look.state.threshold}
+        self.look.learn([score for entry in scored for score in entry.scores])
+        return metrics
 
     async def export(self, folder: Path) -> None:
         """The policy as any released one is, and beside it what it has learned about when to look again."""
@@ -195,8 +194,3 @@ class System:
         """It is to look again and nothing is known yet of when that pays."""
         config = self.config.look
         return config.mode == "relook" and config.trigger != "never" and not self.look.fitted
-
-    async def prefix_hits(self) -> float:
-        """Share of what later passes repeat of earlier ones that came from the prefix cache, since the start."""
-        stats = await self.engines.stats()
-        return sum(one.prefix_cached for one in stats) / max(1, sum(one.prefix_tokens for one in stats))

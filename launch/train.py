@@ -64,7 +64,7 @@ async def train(run: Session) -> None:
         with clock.stage(names.SECONDS_SYNC):
             updates = await system.sync_weights(version=step)
         state.step = step
-        metrics = step_metrics(scored, rewards, advantages, report, updates, clock) | await system.learn_to_look(scored)
+        metrics = step_metrics(scored, rewards, advantages, report, updates, clock) | system.learn_to_look(scored)
         run.recorder.step(step, metrics, scored, rewards, advantages.values)
         run.progress.step(step, metrics)
         if run.stop.is_set() or step == algorithm.steps or step % config.run.checkpoint_every == 0:

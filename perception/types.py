@@ -145,6 +145,10 @@ class Turn:
     finish_reason: str
     view: View | None = None
     """What the last image of `images` shows; None: the whole image, as in every first turn."""
+    prefix_tokens: int = 0
+    """In a later turn: tokens of the dialogue before it, image tokens included ..."""
+    prefix_cached: int = 0
+    """... and how many of them the engine still had in its prefix cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,10 +373,6 @@ class EngineStats:
     """Expanded: image tokens included."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
-    prefix_tokens: int = 0
-    """Of later turns: tokens before what was newly fed."""
-    prefix_cached: int = 0
-    """Of those, how many were found in the prefix cache."""
     image_hits: int = 0
     image_misses: int = 0
     """Images that had to be decoded."""

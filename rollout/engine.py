@@ -179,9 +179,9 @@ class RolloutEngine:
             trajectory = replace(failed_trajectory(prompt, index, output), turns=turns)
         else:
             new = self._trajectory(index, feed, output.request_id, output.outputs[0])
-            trajectory = replace(new, turns=(*turns, *new.turns))
-            if turns:
-                self._count_prefix(output, len(ids), len(images))
+            length, cached = self._prefix(output, len(ids), len(images)) if turns else (0, 0)
+            last = (replace(turn, prefix_tokens=length, prefix_cached=cached) for turn in new.turns)
+            trajectory = replace(new, turns=(*turns, *last))
         self._stats.failures += trajectory.failure is not None
         self._stats.sampled_tokens += len(trajectory.turns[-1].token_ids) if len(trajectory.turns) > len(turns) else 0
         return trajectory
@@ -261,14 +261,12 @@ class RolloutEngine:
         self._stats.cached_tokens += final.num_cached_tokens or 0
         return final
 
-    def _count_prefix(self, output: RequestOutput, ids: int, images: int) -> None:
-        """How much of a later turn's prefix (`ids` unexpanded tokens, `images` images) came from the cache."""
-        runs = [
-            len(list(run)) for token, run in itertools.groupby(output.prompt_token_ids or ())
-            if token == self._policy.image_token_id
-        ]  # fmt: skip
-        self._stats.prefix_tokens += ids + sum(runs[:images]) - images
-        self._stats.prefix_cached += output.num_cached_tokens or 0
+    def _prefix(self, output: RequestOutput, ids: int, images: int) -> tuple[int, int]:
+        """Length of a later turn's prefix (`ids` unexpanded tokens, `images` images), and how much of it was cached."""
+        tokens = output.prompt_token_ids or ()
+        runs = [len(list(run)) for token, run in itertools.groupby(tokens) if token == self._policy.image_token_id]
+        length = ids + sum(runs[:images]) - images
+        return length, min(length, output.num_cached_tokens or 0)
 
     def _trajectory(self, index: int, feed: Feed, request: str, completion: CompletionOutput) -> Trajectory:
         ids = tuple(completion.token_ids)

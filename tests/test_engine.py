@@ -139,9 +139,7 @@ def test_a_second_turn_has_the_logprobs_of_transformers_and_comes_from_the_prefi
     group = groups[0]
     first = next(t for t in group.trajectories if t.failure is None and len(t.turns[0].token_ids) > 32)
     feed = closer(reference, 50)
-    before = ray.get(engine.stats.remote(), timeout=30)
     whole = sample(engine, group.prompt, first.index, first.turns, feed)
-    after = ray.get(engine.stats.remote(), timeout=30)
     one, two = whole.turns
     assert one == first.turns[0] and two.input_ids == feed.input_ids and two.view == feed.view
     row = (*group.prompt.token_ids, *one.token_ids, *feed.input_ids)
@@ -149,10 +147,10 @@ def test_a_second_turn_has_the_logprobs_of_transformers_and_comes_from_the_prefi
     table = reference.logprobs(dialogue, two.token_ids, SAMPLING.temperature)
     expected = table[np.arange(len(two.token_ids)), two.token_ids]
     np.testing.assert_allclose(two.logprobs, expected, atol=1e-5, rtol=0)
-    prefix = after.prefix_tokens - before.prefix_tokens
-    assert prefix == len(group.prompt.token_ids) - 1 + 20 + len(one.token_ids)  # 112 x 140 px are 4 x 5 image tokens
-    cached = after.prefix_cached - before.prefix_cached
-    assert prefix - CONFIG.block_size < cached <= prefix and cached % CONFIG.block_size == 0
+    # 112 x 140 px are 4 x 5 image tokens
+    assert two.prefix_tokens == len(group.prompt.token_ids) - 1 + 20 + len(one.token_ids)
+    assert two.prefix_tokens - CONFIG.block_size < two.prefix_cached <= two.prefix_tokens
+    assert two.prefix_cached % CONFIG.block_size == 0 and one.prefix_tokens == 0
 
 
 def test_a_second_turn_that_fails_keeps_the_first(engine: Any, groups: list[Group], reference: Reference) -> None:

@@ -88,14 +88,21 @@ def test_a_steps_looks_in_figures() -> None:
             metrics={}, answer=candidates[kept].answer, confidence=passes[kept][0], candidates=candidates, kept=kept
         )
 
-    found = look_metrics(
-        [
-            one((0.95, 0.9), kept=0),
-            one((0.25, 0.2), (0.75, 0.6), kept=1),
-            one((0.55, 0.5), (0.15, 0.3), kept=0),
-            Score(metrics={}, answer=Answer(objects=(), failure=UNPARSED)),
-        ]
+    scores = (
+        one((0.95, 0.9), kept=0),
+        one((0.25, 0.2), (0.75, 0.6), kept=1),
+        one((0.55, 0.5), (0.15, 0.3), kept=0),
+        Score(metrics={}, answer=Answer(objects=(), failure=UNPARSED)),
     )
+    turns = [SimpleNamespace(prefix_tokens=100, prefix_cached=c) for c in (0, 64, 96)]
+    trajectories = [
+        SimpleNamespace(turns=turns[:1]),
+        SimpleNamespace(turns=turns[:2]),
+        SimpleNamespace(turns=turns[::2]),
+    ]
+    group: Any = SimpleNamespace(trajectories=trajectories)
+    found = look_metrics([ScoredGroup(group=group, scores=scores, seconds=0.0, cached=False)])
+    assert found[names.PREFIX_HITS] == pytest.approx(160 / 200)
     assert found[names.LOOK_PASSES] == pytest.approx(5 / 3)
     assert found[names.RELOOK_RATE] == pytest.approx(2 / 3)
     assert found[names.RELOOK_GAIN] == pytest.approx(0.2)  # 0.4 and nothing

@@ -28,6 +28,7 @@ SMALL = (
     "learner.schedule=constant",
     "data.eval_samples=4",
     "reward=dr_seg",
+    "look=relook",
     "run.deterministic=true",
     "run.name=small",
 )
