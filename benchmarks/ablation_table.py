@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -99,14 +99,14 @@ def read(run_dir: Path) -> Run:
     for name in (metric(way, held_out) for way in WAYS for held_out in SETS):
         if any(summary[when].get(name) is None for when in ("before", "after")):
             raise UserError(f"{run_dir / rundir.SUMMARY} has no {name}: not a run of this ablation; move it away")
-    rows, training = rundir.read_lines(run_dir / rundir.METRICS), {}
+    rows, over_steps = rundir.read_lines(run_dir / rundir.METRICS), {}
     for figure, (name, summarise) in TRAINING.items():
         values = [row[name] for row in rows if row.get(name) is not None]
         if not values:
             raise UserError(f"{run_dir / rundir.METRICS} has no {name}: not a run of this ablation; move it away")
-        training[figure] = summarise(values)
+        over_steps[figure] = summarise(values)
     config = yaml.safe_load((run_dir / rundir.CONFIG).read_text(encoding="utf-8"))
-    return Run(summary["before"], summary["after"], training, config)
+    return Run(summary["before"], summary["after"], over_steps, config)
 
 
 def metric(way: str, held_out: str) -> str:
@@ -135,6 +135,12 @@ def change(runs: Runs, arm: str, name: str) -> Change:
 
 def training(runs: Runs, arm: str) -> dict[str, float]:
     return {figure: fmean(run.training[figure] for run in runs[arm].values()) for figure in TRAINING}
+
+
+def figures(runs: Runs) -> dict[str, Any]:
+    """Every arm's means and intervals, as plain numbers."""
+    measured = [metric(way, held_out) for way in WAYS for held_out in SETS]
+    return {arm: training(runs, arm) | {name: asdict(change(runs, arm, name)) for name in measured} for arm in runs}
 
 
 def verdict(claimed: int, found: Interval | None) -> str:
@@ -190,9 +196,9 @@ def _published(runs: Runs) -> list[str]:
         "## Beside the published ablation",
         "Dr. Seg, 7B, gIoU in points. No seeds and no intervals were published.",
         _table(["arm", *PUBLISHED_SETS], [[LABELS[arm], *map(str, levels)] for arm, levels in PUBLISHED.items()]),
-        "Effects against the binary arm, in points. Theirs: in domain is the mean of the three RefCOCO sets, out of domain "
-        "is ReasonSeg val. Ours: sampled answers, paired by seed. *Not resolved*: the interval contains 0. A claim of no "
-        "change can be contradicted, never confirmed.",
+        "Effects against the binary arm, in points. Theirs: in domain is the mean of the three RefCOCO sets, out of "
+        "domain is ReasonSeg val. Ours: sampled answers, paired by seed. *Not resolved*: the interval contains 0. A "
+        "claim of no change can be contradicted, never confirmed.",
         _table(["arm", "held-out", "theirs", "claimed", "ours", "does our sign agree?"], rows),
     ]
 
@@ -203,13 +209,69 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 COLOURS = {"in domain": "#2a6fd0", "out of domain": "#c97b12"}
-_BAND = 44
-"""Height above the chart for its title and legend."""
+_BAND = 40
+"""Height above the chart, for its title and legend."""
+_APART = 0.16
+"""In domain and out of it lie so far beside an arm's middle, in arms."""
 
 
 def plot(runs: Runs) -> str:
-    """Gain of every arm as SVG: mean with its interval, in domain and out of it, and a small dot per seed."""
-    parts = []
-    for held_out, colour in COLOURS.items():
-        parts += [held_out, colour]
-    return "".join(parts)
+    """Gain of every arm as SVG: the mean over seeds with its interval, and a paler dot per seed beside it."""
+    found = {held_out: [change(runs, arm, metric("sampled", held_out)) for arm in runs] for held_out in SETS}
+    shown = [
+        value for changes in found.values() for one in changes for value in (*one.gains.values(), *_ends(one.gain))
+    ]
+    low, high = min(0.0, *shown), max(0.0, *shown)
+    spec = charts.Spec("", "", {"gain": ""}, marks=True)
+    axis = charts.chart(spec, [{"step": 0, "gain": low}, {"step": 1, "gain": high}])
+    assert axis is not None, "it was given values"
+    (_, bottom), (_, top) = axis.series[0].dots
+    left, right, width, height = charts.LEFT, charts.WIDTH - charts.RIGHT, charts.WIDTH, charts.HEIGHT + _BAND
+
+    def x(place: float) -> float:
+        return left + (place + 0.5) * (right - left) / len(runs)
+
+    def y(value: float) -> float:
+        return bottom + (value - low) / ((high - low) or 1.0) * (top - bottom)
+
+    parts = [f'<path d="M{left} {tick.at:.1f}H{right}" stroke="#e4e3de"/>' for tick in axis.y_ticks]
+    parts += [f'<path d="M{left} {y(0.0):.1f}H{right}" stroke="#8d8b84"/>']
+    parts += [_text(left - 6, tick.at + 3, tick.label, "end") for tick in axis.y_ticks]
+    parts += [_text(x(i), charts.HEIGHT - charts.BOTTOM + 15, LABELS[arm], "middle") for i, arm in enumerate(runs)]
+    for offset, (held_out, changes) in zip((-_APART, _APART), found.items(), strict=True):
+        parts += [_mark(x(place + offset), one, y, COLOURS[held_out]) for place, one in enumerate(changes)]
+    legend = [
+        f'<circle cx="{left + 4 + 72 * i}" cy="30" r="3" fill="{colour}"/>' + _text(left + 11 + 72 * i, 33, held_out)
+        for i, (held_out, colour) in enumerate(COLOURS.items())
+    ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{2 * width}" '
+            f'height="{2 * height}" font-family="system-ui, DejaVu Sans, sans-serif" font-size="9" fill="#3b3b38">',
+            f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+            '<g font-size="11" font-weight="600">' + _text(10, 17, "Gain in held-out gIoU, sampled answers") + "</g>",
+            *legend,
+            _text(right, 33, "mean and 95 % interval over seeds; pale: each seed", "end"),
+            f'<g transform="translate(0 {_BAND})">',
+            *parts,
+            "</g>",
+            "</svg>\n",
+        ]
+    )
+
+
+def _ends(gain: Interval) -> tuple[float, float]:
+    return gain.mean - (gain.half or 0.0), gain.mean + (gain.half or 0.0)
+
+
+def _mark(x: float, one: Change, y: Callable[[float], float], colour: str) -> str:
+    """Dots of the seeds, bar of the interval, dot of the mean."""
+    seeds = [f'<circle cx="{x + 6:.1f}" cy="{y(gain):.1f}" r="1.8" opacity="0.5"/>' for gain in one.gains.values()]
+    low, high = map(y, _ends(one.gain))
+    bar = f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
+    drawn = f'<path d="{bar}" stroke="{colour}" stroke-width="1.3"/>' if one.gain.half is not None else ""
+    return f'<g fill="{colour}">{"".join(seeds)}{drawn}<circle cx="{x:.1f}" cy="{y(one.gain.mean):.1f}" r="3"/></g>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'

@@ -1,131 +1,28 @@
-"""How fast hostile completions are read and measured by every reward component, in processor seconds of one core.
+"""How long hostile completions take to be read and measured by every reward component: milliseconds of one core.
 
-Stops at the first one that raises or has a value that is not finite. Beside mutated completions, families of
-adversarial texts are timed at 100 kB each. There is no rival.
+    python -m benchmarks.hostile [--length 100000] [--json]
 
-python -m benchmarks.hostile [--count 200000] [--seed 0] [--json]
+Families of adversarial texts, each against one place where a careless reader takes quadratic time; the best of three.
+There is no rival. `tests/test_hostile_text.py` puts 200,000 mutated completions through the same functions.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from benchmarks.common import print_result
 from perception import answers
 from perception.frames import Frame
-from perception.tasks import TASKS
 from perception.types import Answer, Target, View
 from reward_workers.rewards import COMPONENTS, Case
 
-COMPLETIONS = (
-    "<think>I see <look>a red square at the left</look> and a blue circle. The red one is larger. It is the one meant."
-    '</think>\n<answer>[{"bbox_2d": [10, 20, 110, 130], "point_2d": [60, 70]}]</answer>',
-    "<think>Two dogs. The first lies on the grass; the second runs towards it.</think><answer>"
-    '[{"bbox_2d": [12.5, 200, 300, 410.25], "point_2d": [150, 300], "label": "dog"}, '
-    '{"bbox_2d": [320, 180, 600, 420], "point_2d": [450, 300], "label": "dog"}]</answer>',
-    "<think>There is no such object in the image.</think><answer>[]</answer>",
-    '<think></think>\n\n<answer>\n[\n  {"point_2d": [1, 2]},\n  {"point_2d": [300, 4]}\n]\n</answer>',
-    '<think>左边的红色方块。它更大！</think><answer>[{"bbox_2d": [0, 0, 1000, 1000], "point_2d": [500, 500]}]</answer>',
-    "<think> [your reasoning text] <look> [your visual focus] </look> [more reasoning text] </think><answer>"
-    '[{"bbox_2d": [10,100,200,210], "point_2d": [30,110]}, {"bbox_2d": [225,296,706,786], "point_2d": [302,410]}]'
-    "</answer>",
-)
-TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<look>", "</look>")
-NUMBERS = (
-    *("1e400", "-1e400", "NaN", "Infinity", "-Infinity", "1e308", "-1e308", "1e-400", "-0", "0.1e1", "1e6", "1000001"),
-    *("9" * 400, "9" * 5000, "0" * 50, "0x10", "1_000", "+1", "1.", ".5", "٣٤", "１００", "²", "true", "null"),
-    *('"7"', '"nan"', '"1e999"', "[1]", "[]", "{}", '{"bbox_2d": 1}', "[[[1]]]", "2147483648", "9007199254740993"),
-)
-FRAGMENTS = (
-    *TAGS,
-    *("<answer>[", "]</answer>", '"bbox_2d"', '"point_2d":', "[[[[", "]]]]", "{{", "}}", ",,", '\\"', "\\u0000"),
-    *("\x00", "\x1b[0m", "\u2028", "\u202e", "\ufeff", "\u200b", "\ud800", "\udfff", "\\ud800", "𝟙", "e\u0301", "İ"),
-    *("...", "。。", "?!", "Same. Same. Same. ", "your reasoning text", "your \n visual-focus", "more ", "```json"),
-    *(" " * 300, "\t\n" * 100, "<" * 100, "[" * 1200, '{"a":' * 1200, "[" * 300 + "]" * 300, "<look>" * 50),
-)
-CONTROL = tuple(map(chr, (*range(32), 127, 133, 160, 0x3000, 0xD83D, 0xFFFF)))
-OTHER_DIGITS = ("٠١٢٣٤٥٦٧٨٩", "０１２３４５６７８９", "०१२३४५६७८९")
-Draw = random.Random
 FRAME = Frame(480, 640)
 VIEW = View(left=0, top=0, right=640, bottom=480, height=480, width=640)
-
-
-def completions(count: int, seed: int) -> Iterator[str]:
-    """Completions, each mutated one to five times; one in four grows out of the one before."""
-    draw, text = Draw(seed), COMPLETIONS[0]
-    for _ in range(count):
-        if draw.random() < 0.75 or len(text) > 20_000:
-            text = draw.choice(COMPLETIONS)
-        for _ in range(draw.randint(1, 5)):
-            text = draw.choices(MUTATIONS, WEIGHTS)[0](text, draw)
-        yield text
-
-
-def _span(text: str, draw: Draw) -> tuple[int, int]:
-    start = draw.randint(0, len(text))
-    return start, min(len(text), start + draw.choice((1, 3, 10, 40, 200)))
-
-
-def _delete(text: str, draw: Draw) -> str:
-    start, end = _span(text, draw)
-    return text[:start] + text[end:]
-
-
-def _duplicate(text: str, draw: Draw) -> str:
-    start, end = _span(text, draw)
-    return text[:start] + text[start:end] * draw.choice((2, 3, 20)) + text[end:]
-
-
-def _splice(text: str, draw: Draw) -> str:
-    other = draw.choice(COMPLETIONS)
-    return text[: draw.randint(0, len(text))] + other[draw.randint(0, len(other)) :]
-
-
-def _swap_tags(text: str, draw: Draw) -> str:
-    return text.replace(draw.choice(TAGS), draw.choice((*TAGS, "", "< think>", "<ANSWER>")), draw.choice((1, 9)))
-
-
-def _insert(text: str, draw: Draw) -> str:
-    at = draw.randint(0, len(text))
-    return text[:at] + draw.choice(FRAGMENTS) + text[at:]
-
-
-def _number(text: str, draw: Draw) -> str:
-    """Another value where a number stands, if there is one after a random place."""
-    at = draw.randint(0, len(text))
-    start = next((i for i in range(at, min(len(text), at + 60)) if text[i] in "0123456789"), -1)
-    if start < 0:
-        return text
-    end = next((i for i in range(start, len(text)) if text[i] not in "0123456789.eE+-"), len(text))
-    return text[:start] + draw.choice(NUMBERS) + text[end:]
-
-
-def _control(text: str, draw: Draw) -> str:
-    at = draw.randint(0, len(text))
-    return text[:at] + draw.choice(CONTROL) + text[at + 1 :]
-
-
-def _digits(text: str, draw: Draw) -> str:
-    return text.translate(str.maketrans("0123456789", draw.choice(OTHER_DIGITS)))
-
-
-def _many(text: str, draw: Draw) -> str:
-    """Up to thousands of boxes in the answer."""
-    count = draw.choice((119, 121, 300, 3000))
-    item = f'{{"bbox_2d": [{draw.randint(-9, 640)}, 0, {draw.randint(0, 999)}, 480], "point_2d": [5, 5]}}, '
-    return text.replace("<answer>[", "<answer>[" + item * count, 1)
-
-
-MUTATIONS: tuple[Callable[[str, Draw], str], ...] = (
-    *(_delete, _duplicate, _splice, _swap_tags, _insert, _number, _control, _digits, _many),
-)
-WEIGHTS = (20, 10, 10, 10, 15, 40, 10, 2, 0.3)
 
 
 def _answer(body: str) -> str:
@@ -197,17 +94,6 @@ def measure(text: str, read: Answer, truth: Target, published: bool) -> dict[str
     return values
 
 
-def run(count: int, seed: int) -> dict[str, float]:
-    """Read so many completions for every task and measure them in both ways; counts what was met."""
-    characters, answered = 0, 0
-    for index, text in enumerate(completions(count, seed)):
-        reads = [answers.parse(text, task) for task in TASKS]
-        for published in (True, False):
-            measure(text, reads[0], TRUTHS[index % len(TRUTHS)], published)
-        characters, answered = characters + len(text), answered + (reads[0].failure is None)
-    return {"mean_characters": round(characters / count), "share_answered": round(answered / count, 3)}
-
-
 def seconds_of(text: str, repeats: int = 3) -> float:
     """Processor time of one reading and one measuring, the best of some."""
     took = []
@@ -220,23 +106,14 @@ def seconds_of(text: str, repeats: int = 3) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--length", type=int, default=100_000, help="characters of each text")
     parser.add_argument("--json", action="store_true", help="one JSON line; there is no other output")
     arguments = parser.parse_args()
-    began = time.process_time()
-    met = run(arguments.count, arguments.seed)
-    seconds = time.process_time() - began
-    slowest, took = max(
-        ((name, seconds_of(make(100_000))) for name, make in FAMILIES.items()), key=lambda pair: pair[1]
+    took = {name: round(1000 * seconds_of(make(arguments.length)), 2) for name, make in FAMILIES.items()}
+    slowest = max(took, key=took.__getitem__)
+    print_result(
+        "hostile", {"slowest": slowest, "ms": took[slowest]}, None, None, {"length": arguments.length}, families_ms=took
     )
-    ours = {
-        "completions_per_s": round(arguments.count / seconds, 1),
-        "seconds": round(seconds, 1),
-        "slowest_family": slowest,
-        "slowest_family_ms_per_100kb": round(took * 1000, 1),
-    }
-    print_result("hostile", ours, None, None, {"count": arguments.count, "seed": arguments.seed}, met=met)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from launch.system import System
 from perception.config import Config
 from perception.types import RankStoreState, Sample
 from reward_workers.ranking import RankStore
-from reward_workers.rewards import make_store
+from reward_workers.combine import make_store
 
 CHECKPOINTS = "checkpoints"
 LEARNER = "learner"

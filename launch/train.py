@@ -32,7 +32,7 @@ from learner.advantages import step_advantages
 from perception import names
 from perception.config import Config
 from perception.types import Sample, SamplingSpec, TrainGroup
-from reward_workers.rewards import combine
+from reward_workers.combine import combine
 
 
 async def train(run: Session) -> None:

@@ -295,7 +295,7 @@ def test_the_preset_measures_what_was_published() -> None:
 # ---------------------------------------------------------------- the prompt
 
 INLINE = (
-    'Please find "{question}" with bboxs and points.'
+    '\nPlease find "{question}" with bboxs and points.'
     "Compare the difference between object(s) and find the most closely matched object(s)."
     "Output the thinking process inside <think>...</think>."
     "Inside this reasoning, you must include one or more <look>...</look> blocks, enclosing the parts of the reasoning "
@@ -316,7 +316,7 @@ def published_tasks() -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize("task", ["segment", "ground", "count"])
 def test_the_prompt_is_the_published_one(task: str) -> None:
     assert published_tasks()[task]["system"] == "You are a helpful assistant."
-    assert published_tasks()[task]["inline"].strip() == INLINE
+    assert published_tasks()[task]["inline"] == INLINE
 
 
 def test_questions_are_lower_cased_and_lose_their_stops(assets: Path) -> None:

@@ -25,8 +25,8 @@ from perception.types import (
     Target,
     Trajectory,
 )
+from reward_workers.combine import combine
 from reward_workers.group_rank import average_precision, candidate_ranks, group_ranks, soft_ranks
-from reward_workers.rewards import combine
 
 HARD = GroupRankConfig(temperature=1e-9)
 ious = st.integers(0, 100).map(lambda hundredths: hundredths / 100)

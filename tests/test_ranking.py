@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from perception.config import EcdfConfig, RewardConfig
 from perception.types import FailureKind, ScoredGroup
+from reward_workers.combine import combine, make_store
 from reward_workers.ranking import RankStore
-from reward_workers.rewards import combine, make_store
 from tests.test_group_rank import candidate, sampled, scored
 
 DR_SEG = EcdfConfig(

@@ -10,8 +10,21 @@ from launch.config import CONF, validate
 from perception import answers
 from perception.config import EcdfConfig, RewardConfig
 from perception.frames import Frame, convert_answer
-from perception.types import Answer, Failure, FailureKind, Group, Prompt, Sample, Score, ScoredGroup, Target, Trajectory
-from reward_workers.rewards import COMPONENTS, Case, combine, components_in_use, make_store
+from perception.types import (
+    Answer,
+    Failure,
+    FailureKind,
+    Group,
+    Prompt,
+    Sample,
+    Score,
+    ScoredGroup,
+    Target,
+    Trajectory,
+    View,
+)
+from reward_workers.combine import combine, make_store
+from reward_workers.rewards import COMPONENTS, Case, components_in_use
 
 SIDE = Frame(840, 840)
 TRUTH = Target(
@@ -33,7 +46,7 @@ def case(text: str, target: Target = TRUTH, published: bool = True, **masks: flo
         answer=convert_answer(answers.parse(text, "segment"), SIDE, SIDE),
         target=target,
         image=SIDE,
-        answer_frame=SIDE,
+        view=View(left=0, top=0, right=840, bottom=840, height=840, width=840),
         published=published,
         **masks,
     )
@@ -66,8 +79,9 @@ def test_thresholds_hold_in_the_840_frame_whatever_the_image() -> None:
     small = Target(boxes=TRUTH.boxes / 4, points=TRUTH.points / 4)
     text = said('[{"bbox_2d": [50, 50, 99.5, 99.5], "point_2d": [75, 75]}]')
     image, written = Frame(210, 210), Frame(420, 420)
+    view = View(left=0, top=0, right=210, bottom=210, height=420, width=420)
     answer = convert_answer(answers.parse(text, "segment"), written, image)
-    one = Case(text=text, answer=answer, target=small, image=image, answer_frame=written, published=True)
+    one = Case(text=text, answer=answer, target=small, image=image, view=view, published=True)
     assert values(one, "matched_iou", "count_ratio", "point_score", "accuracy") == [1, 0.5, 1, 1.5]
 
 

@@ -1,0 +1,286 @@
+"""Does it help? GRPO with and without each published part, over several seeds, from one warm start.
+
+    python -m benchmarks.ablation [--steps 60] [--seeds 42 1 2] [--jobs 2] [--json] [-- learner.lr=5e-5 ...]
+
+Every arm gets the same warm start, steps and samples per step. A run that is already there, finished, with the same
+settings and nothing newer beneath it, is not trained again: after an interruption the same command goes on. Writes
+`ablation.md`, `ablation.svg` and `ablation.json` under --out, and keeps every run and its log there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.errors import HydraException
+from pydantic import TypeAdapter
+
+from benchmarks import ablation_table as table
+from benchmarks.common import print_result
+from launch import rundir, world
+from launch.config import CONF, validate
+from launch.errors import UserError
+from perception.config import Config
+from perception.errors import DataError
+
+ARMS = {
+    "binary": ("reward=vision_reasoner", "look=none"),
+    "look": ("reward=vision_reasoner", "look=inline"),
+    "rank": ("reward=dr_seg", "look=none", "~reward.components.look"),
+    "both": ("reward=dr_seg",),  # look=inline comes with it
+    "raw": ("reward=dr_seg", "reward.rank=none"),
+    "relook": ("reward=dr_seg", "look=relook", "~reward.components.look"),
+}
+COMMON = (
+    "learner.ranks=1",
+    f"++data.also.{table.SHIFTED}=data/world/shifted.json",
+    "wandb.mode=disabled",
+    "run.rollouts_kept=2",
+    "run.checkpoint_every=1000",
+)
+POLL_S = 0.2
+GRACE_S = 30.0
+"""For a run that was told to stop, before it is killed."""
+LOG_TAIL = 5
+RESULTS = "ablation.json"
+
+
+class RunError(Exception):
+    """A run did not end well. The message names it and quotes the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    overrides: tuple[str, ...]
+    config: Config
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run.output) / self.config.run.name
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return (sys.executable, "-m", "launch.train", *self.overrides)
+
+
+def run_name(arm: str, seed: int) -> str:
+    return f"ablation-{arm}-{seed}"
+
+
+def plan(arm: str, seed: int, steps: int, out: Path, extra: Sequence[str]) -> Planned:
+    """Raises UserError for an override that does not fit."""
+    own = (f"run.seed={seed}", f"run.name={run_name(arm, seed)}", f"run.output={out}", f"algorithm.steps={steps}")
+    overrides = ("recipe=quickstart", *ARMS[arm], *own, *COMMON, *extra)
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return Planned(arm, seed, overrides, validate(hydra.compose("config", overrides=list(overrides))))
+    except HydraException as error:
+        raise UserError(f"config: {' '.join(str(error).split())}") from error
+
+
+def finished(planned: Planned) -> bool:
+    """The run has its summary and the planned settings; neither the warm start nor the data changed since it began."""
+    config = planned.run_dir / rundir.CONFIG
+    if not (planned.run_dir / rundir.SUMMARY).is_file() or not config.is_file():
+        return False
+    wanted = TypeAdapter(Config).dump_python(planned.config, mode="json")
+    if yaml.safe_load(config.read_text(encoding="utf-8")) != wanted:
+        return False
+    data = planned.config.data
+    beneath = [*Path(planned.config.model.path).glob("*.safetensors"), *map(Path, (data.train, data.eval))]
+    beneath += map(Path, data.also.values())
+    return all(path.stat().st_mtime <= config.stat().st_mtime for path in beneath if path.exists())
+
+
+def prepare_world(config: Config) -> None:
+    """Before any run starts, so that no two of them write it at once; the shifted scenes are written last."""
+    shifted = Path(config.data.also[table.SHIFTED])
+    if not shifted.exists() and config.data.world_side is not None:
+        _say(f"writing the synthetic world to {shifted.parent}")
+        world.write(shifted.parent, train=config.data.world_train, side=config.data.world_side)
+
+
+def run_all(
+    commands: Mapping[str, Sequence[str]], out: Path, at_once: int, limit_s: float, done: Callable[[str], None]
+) -> None:
+    """Every command, by name, `at_once` at a time, each with a log under `out`; `done` is called as each ends well.
+
+    The first that fails or outlasts `limit_s` raises RunError, and the others are stopped.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    waiting = list(commands)
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name = waiting.pop(0)
+                running[name] = _start(commands[name], _log(out, name)), time.monotonic() + limit_s
+            time.sleep(POLL_S)
+            for name, (process, deadline) in list(running.items()):
+                code = process.poll()
+                if code is None and time.monotonic() > deadline:
+                    raise RunError(f"{name} was not done after {limit_s:g} s and was stopped; {_tail(out, name)}")
+                if code:
+                    raise RunError(f"{name} failed with exit status {code}; {_tail(out, name)}")
+                if code == 0:
+                    del running[name]
+                    done(name)
+    finally:
+        _stop([process for process, _ in running.values()])
+
+
+def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _log(out: Path, name: str) -> Path:
+    return out / f"{name}.log"
+
+
+def _tail(out: Path, name: str) -> str:
+    lines = _log(out, name).read_text(encoding="utf-8", errors="replace").splitlines()
+    last = [line for line in lines if line.strip()][-LOG_TAIL:]
+    return "\n    ".join([f"{_log(out, name)} ends with", *last])
+
+
+def train(wanted: Sequence[tuple[str, int]], arguments: argparse.Namespace, command: str) -> None:
+    """Every run that is not there yet. The results are written anew after each, so that an interruption leaves them."""
+    out = arguments.out
+    plans = {run_name(*pair): plan(*pair, arguments.steps, out, arguments.overrides) for pair in wanted}
+    prepare_world(next(iter(plans.values())).config)
+    ready = [name for name, one in plans.items() if finished(one)]
+    missing = {name: one.command for name, one in plans.items() if name not in ready}
+    _say(f"{len(ready)} of {len(plans)} runs are there; training {len(missing)}, {arguments.jobs} at a time")
+
+    def done(name: str) -> None:
+        if not (out / name / rundir.SUMMARY).is_file():
+            raise RunError(f"{name} was stopped before its end; {_tail(out, name)}")
+        ready.append(name)
+        write_results(out, [(plans[name].arm, plans[name].seed) for name in ready], command)
+        _say(f"{name} is done, {len(ready)} of {len(plans)}")
+
+    run_all(missing, out, arguments.jobs, arguments.limit_s, done)
+
+
+def write_results(out: Path, wanted: Sequence[tuple[str, int]], command: str) -> dict[str, Any]:
+    """Tables, plot and figures of finished runs; returns the arms' figures. Raises UserError if they do not compare."""
+    runs: dict[str, dict[int, table.Run]] = {}
+    for arm, seed in sorted(wanted, key=lambda pair: list(ARMS).index(pair[0])):
+        runs.setdefault(arm, {})[seed] = table.read(out / run_name(arm, seed))
+    figures = table.figures(runs)
+    every = [
+        {"arm": arm, "seed": seed, "before": run.before, "after": run.after, **run.training}
+        for arm, by_seed in runs.items()
+        for seed, run in by_seed.items()
+    ]
+    rundir.write_text(out / "ablation.md", "\n\n".join([*_head(runs, command), *table.tables(runs)]) + "\n")
+    rundir.write_text(out / "ablation.svg", table.plot(runs))
+    written = {"command": command, "arms": figures, "runs": every}
+    rundir.write_text(out / RESULTS, json.dumps(written, indent=2) + "\n")
+    return figures
+
+
+def _head(runs: table.Runs, command: str) -> list[str]:
+    """What was measured on what."""
+    first, *others = [run for by_seed in runs.values() for run in by_seed.values()]
+    for config in (run.config for run in others):
+        if any(config[key] != first.config[key] for key in config.keys() - {"reward", "look", "run"}):
+            names = f"{config['run']['name']} and {first.config['run']['name']}"
+            raise UserError(f"{names} differ in more than arm and seed: one table needs all without --table-only")
+    algorithm, data = first.config["algorithm"], first.config["data"]
+    seeds = list(dict.fromkeys(seed for by_seed in runs.values() for seed in by_seed))
+    return [
+        "# Does it help?",
+        f"    {command}",
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). Every arm: {algorithm['steps']} steps of "
+        f"{algorithm['prompts_per_step']} prompts x {algorithm['group_size']} answers, from "
+        f"{first.config['model']['path']}. In domain: {first.after['samples']:.0f} held-out scenes of {data['eval']}; "
+        f"out of domain: {first.after[f'samples/{table.SHIFTED}']:.0f} of {data['also'][table.SHIFTED]}.",
+        "gIoU is before -> after, the mean over seeds. ± is the 95 % t-interval over seeds. *Less binary*: where the "
+        "arm ends less where the binary one ends, paired by seed.",
+        "\n".join(f"- {table.LABELS[arm]}: `{' '.join(ARMS[arm])}`" for arm in runs),
+    ]
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _ablate(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
+    wanted = [(arm, seed) for seed in dict.fromkeys(arguments.seeds) for arm in dict.fromkeys(arguments.arms)]
+    out = arguments.out
+    if not arguments.table_only:
+        train(wanted, arguments, command)
+        return write_results(out, wanted, command)
+    there = [pair for pair in wanted if (out / run_name(*pair) / rundir.SUMMARY).is_file()]
+    if not there:
+        raise UserError(f"no finished run under {out}: run this without --table-only")
+    trained_by = json.loads((out / RESULTS).read_text())["command"] if (out / RESULTS).is_file() else command
+    return write_results(out, there, trained_by)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=_positive, default=60)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
+    parser.add_argument("--jobs", type=_positive, default=2, help="runs at a time")
+    parser.add_argument("--limit-s", type=_positive, default=5400, help="seconds that one run may take")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of the tables")
+    parser.add_argument("--table-only", action="store_true", help="train nothing: write the results of what is there")
+    parser.add_argument("overrides", nargs="*", help="after --, as for launch.train")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, this ends the runs, too
+    try:
+        figures = _ablate(arguments, shlex.join(["python", "-m", "benchmarks.ablation", *sys.argv[1:]]))
+    except (UserError, DataError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, RunError) else 2)
+    if arguments.json:
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out", "table_only")}
+        print_result("ablation", figures, None, None, settings, out=str(arguments.out))
+    else:
+        print((arguments.out / "ablation.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
