@@ -18,9 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
@@ -158,11 +159,16 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.terminate()
     deadline = time.monotonic() + GRACE_S
     for process in processes:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # it, or what it left behind
+        process.wait()
+
+
+def terminate(*_: object) -> NoReturn:
+    """Signal handler: the runs end with this process, as they do on Ctrl-C."""
+    sys.exit(143)
 
 
 def _log(out: Path, name: str) -> Path:
@@ -224,8 +230,8 @@ def _head(runs: table.Runs, command: str) -> list[str]:
     return [
         "# Does it help?",
         f"    {command}",
-        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}). Every arm: {algorithm['steps']} steps of "
-        f"{algorithm['prompts_per_step']} prompts x {algorithm['group_size']} answers, from "
+        f"Seeds: {', '.join(map(str, seeds))} (n = {len(seeds)}). Steps: {algorithm['steps']}. Samples per step: "
+        f"{algorithm['prompts_per_step']} prompts x {algorithm['group_size']} answers. Every arm starts from "
         f"{first.config['model']['path']}. In domain: {first.after['samples']:.0f} held-out scenes of {data['eval']}; "
         f"out of domain: {first.after[f'samples/{table.SHIFTED}']:.0f} of {data['also'][table.SHIFTED]}.",
         "gIoU is before -> after, the mean over seeds. ± is the 95 % t-interval over seeds. *Less binary*: where the "
@@ -269,12 +275,14 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="train nothing: write the results of what is there")
     parser.add_argument("overrides", nargs="*", help="after --, as for launch.train")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, this ends the runs, too
+    signal.signal(signal.SIGTERM, terminate)
     try:
         figures = _ablate(arguments, shlex.join(["python", "-m", "benchmarks.ablation", *sys.argv[1:]]))
     except (UserError, DataError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunError) else 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     if arguments.json:
         settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out", "table_only")}
         print_result("ablation", figures, None, None, settings, out=str(arguments.out))

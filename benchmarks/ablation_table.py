@@ -218,15 +218,14 @@ _APART = 0.16
 def plot(runs: Runs) -> str:
     """Gain of every arm as SVG: the mean over seeds with its interval, and a paler dot per seed beside it."""
     found = {held_out: [change(runs, arm, metric("sampled", held_out)) for arm in runs] for held_out in SETS}
-    shown = [
-        value for changes in found.values() for one in changes for value in (*one.gains.values(), *_ends(one.gain))
-    ]
+    every = [one for changes in found.values() for one in changes]
+    shown = [value for one in every for value in (*one.gains.values(), *_ends(one.gain))]
     low, high = min(0.0, *shown), max(0.0, *shown)
     spec = charts.Spec("", "", {"gain": ""}, marks=True)
     axis = charts.chart(spec, [{"step": 0, "gain": low}, {"step": 1, "gain": high}])
     assert axis is not None, "it was given values"
     (_, bottom), (_, top) = axis.series[0].dots
-    left, right, width, height = charts.LEFT, charts.WIDTH - charts.RIGHT, charts.WIDTH, charts.HEIGHT + _BAND
+    left, right, foot = charts.LEFT, charts.WIDTH - charts.RIGHT, charts.HEIGHT - charts.BOTTOM + 15
 
     def x(place: float) -> float:
         return left + (place + 0.5) * (right - left) / len(runs)
@@ -237,27 +236,32 @@ def plot(runs: Runs) -> str:
     parts = [f'<path d="M{left} {tick.at:.1f}H{right}" stroke="#e4e3de"/>' for tick in axis.y_ticks]
     parts += [f'<path d="M{left} {y(0.0):.1f}H{right}" stroke="#8d8b84"/>']
     parts += [_text(left - 6, tick.at + 3, tick.label, "end") for tick in axis.y_ticks]
-    parts += [_text(x(i), charts.HEIGHT - charts.BOTTOM + 15, LABELS[arm], "middle") for i, arm in enumerate(runs)]
+    parts += [_text(x(i), foot, LABELS[arm], "middle") for i, arm in enumerate(runs)]
     for offset, (held_out, changes) in zip((-_APART, _APART), found.items(), strict=True):
         parts += [_mark(x(place + offset), one, y, COLOURS[held_out]) for place, one in enumerate(changes)]
+    return _picture(parts)
+
+
+def _picture(chart: Sequence[str]) -> str:
+    """The chart under its title and legend."""
+    left, right, width, height = charts.LEFT, charts.WIDTH - charts.RIGHT, charts.WIDTH, charts.HEIGHT + _BAND
     legend = [
         f'<circle cx="{left + 4 + 72 * i}" cy="30" r="3" fill="{colour}"/>' + _text(left + 11 + 72 * i, 33, held_out)
         for i, (held_out, colour) in enumerate(COLOURS.items())
     ]
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{2 * width}" '
-            f'height="{2 * height}" font-family="system-ui, DejaVu Sans, sans-serif" font-size="9" fill="#3b3b38">',
-            f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-            '<g font-size="11" font-weight="600">' + _text(10, 17, "Gain in held-out gIoU, sampled answers") + "</g>",
-            *legend,
-            _text(right, 33, "mean and 95 % interval over seeds; pale: each seed", "end"),
-            f'<g transform="translate(0 {_BAND})">',
-            *parts,
-            "</g>",
-            "</svg>\n",
-        ]
-    )
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{2 * width}" '
+        f'height="{2 * height}" font-family="system-ui, DejaVu Sans, sans-serif" font-size="9" fill="#3b3b38">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<g font-size="11" font-weight="600">{_text(10, 17, "Gain in held-out gIoU, sampled answers")}</g>',
+        *legend,
+        _text(right, 33, "bar: 95 % interval; pale: each seed", "end"),
+        f'<g transform="translate(0 {_BAND})">',
+        *chart,
+        "</g>",
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _ends(gain: Interval) -> tuple[float, float]:

@@ -67,14 +67,13 @@ def _run(seed: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_time_is_linear(name: str) -> None:
-    """Ten times the text takes at most 25 times as long: 10 would be linear, 100 quadratic.
+    """Ten times the text takes at most 40 times as long: 10 would be linear, 100 quadratic.
 
     Below a millisecond the clock and the fixed costs count for more than the text.
     """
-    sizes = ((10**4, 3), (10**5, 3), (10**6, 1), (10**7, 1))
-    took = [seconds_of(FAMILIES[name](size), repeats) for size, repeats in sizes]
+    took = [seconds_of(FAMILIES[name](size)) for size in (10**4, 10**5, 10**6, 10**7)]
     for shorter, longer in pairwise(took):
-        assert longer <= 25 * max(shorter, 1e-3)
+        assert longer <= 40 * max(shorter, 1e-3)
 
 
 GREEDY = ["sentences", "stops", "boxes", "lists", "keys", "nested lists", "half placeholders", "decimals"]
