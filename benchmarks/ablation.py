@@ -38,7 +38,7 @@ from perception.errors import DataError
 
 ARMS = {
     "binary": ("reward=vision_reasoner", "look=none"),
-    "look": ("reward=vision_reasoner", "look=inline"),
+    "look": ("reward=vision_reasoner", "look=inline", "~reward.components.non_repeat_plain"),
     "rank": ("reward=dr_seg", "look=none", "~reward.components.look"),
     "both": ("reward=dr_seg",),  # look=inline comes with it
     "raw": ("reward=dr_seg", "reward.rank=none"),

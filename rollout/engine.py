@@ -250,6 +250,7 @@ class RolloutEngine:
             request: Any = {"prompt_token_ids": list(ids)}
             if pixels:  # as PIL: vLLM takes an array's first axis for channels
                 request["multi_modal_data"] = {"image": [Image.fromarray(image) for image in pixels]}
+                request["multi_modal_uuids"] = {"image": [handle.key for handle in images]}  # else vLLM hashes pixels
             params = sampling_params(self._policy, sampling, seed)
             async for output in self._engine.generate(request, params, str(next(self._ids))):
                 final = output
