@@ -8,7 +8,6 @@ from launch.errors import UserError
 from launch.system import System
 from perception.types import Sample, SamplingSpec, ScoredGroup
 
-SAMPLES = 64
 ANSWERS = 4
 _SEED_STEP = 1 << 31
 """Neither a training step's seeds nor an evaluation's."""
@@ -25,7 +24,7 @@ async def calibrate(system: System, samples: Sequence[Sample]) -> str:
         temperature=system.config.rollout.temperature,
         max_new_tokens=system.config.rollout.max_new_tokens,
     )
-    scored = await system.answer(system.prompts(samples[:SAMPLES], _SEED_STEP), sampling)
+    scored = await system.answer(system.prompts(samples[: system.config.look.calibration], _SEED_STEP), sampling)
     later = _later_parsed(scored)
     if later and sum(later) < _LEAST_PARSED * len(later):
         raise UserError(
@@ -35,7 +34,9 @@ async def calibrate(system: System, samples: Sequence[Sample]) -> str:
         )
     system.look.learn([score for entry in scored for score in entry.scores])
     threshold = system.look.state.threshold
-    return f"look: calibrated on {len(scored) * ANSWERS} answers and {len(later)} second looks; threshold {threshold:.2f}"
+    return (
+        f"look: calibrated on {len(scored) * ANSWERS} answers and {len(later)} second looks; threshold {threshold:.2f}"
+    )
 
 
 def _later_parsed(scored: Sequence[ScoredGroup]) -> list[bool]:

@@ -79,7 +79,7 @@ class RunState:
         await system.learner.save_checkpoint(str((folder / LEARNER).resolve()), {"step": self.step})
         if self.ranks is not None:
             _write_ranks(folder, self.ranks.state())
-        if system.look.fitted:
+        if self.config.look.mode == "relook":
             write_calibrator(folder, system.look.export())
         saved = {
             "step": self.step,

@@ -193,4 +193,4 @@ class System:
     def must_calibrate(self) -> bool:
         """It is to look again and nothing is known yet of when that pays."""
         config = self.config.look
-        return config.mode == "relook" and config.trigger != "never" and not self.look.fitted
+        return config.mode == "relook" and config.trigger != "never" and config.calibration > 0 and not self.look.fitted

@@ -106,7 +106,7 @@ class Session:
             self.progress.say(await self.system.start())
             if self.state.step:
                 await self.state.restore(self.system)
-            if self.system.must_calibrate:
+            if self.system.must_calibrate and not self.state.step:
                 self.progress.phase("learning when to look again")
                 self.progress.say(await calibrate(self.system, self.samples))
             if self.state.before is None:

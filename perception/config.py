@@ -87,6 +87,8 @@ class LookConfig:
     """Mask IoU that a further pass must gain to be worth its time."""
     explore: Fraction = 0.1
     """While training: share of the confident answers looked at again all the same, to measure what that gains."""
+    calibration: Natural = 64
+    """Training prompts answered before the first step, to learn when to look again; 0: learn only while training."""
     window: Positive = 4096
     """Judged answers the calibration is fitted to, the newest ones."""
 

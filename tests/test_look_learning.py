@@ -43,7 +43,9 @@ def test_a_policy_that_does_not_know_the_second_look_is_told_so(parsed: bool) ->
         return [ScoredGroup(group=prompt, scores=scores, seconds=0.0, cached=False) for prompt in prompts]
 
     settings = SimpleNamespace(
-        rollout=SimpleNamespace(temperature=1.0, max_new_tokens=64), model=SimpleNamespace(path="assets/other")
+        look=LookConfig(),
+        rollout=SimpleNamespace(temperature=1.0, max_new_tokens=64),
+        model=SimpleNamespace(path="assets/other"),
     )
     samples: Any = ["a sample"] * 70
     system: Any = SimpleNamespace(

@@ -29,6 +29,7 @@ SMALL = (
     "data.eval_samples=4",
     "reward=dr_seg",
     "look=relook",
+    "look.calibration=16",
     "run.deterministic=true",
     "run.name=small",
 )
