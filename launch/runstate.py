@@ -19,8 +19,8 @@ from launch.lookfile import read_calibrator, write_calibrator
 from launch.system import System
 from perception.config import Config
 from perception.types import RankStoreState, Sample
-from reward_workers.ranking import RankStore
 from reward_workers.combine import make_store
+from reward_workers.ranking import RankStore
 
 CHECKPOINTS = "checkpoints"
 LEARNER = "learner"
