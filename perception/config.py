@@ -146,33 +146,80 @@ class RewardConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
+    """The objective (`learner/loss.py`), the advantages (`learner/advantages.py`), and how a batch becomes steps."""
+
     name: str = "grpo"
     steps: Positive
     prompts_per_step: Positive
     group_size: Annotated[int, Ge(2)]
+    loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """Surrogate: clipped token ratio (GRPO, DAPO, Dr. GRPO), clipped sequence ratio, or clipped detached weight."""
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens (DAPO), mean over trajectories of their token means (GRPO as published), or sum over
+    trajectories x `rollout.max_new_tokens` (Dr. GRPO)."""
     clip_low: Rate = 0.2
     clip_high: Rate = 0.2
+    scale: Literal["group", "batch", "none"] = "group"
+    """Advantages over the standard deviation of the group, of the whole step's rewards, or as they are (Dr. GRPO)."""
     kl_coef: NonNegative = 0.0
-    """k3 KL to the starting policy, added to the loss. 0 keeps no reference model."""
-    scale: Literal["group", "none"] = "group"
-    """Advantages divided by the group's standard deviation, or not (Dr. GRPO)."""
+    """KL to the starting policy. 0 keeps no reference model."""
+    kl: Literal["k1", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    entropy_coef: NonNegative = 0.0
+    """Bonus on the entropy, in the loss."""
+    importance: Literal["none", "token", "sequence"] = "token"
+    """Truncated weight learner / engine for what separates the two; none: the engine's log-probs are the old policy."""
+    importance_cap: Rate = 2.0
+    dynamic: Literal["none", "drop", "refill"] = "none"
+    """Groups whose rewards are all equal: kept, left out, or replaced by further prompts (DAPO)."""
+    dynamic_rounds: Positive = 4
+    """With refill: how often at most a step samples."""
+    updates: Positive = 1
+    """Optimizer steps over a batch: it is cut into so many mini-batches."""
+    epochs: Positive = 1
+    """Passes over a batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the language model's linear layers (peft); the engine gets the merged weights."""
+
+    rank: Natural = 0
+    """0: no adapters, every weight that is not frozen is trained."""
+    alpha: Rate = 32.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     ranks: Positive = 1
     zero_stage: Literal[1, 2, 3] = 2
+    offload_optimizer: bool = False
+    """Optimizer states and their step in host memory (ZeRO-Offload)."""
     lr: Rate = 1e-6
     warmup_steps: Natural = 0
     schedule: Literal["constant", "linear"] = "constant"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0
     grad_clip: Rate = 1.0
-    micro_groups: Positive = 1
-    """Groups per micro-batch and rank."""
-    gradient_checkpointing: bool = False
+    rows: Literal["packed", "padded"] = "packed"
+    """packed: a group is one row with its prompt once. padded: one row per trajectory; also what a model family that
+    packing does not know gets."""
+    micro_tokens: Positive = 16384
+    """Tokens of a micro-batch, per rank; a group that is longer is cut between its trajectories."""
+    checkpointing: Literal["off", "selective", "on"] = "off"
+    """Layers whose activations are recomputed in the backward pass: none, every other one, all."""
+    compile: bool = False
+    """torch.compile of text layers, vision blocks and vocabulary head (CUDA)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    freeze_vision: bool = False
+    """The vision tower is not trained; its features are then kept by image across steps."""
+    feature_cache_mb: Natural = 1024
+    """Host memory for the features of a frozen vision tower."""
     bucket_mb: Positive = 256
     """Size of a weight-sync bucket."""
+    checksum: bool = False
+    """After each sync, prove that every parameter landed in the engine."""
     parity_limit: Rate = 0.02
     """Mean |log-prob difference| engine vs learner beyond which the run refuses to start."""
     timeout_s: Rate = 1800.0
@@ -210,8 +257,9 @@ class PlacementConfig:
     learner_cpus: NonNegative = 1.0
     learner_gpus: NonNegative = 0.0
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    transport: Literal["store", "ipc"] = "store"
-    """Weights by Ray's object store (any node), or by CUDA IPC (engine and learner on one GPU)."""
+    transport: Literal["store", "ipc", "nccl", "gloo"] = "store"
+    """Weights by Ray's object store (shared memory on a node), by CUDA IPC (engine and learner on one GPU), or
+    broadcast by learner rank 0 to every engine: nccl between GPUs, gloo between hosts."""
     threads: Natural = 0
     """Intra-op threads of each worker process; 0: the library's default."""
     start_timeout_s: Rate = 300.0

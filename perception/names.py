@@ -47,14 +47,26 @@ RESPONSE_TRUNCATED = "response/truncated"  # share that met the token limit
 LOSS = "policy/loss"
 ENTROPY = "policy/entropy"  # nats per sampled token
 KL = "policy/kl"  # k3 to the reference policy, nats per token
-RATIO = "policy/ratio"  # mean importance ratio learner / engine, before clipping
+RATIO = "policy/ratio"  # mean importance ratio learner / engine, before truncation and clipping
 LOGPROB_MISMATCH = "policy/logprob_mismatch"  # mean |log p learner - log p engine|
 LOGPROB_MISMATCH_MAX = "policy/logprob_mismatch_max"
 CLIP_LOW = "policy/clip_low"  # share of tokens below 1 - clip_low
 CLIP_HIGH = "policy/clip_high"  # share of tokens above 1 + clip_high
+IMPORTANCE = "policy/importance"  # mean truncated weight learner / engine
+IMPORTANCE_CAPPED = "policy/importance_capped"  # share of tokens whose weight was cut at importance_cap
 GRAD_NORM = "policy/grad_norm"  # before clipping
 LR = "policy/lr"
 POLICY_VERSION = "policy/version"  # weights the step's rollouts were sampled from
+
+# Learner: one update, all ranks together
+LEARNER_SAMPLES_PER_S = "learner/samples_per_s"  # trajectories
+LEARNER_TOKENS_PER_S = "learner/tokens_per_s"  # tokens of the rows without padding, prompts once per group
+MFU = "learner/mfu"  # useful FLOPs over what a plain matrix product reaches (`learner/flops.py`)
+PEAK_MEMORY = "learner/peak_gib"  # of the fullest rank: device memory on CUDA, resident memory on the CPU
+PACKING = "learner/packing"  # tokens of the rows / the same tokens as padded rows
+ROW_FILL = "learner/row_fill"  # share of the computed tokens that is not padding
+COMPILED = "learner/compiled"  # graphs compiled so far, rank 0
+FEATURE_HITS = "learner/feature_hits"  # share of images whose features came from the cache (frozen vision tower)
 
 # Time: seconds of one step, by stage
 SECONDS_STEP = "time/step"
