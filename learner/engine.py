@@ -37,11 +37,11 @@ class ZeroEngine:
         self._config = config
         self._total_steps = total_steps
         optimizer = torch.optim.AdamW(
-            module.parameters(),
+            [parameter for parameter in module.parameters() if parameter.requires_grad],
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=device.type == "cuda",
+            fused=device.type == "cuda" or config.offload_optimizer,
         )
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_settings(config, dtype), dist_init_required=False
@@ -94,6 +94,9 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def _settings(config: LearnerConfig, dtype: str) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # Accumulation is ours (`backward(last)`): a step has as many micro-batches as it needs.
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -101,6 +104,7 @@ def _settings(config: LearnerConfig, dtype: str) -> dict[str, Any]:
         "gradient_clipping": config.grad_clip,
         "bf16": {"enabled": dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on the host without a compiler
         "steps_per_print": 1 << 30,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,12 +44,13 @@ class LearnerPool:
         placement: PlacementConfig,
         *,
         temperature: float,
+        max_new_tokens: int,
         seed: int,
         deterministic: bool = False,
         group: PlacementGroup | None = None,
         bundles: Sequence[int] = (),
     ) -> None:
-        self._config = config
+        self._config, self._algorithm = config, algorithm
         environment = {"DS_ACCELERATOR": placement.device, "TOKENIZERS_PARALLELISM": "false"}
         if placement.threads:
             environment["OMP_NUM_THREADS"] = str(placement.threads)
@@ -65,6 +67,7 @@ class LearnerPool:
                 config=config,
                 algorithm=algorithm,
                 temperature=temperature,
+                max_new_tokens=max_new_tokens,
                 device=placement.device,
                 transport=placement.transport,
                 threads=placement.threads,
@@ -80,13 +83,15 @@ class LearnerPool:
         return max(await self._all("start", address, port))
 
     async def train_step(self, groups: Sequence[TrainGroup]) -> LearnerReport:
-        """One optimizer step over all groups, in whatever order they come.
+        """`algorithm.updates` optimizer steps over all groups, cut in the order they come, `algorithm.epochs` times.
 
         Raises ValueError when no trajectory holds a sampled token.
         """
         if not any(t.sampled_tokens for entry in groups for t in entry.group.trajectories):
             raise ValueError(f"nothing to learn from: none of the step's {len(groups)} groups holds a sampled token")
-        reports: list[LearnerReport] = await self._each("train_step", shards(groups, len(self._ranks)))
+        batches = [deal(batch, len(self._ranks)) for batch in mini_batches(groups, self._algorithm.updates)]
+        shares = [[batch[rank] for batch in batches] for rank in range(len(self._ranks))]
+        reports: list[LearnerReport] = await self._each("train_step", shares)
         return LearnerReport(metrics=reports[0].metrics, seconds=max(report.seconds for report in reports))
 
     async def parity(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -94,11 +99,8 @@ class LearnerPool:
 
         Mean and maximum of |difference|, and the mean importance ratio learner / engine: 1 up to rounding.
         """
-        entries = [TrainGroup(group=group, advantages=(0.0,) * len(group.trajectories)) for group in groups]
-        shares = shards(entries, len(self._ranks))
-        answers = await self._each("logprobs", shares)
-        learner = [tokens for answer in answers for group in answer for tokens in group]
-        engine = [t.logprobs for share in shares for e in share for one in e.group.trajectories for t in one.turns]
+        learner = [tokens for group in await self._logprobs(groups) for tokens in group]
+        engine = [turn.logprobs for group in groups for one in group.trajectories for turn in one.turns]
         difference = np.concatenate(learner) - np.concatenate([np.asarray(logprobs) for logprobs in engine])
         return {
             names.LOGPROB_MISMATCH: float(np.abs(difference).mean()),
@@ -106,15 +108,45 @@ class LearnerPool:
             names.RATIO: float(np.exp(difference).mean()),
         }
 
-    async def buckets(self) -> AsyncIterator[WeightBucket]:
-        """The current weights, bucket by bucket. The next one is packed while the caller is busy with this one."""
-        (count,) = await self._wait("bucket_count", [self._ranks[0].call.remote("bucket_count")])
-        pending = self._submit("pack_bucket", 0)
+    async def kl(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
+        """Per group and trajectory: `algorithm.kl` of the current policy to the starting one, summed over tokens."""
+        current, start = await self._logprobs(groups), await self._logprobs(groups, reference=True)
+        return [
+            tuple(_kl_sum(*pair, self._algorithm.kl) for pair in zip(*group, strict=True))
+            for group in zip(current, start, strict=True)
+        ]
+
+    async def _logprobs(self, groups: Sequence[Group], reference: bool = False) -> list[list[np.ndarray]]:
+        """In the order of `groups` and their trajectories: (sampled tokens,) float32."""
+        entries = [TrainGroup(group=group, advantages=(0.0,) * len(group.trajectories)) for group in groups]
+        shares = deal(entries, len(self._ranks))
+        answers = await self._each("logprobs", shares, reference)
+        found = {
+            id(entry): values
+            for share, answer in zip(shares, answers, strict=True)
+            for entry, values in zip(share, answer, strict=True)
+        }
+        return [found[id(entry)] for entry in entries]
+
+    async def buckets(self, receivers: tuple[str, ...] = ()) -> AsyncIterator[WeightBucket]:
+        """The current weights, bucket by bucket. The next one is packed while the caller is busy with this one.
+
+        `receivers` are the engines that will take them (`RolloutPool.begin_update`). When the last bucket has been
+        asked for, all have left the learner; `release_buckets` once the engines have loaded them.
+        """
+        opened = self._submit("sender", "open", receivers, ranks=1)
+        (count,) = await self._wait("opening the weight sync", opened)
+        pending = self._submit("sender", "pack_bucket", 0)
         for index in range(count):
-            bucket = (await self._wait("pack_bucket", pending))[0]
+            bucket = (await self._wait(f"packing weight bucket {index + 1} of {count}", pending))[0]
             if index + 1 < count:
-                pending = self._submit("pack_bucket", index + 1)
+                pending = self._submit("sender", "pack_bucket", index + 1)
             yield bucket
+        await self._wait("sending the weight buckets", self._submit("sender", "flush", ranks=1))
+
+    async def release_buckets(self) -> None:
+        """Free the buffers of the last sync."""
+        await self._wait("releasing the weight buckets", self._submit("sender", "release", ranks=1))
 
     async def save_checkpoint(self, folder: str, client_state: dict[str, Any]) -> None:
         await self._all("save_checkpoint", folder, client_state)
@@ -131,14 +163,14 @@ class LearnerPool:
         for rank in self._ranks:
             ray.kill(rank)
 
-    def _submit(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
-        return [rank.call.remote(method, *arguments) for rank in self._ranks]
+    def _submit(self, method: str, *arguments: Any, ranks: int | None = None) -> list[ray.ObjectRef]:
+        return [rank.call.remote(method, *arguments) for rank in self._ranks[:ranks]]
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
         return await self._wait(method, self._submit(method, *arguments))
 
-    async def _each(self, method: str, shares: Sequence[Any]) -> list[Any]:
-        refs = [rank.call.remote(method, share) for rank, share in zip(self._ranks, shares, strict=True)]
+    async def _each(self, method: str, shares: Sequence[Any], *arguments: Any) -> list[Any]:
+        refs = [rank.call.remote(method, share, *arguments) for rank, share in zip(self._ranks, shares, strict=True)]
         return await self._wait(method, refs)
 
     async def _wait(self, method: str, refs: Sequence[ray.ObjectRef]) -> list[Any]:
@@ -149,19 +181,34 @@ class LearnerPool:
             raise TimeoutError(message) from error
 
 
-def shards(groups: Sequence[TrainGroup], ranks: int) -> list[list[TrainGroup]]:
-    """Deal groups out, long ones first and back and forth, so that ranks have equally much to do.
+def mini_batches(groups: Sequence[TrainGroup], count: int) -> list[Sequence[TrainGroup]]:
+    """Cut, in order, into at most `count` parts of as equal a number of groups as can be."""
+    ends = [len(groups) * part // count for part in range(count + 1)]
+    return [groups[start:end] for start, end in pairwise(ends) if end > start]
 
-    Every rank gets the same number; where they do not go round, a filler (a group without trajectories) stands in.
-    """
-    share: list[list[TrainGroup]] = [[] for _ in range(ranks)]
-    for place, entry in enumerate(sorted(groups, key=_tokens, reverse=True)):
-        lap, seat = divmod(place, ranks)
-        share[seat if lap % 2 == 0 else ranks - 1 - seat].append(entry)
-    size = max(len(one) for one in share)
-    stand_in = TrainGroup(group=Group(prompt=groups[0].group.prompt, trajectories=()), advantages=())
-    return [one + [stand_in] * (size - len(one)) for one in share]
+
+def deal(groups: Sequence[TrainGroup], ranks: int) -> list[list[TrainGroup]]:
+    """Every rank's groups: the longest first, each to the rank with the least to do so far. Some may get none."""
+    shares: list[list[TrainGroup]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for entry in sorted(groups, key=_tokens, reverse=True):
+        rank = load.index(min(load))
+        shares[rank].append(entry)
+        load[rank] += _tokens(entry)
+    return shares
 
 
 def _tokens(entry: TrainGroup) -> int:
-    return sum(len(turn.input_ids) + len(turn.token_ids) for t in entry.group.trajectories for turn in t.turns)
+    """Of the group as one row, but for what its images expand to."""
+    later = (turn.input_ids for one in entry.group.trajectories for turn in one.turns[1:])
+    return (
+        len(entry.group.prompt.token_ids)
+        + sum(map(len, later))
+        + sum(t.sampled_tokens for t in entry.group.trajectories)
+    )
+
+
+def _kl_sum(current: np.ndarray, start: np.ndarray, form: str) -> float:
+    """k1 or k3 (see `learner.loss.kl`) over a trajectory's tokens."""
+    delta = start.astype(np.float64) - current
+    return float(-delta.sum() if form == "k1" else (np.expm1(delta) - delta).sum())

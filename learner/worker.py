@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
+import resource
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,17 +14,20 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers.utils.logging import disable_progress_bar
 
-from learner import checkpoint, sync
-from learner.batch import MicroBatch, micro_batches
-from learner.engine import ZeroEngine, full_shape, gathered
-from learner.loss import policy_loss, token_sums
-from learner.policy import Policy, make_layout
+from learner import checkpoint
+from learner.engine import ZeroEngine
+from learner.flops import MatrixRate
+from learner.policy import load_policy
+from learner.step import Stepper, Totals, make_reference
+from learner.sync import WeightSender
+from learner.weights import weights
 from perception import names
 from perception.config import AlgorithmConfig, LearnerConfig
-from perception.types import LearnerReport, PolicySpec, TrainGroup, WeightBucket
+from perception.types import LearnerReport, PolicySpec, TrainGroup
 
 FETCH_TIMEOUT_S = 60.0
 
@@ -41,6 +44,7 @@ class LearnerRank:
         config: LearnerConfig,
         algorithm: AlgorithmConfig,
         temperature: float,
+        max_new_tokens: int,
         device: str,
         transport: str,
         threads: int,
@@ -49,9 +53,8 @@ class LearnerRank:
     ) -> None:
         self._rank, self._world = rank, world
         self._spec, self._config, self._algorithm = policy, config, algorithm
-        self._temperature, self._transport = temperature, transport
+        self._temperature, self._transport, self._max_new_tokens = temperature, transport, max_new_tokens
         self._device = torch.device(device)
-        self._clip = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
         disable_progress_bar()
         if threads:
             torch.set_num_threads(threads)
@@ -80,89 +83,79 @@ class LearnerRank:
             world_size=self._world,
             timeout=timeout,
         )
-        self._policy = Policy(self._spec, self._temperature, self._config.gradient_checkpointing).to(self._device)
-        self._reference = copy.deepcopy(self._policy).requires_grad_(False) if self._algorithm.kl_coef > 0 else None
-        self._layout = make_layout(self._policy, self._spec, _fetch)
+        self._policy = load_policy(
+            self._spec, self._temperature, self._config, _fetch, self._algorithm.entropy_coef > 0
+        ).to(self._device)
+        reference = make_reference(self._policy, self._algorithm, self._config)
         self._engine = ZeroEngine(
             self._policy, self._config, self._spec.dtype, self._device, total_steps=self._algorithm.steps
         )
-        self._parameters: dict[str, nn.Parameter] = dict(self._policy.model.named_parameters())
-        shapes = {name: (full_shape(p), p.dtype) for name, p in self._parameters.items()}
-        self._plans = sync.plan_buckets(shapes, self._config.bucket_mb << 20)
-        self._buffers: list[Tensor] = []
+        self._stepper = Stepper(
+            self._policy, reference, self._engine, self._config, self._algorithm, self._max_new_tokens, self._device
+        )
+        self._rate = MatrixRate(self._device, getattr(torch, self._spec.dtype))
+        self._sender = WeightSender(
+            weights(self._policy.model), self._config, rank=self._rank, device=self._device, transport=self._transport
+        )
         return time.perf_counter() - began
 
-    def train_step(self, groups: Sequence[TrainGroup]) -> LearnerReport:
-        """One optimizer step over this rank's share of the step's groups: the same number of groups on every rank.
+    def train_step(self, batches: Sequence[Sequence[TrainGroup]]) -> LearnerReport:
+        """`algorithm.epochs` times an optimizer step over each mini-batch, of which these are this rank's groups.
 
-        The loss is the sum over all sampled tokens of the step, on all ranks, over their number. Collective.
+        Collective.
         """
         began = time.perf_counter()
-        mine = sum(t.sampled_tokens for entry in groups for t in entry.group.trajectories)
-        tokens = self._sum({"tokens": float(mine)})["tokens"]
-        sums: dict[str, Tensor] = {}
-        left = -(-len(groups) // self._config.micro_groups)
-        for _, batch in micro_batches(groups, self._config.micro_groups, self._layout):
-            left -= 1
-            for name, value in self._accumulate(batch.to(self._device), tokens, last=left == 0).items():
-                sums[name] = sums.get(name, torch.zeros((), device=self._device)) + value
-        grad_norm, rate = self._engine.step()
-        totals = self._sum({name: float(value) for name, value in sums.items()})
-        metrics = {name: total / tokens for name, total in totals.items()}
-        metrics |= {names.GRAD_NORM: grad_norm, names.LR: rate}
-        return LearnerReport(metrics=metrics, seconds=time.perf_counter() - began)
-
-    def _accumulate(self, batch: MicroBatch, tokens: float, last: bool) -> dict[str, Tensor]:
-        logprobs, entropy = self._engine.forward(batch)
-        reference = None
-        if self._reference is not None:
-            with torch.no_grad():
-                reference, _ = self._reference(batch)
-        loss = policy_loss(
-            logprobs, batch.tokens, **self._clip, reference_logprobs=reference, kl_coef=self._algorithm.kl_coef
+        plans = [self._stepper.plan(groups) for groups in batches]
+        old: list[Sequence[Tensor | None]] = [[None] * len(plan) for plan in plans]
+        updates = len(plans) * self._algorithm.epochs
+        if updates > 1 and self._algorithm.importance != "none":
+            old = [list(self._stepper.logprobs(plan)) for plan in plans]
+        totals, steps = Totals(), []
+        for _ in range(self._algorithm.epochs):
+            steps += [self._stepper.update(*batch, totals) for batch in zip(plans, old, strict=True)]
+        losses, norms, rates = (np.asarray(values) for values in zip(*steps, strict=True))
+        metrics = self._metrics(totals, time.perf_counter() - began)
+        metrics |= {names.LOSS: losses.mean(), names.GRAD_NORM: norms.mean(), names.LR: rates[-1]}
+        return LearnerReport(
+            metrics={name: float(value) for name, value in metrics.items()}, seconds=time.perf_counter() - began
         )
-        # DeepSpeed averages gradients over ranks; the objective sums them.
-        self._engine.backward(loss * (self._world / tokens), last=last)
-        sums = token_sums(logprobs.detach(), entropy, batch.tokens, **self._clip, reference_logprobs=reference)
-        return sums | {names.LOSS: loss.detach()}
 
-    @torch.no_grad()
-    def logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
-        """Per group and trajectory: (sampled tokens,) float32 log-probs under the current weights. Collective."""
-        result: list[list[np.ndarray]] = [[] for _ in groups]
-        for indices, batch in micro_batches(groups, self._config.micro_groups, self._layout):
-            values = self._engine.forward(batch.to(self._device))[0].cpu().numpy()
-            lengths = [t.sampled_tokens for i in indices for t in groups[i].group.trajectories]
-            pieces = iter(np.split(values, np.cumsum(lengths)))
-            for i in indices:
-                result[i] = [next(pieces) for _ in groups[i].group.trajectories]
+    def _metrics(self, totals: Totals, seconds: float) -> dict[str, float]:
+        counts = {name: float(getattr(totals, name)) for name in Totals.SUMS}
+        counts |= {"images": float(self._policy.images), "known": float(self._policy.images_known)}
+        self._policy.images = self._policy.images_known = 0
+        statistics = {name: float(value) for name, value in totals.statistics.items()}
+        whole = self._reduce(counts | statistics)
+        memory = self._reduce({"peak": _peak_bytes(self._device)}, dist.ReduceOp.MAX)["peak"]
+        metrics = {name: whole[name] / whole["tokens"] for name in statistics} | {
+            names.LEARNER_SAMPLES_PER_S: whole["sequences"] / seconds,
+            names.LEARNER_TOKENS_PER_S: whole["useful"] / seconds,
+            names.PACKING: whole["rows"] / whole["computed"],
+            names.ROW_FILL: whole["useful"] / whole["computed"],
+            names.PEAK_MEMORY: memory / 2**30,
+            names.COMPILED: float(counters["stats"]["unique_graphs"]),
+        }
+        if whole["flops"]:
+            metrics[names.MFU] = whole["flops"] / seconds / (self._rate.measure() * self._world)
+        if whole["images"]:
+            metrics[names.FEATURE_HITS] = whole["known"] / whole["images"]
+        return metrics
+
+    def logprobs(self, groups: Sequence[TrainGroup], reference: bool = False) -> list[list[np.ndarray]]:
+        """Per group and trajectory: (sampled tokens,) float32 log-probs under the current weights, or under those of
+        the policy the run started from. Collective."""
+        result = [[np.zeros(0, np.float32) for _ in entry.group.trajectories] for entry in groups]
+        plan = self._stepper.plan(groups)
+        for work, values in zip(plan, self._stepper.logprobs(plan, reference), strict=True):
+            tails = [tail for piece in work for tail in piece.tails]
+            ends = np.cumsum([len(tail.targets) for tail in tails])
+            for tail, part in zip(tails, np.split(values.cpu().numpy(), ends[:-1] if tails else []), strict=False):
+                result[tail.group][tail.trajectory] = part
         return result
 
-    def bucket_count(self) -> int:
-        return len(self._plans)
-
-    def pack_bucket(self, index: int) -> WeightBucket | None:
-        """Bucket `index` of the current weights, on rank 0; None elsewhere. Collective.
-
-        With CUDA IPC a bucket stays valid until the next but one is packed.
-        """
-        plan = self._plans[index]
-        with gathered([self._parameters[slot.name] for slot in plan.slots]):
-            if self._rank > 0:
-                return None
-            packed = sync.pack(plan, self._parameters, self._buffer(index))
-        if self._transport == "ipc":
-            torch.cuda.synchronize(self._device)
-            payload: Any = sync.ipc_handle(packed)
-        else:
-            payload = ray.put(packed.cpu().numpy())
-        return WeightBucket(slots=plan.slots, nbytes=plan.nbytes, transport=self._transport, payload=payload)
-
-    def _buffer(self, index: int) -> Tensor:
-        if not self._buffers:
-            size = max(plan.nbytes for plan in self._plans)
-            self._buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2)]
-        return self._buffers[index % 2]
+    def sender(self, method: str, *arguments: Any) -> Any:
+        """The door to the rank's `WeightSender`."""
+        return getattr(self._sender, method)(*arguments)
 
     def save_checkpoint(self, folder: str, client_state: dict[str, Any]) -> None:
         checkpoint.save(self._engine, Path(folder), client_state)
@@ -171,21 +164,24 @@ class LearnerRank:
         return checkpoint.load(self._engine, Path(folder))
 
     def export(self, folder: str) -> None:
-        """Write the policy in Hugging Face format. Collective; rank 0 writes."""
-        weights: dict[str, Tensor] = {}
-        for plan in self._plans:
-            with gathered([self._parameters[slot.name] for slot in plan.slots]):
-                if self._rank == 0:
-                    weights |= {s.name: self._parameters[s.name].detach().to("cpu", copy=True) for s in plan.slots}
+        """Write the policy in Hugging Face format, adapters merged. Collective; rank 0 writes."""
+        whole = self._sender.whole()
         if self._rank == 0:
-            checkpoint.export(self._policy, weights, Path(self._spec.path), Path(folder))
+            checkpoint.export(self._policy, whole, Path(self._spec.path), Path(folder))
         dist.barrier()
 
-    def _sum(self, values: dict[str, float]) -> dict[str, float]:
-        """Sums over ranks. Collective; same names everywhere."""
+    def _reduce(self, values: dict[str, float], operation: Any = dist.ReduceOp.SUM) -> dict[str, float]:
+        """Over ranks. Collective; same names everywhere."""
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, operation)
         return dict(zip(values, total.tolist(), strict=True))
+
+
+def _peak_bytes(device: torch.device) -> float:
+    """Most memory so far: of the device, or of the process on the CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _fetch(ref: Any) -> bytes:

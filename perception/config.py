@@ -186,7 +186,7 @@ class LoraConfig:
 
     rank: Natural = 0
     """0: no adapters, every weight that is not frozen is trained."""
-    alpha: Rate = 32.0
+    alpha: Positive = 32
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

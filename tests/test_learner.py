@@ -1,7 +1,8 @@
 """Guards the learner as the loop uses it: DeepSpeed ranks in Ray actors, against a plain PyTorch loop in this process.
 
-For each ZeRO stage two ranks start once, and everything is asked of them: steps, weights out, checkpoint, export. Three
-groups on two ranks: one rank always has a filler.
+For each ZeRO stage two ranks start once, and everything is asked of them: steps, weights out, checkpoint, export. The
+ranks' micro-batches are small and not equally many: one rank has a filler. The plain loop takes padded rows, all at
+once, so that packing, bins, sharding and the sum over ranks are all held against the textbook.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +21,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from learner.batch import micro_batches
 from learner.engine import learning_rate
 from learner.loss import policy_loss
-from learner.policy import Policy, make_layout
-from learner.pool import LearnerPool, shards
+from learner.policy import load_policy
+from learner.pool import LearnerPool, deal, mini_batches
+from learner.rows import pieces
 from learner.sync import view
 from perception import names
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
@@ -32,8 +34,10 @@ from tests import tiny_policy
 from tests.train_groups import train_group
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 2
-CONFIG = LearnerConfig(ranks=2, lr=1e-3, warmup_steps=2, schedule="linear", timeout_s=600.0, bucket_mb=1)
+STEPS = 5
+CONFIG = LearnerConfig(
+    ranks=2, lr=1e-3, warmup_steps=2, schedule="linear", timeout_s=600.0, bucket_mb=1, micro_tokens=90
+)
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, clip_low=0.3, clip_high=5.0, kl_coef=0.2)
 PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
 
@@ -71,14 +75,16 @@ def groups(spec: PolicySpec) -> list[TrainGroup]:
     return [train_group(spec, rng, n=3, turns=turns) for turns in (1, 2, 1)]
 
 
-def make_pool(spec: PolicySpec, stage: int, **changes: float) -> LearnerPool:
-    config = LearnerConfig(**{**{f: getattr(CONFIG, f) for f in CONFIG.__slots__}, "zero_stage": stage, **changes})
-    return LearnerPool(spec, config, ALGORITHM, PLACEMENT, temperature=0.9, seed=3, deterministic=True)
+def make_pool(spec: PolicySpec, stage: int, algorithm: AlgorithmConfig = ALGORITHM, **changes: Any) -> LearnerPool:
+    config = replace(CONFIG, zero_stage=stage, **changes)  # type: ignore[arg-type]
+    return LearnerPool(
+        spec, config, algorithm, PLACEMENT, temperature=0.9, max_new_tokens=16, seed=3, deterministic=True
+    )
 
 
 async def receive(pool: LearnerPool) -> dict[str, Tensor]:
     received: dict[str, Tensor] = {}
-    async for bucket in pool.buckets():
+    async for bucket in pool.buckets(()):
         assert bucket.transport == "store"
         flat = torch.tensor(ray.get(bucket.payload))
         assert flat.shape == (bucket.nbytes,)
@@ -96,8 +102,8 @@ async def resume(spec: PolicySpec, stage: int, groups: list[TrainGroup], checkpo
     return weights
 
 
-async def exercise(spec: PolicySpec, stage: int, groups: list[TrainGroup], folder: Path) -> Outcome:
-    pool = make_pool(spec, stage)
+async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[TrainGroup], folder: Path) -> Outcome:
+    pool = make_pool(spec, stage, ranks=ranks)
     await pool.start()
     parity = await pool.parity([entry.group for entry in groups])
     reports = [await pool.train_step(groups) for _ in range(STEPS)]
@@ -110,7 +116,7 @@ async def exercise(spec: PolicySpec, stage: int, groups: list[TrainGroup], folde
     await pool.train_step(groups)
     again = client_state, await receive(pool)
     pool.shutdown()
-    fresh = await resume(spec, stage, groups, folder / "checkpoint") if stage == 2 else {}
+    fresh = await resume(spec, stage, groups, folder / "checkpoint") if (stage, ranks) == (2, 2) else {}
     return Outcome(
         parity=parity,
         reports=reports,
@@ -122,11 +128,11 @@ async def exercise(spec: PolicySpec, stage: int, groups: list[TrainGroup], folde
     )
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids="zero{}".format)
+@pytest.fixture(scope="module", params=[(1, 2), (2, 2), (3, 2), (2, 1)], ids="zero{0[0]}-ranks{0[1]}".format)
 def outcome(
     request: pytest.FixtureRequest, spec: PolicySpec, groups: list[TrainGroup], tmp_path_factory: pytest.TempPathFactory
 ) -> Outcome:
-    return asyncio.run(exercise(spec, request.param, groups, tmp_path_factory.mktemp("run")))
+    return asyncio.run(exercise(spec, *request.param, groups, tmp_path_factory.mktemp("run")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,27 +149,21 @@ class Plain:
 @pytest.fixture(scope="module")
 def plain(spec: PolicySpec, groups: list[TrainGroup]) -> Plain:
     """The same steps in one process: one batch, torch's AdamW, no DeepSpeed."""
-    policy = Policy(spec, 0.9)
+    policy = load_policy(spec, 0.9, LearnerConfig(rows="padded"), lambda ref: ref)
     reference = copy.deepcopy(policy)
-    ((_, batch),) = micro_batches(groups, len(groups), make_layout(policy, spec, lambda ref: ref))
+    batch = policy.collate(list(pieces(groups, policy.layout, 1 << 20, padded=True)))
     optimizer = torch.optim.AdamW(policy.parameters(), betas=CONFIG.betas, weight_decay=CONFIG.weight_decay)
     start = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     losses, norms = [], []
-    rates = [5e-4, 1e-3]
+    rates = [5e-4, 1e-3, 1e-3, 0.875e-3, 0.75e-3]
     with torch.no_grad():
-        mismatch = policy(batch)[0] - batch.tokens.old_logprobs
+        mismatch = policy(batch)[0] - batch.tokens.engine_logprobs
     for rate in rates:
         optimizer.param_groups[0]["lr"] = rate
         with torch.no_grad():
             reference_logprobs, _ = reference(batch)
-        loss = policy_loss(
-            policy(batch)[0],
-            batch.tokens,
-            clip_low=ALGORITHM.clip_low,
-            clip_high=ALGORITHM.clip_high,
-            reference_logprobs=reference_logprobs,
-            kl_coef=ALGORITHM.kl_coef,
-        ) / len(batch.targets)
+        loss = policy_loss(*policy(batch), batch.tokens, ALGORITHM, reference_logprobs=reference_logprobs)
+        loss = loss / len(batch.targets)
         loss.backward()
         losses.append(loss.item())
         norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), CONFIG.grad_clip).item())
@@ -177,12 +177,12 @@ def test_sharded_steps_equal_a_plain_loop(outcome: Outcome, plain: Plain) -> Non
     metrics = [report.metrics for report in outcome.reports]
     assert [m[names.LOSS] for m in metrics] == pytest.approx(plain.losses, rel=1e-4)
     assert [m[names.GRAD_NORM] for m in metrics] == pytest.approx(plain.grad_norms, rel=1e-3)
-    assert [m[names.LR] for m in metrics] == plain.rates
+    assert [m[names.LR] for m in metrics] == pytest.approx(plain.rates)
     assert metrics[0][names.KL] == 0.0 < metrics[1][names.KL]
     moved = {name: plain.weights[name] - plain.start[name] for name in plain.start}
     error = sum((outcome.weights[name] - plain.weights[name]).square().sum() for name in moved)
     # Adam divides by the gradient's size: where that is all rounding, so is the step.
-    assert error.sqrt() < 0.01 * torch.stack([m.square().sum() for m in moved.values()]).sum().sqrt()
+    assert error.sqrt() < 1e-3 * torch.stack([m.square().sum() for m in moved.values()]).sum().sqrt()
 
 
 def test_buckets_hold_every_parameter_once_and_no_tied_head(outcome: Outcome, plain: Plain) -> None:
@@ -228,12 +228,16 @@ def test_a_wait_ends_with_the_name_of_what_it_waited_for(spec: PolicySpec) -> No
 def test_groups_are_dealt_out_evenly(spec: PolicySpec) -> None:
     rng = np.random.default_rng(0)
     entries = [train_group(spec, rng, n=2, images=0, prompt_tokens=10 * i) for i in range(1, 8)]
-    shares = shards(entries, 3)
-    assert [len(share) for share in shares] == [3, 3, 3]
-    dealt = [entry for share in shares for entry in share if entry.group.trajectories]
-    assert {id(entry) for entry in dealt} == {id(entry) for entry in entries}
-    lengths = [sum(len(e.group.prompt.token_ids) for e in share if e.group.trajectories) for share in shares]
-    assert max(lengths) < 1.5 * min(lengths)
+    shares = deal(entries, 3)
+    assert sorted(id(entry) for share in shares for entry in share) == sorted(map(id, entries))
+    lengths = [sum(len(e.group.prompt.token_ids) for e in share) for share in shares]
+    assert max(lengths) < 1.3 * min(lengths)
+    assert [len(share) for share in deal(entries[:2], 3)] == [1, 1, 0]
+
+
+def test_mini_batches_keep_the_order_and_are_never_empty() -> None:
+    assert [list(part) for part in mini_batches([*range(7)], 3)] == [[0, 1], [2, 3], [4, 5, 6]]  # type: ignore[list-item]
+    assert [list(part) for part in mini_batches([0, 1], 4)] == [[0], [1]]  # type: ignore[list-item]
 
 
 def test_learning_rate_by_hand() -> None:

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-import learner.policy
-from learner.batch import Layout, micro_batches
-from learner.policy import Policy, make_layout
-from perception.types import Group, PolicySpec, TrainGroup, Trajectory
-from tests import tiny_policy
+import learner.head
+from learner.policy import PaddedPolicy, Policy, load_policy
+from learner.rows import bins, pieces
+from perception.config import LearnerConfig, LoraConfig
+from perception.types import PolicySpec, TrainGroup, Trajectory
+from tests import tiny_families, tiny_policy
 from tests.train_groups import train_group
 
 TEMPERATURE = 0.8
@@ -31,14 +32,18 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> PolicySpec:
     return tiny_policy.build(tmp_path_factory.mktemp("policy"))
 
 
+def load(spec: PolicySpec, **settings: object) -> Policy:
+    return load_policy(spec, TEMPERATURE, LearnerConfig(**settings), lambda ref: ref)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def policy(spec: PolicySpec) -> Policy:
-    return Policy(spec, TEMPERATURE)
+    return load(spec)
 
 
 @pytest.fixture(scope="module")
-def layout(policy: Policy, spec: PolicySpec) -> Layout:
-    return make_layout(policy, spec, lambda ref: ref)
+def stock(spec: PolicySpec) -> Policy:
+    return load(spec, rows="padded")
 
 
 @pytest.fixture(scope="module")
@@ -100,99 +105,247 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
     return found
 
 
-def batched(policy: Policy, layout: Layout, groups: Sequence[TrainGroup], size: int) -> Tensor:
-    """Sum over tokens of advantage * log-prob, differentiated micro-batch by micro-batch."""
-    total = torch.zeros(())
-    for _, batch in micro_batches(groups, size, layout):
-        value = (policy(batch)[0].clamp(min=-1e3) * batch.tokens.advantages).sum()
-        value.backward()
-        total += value.detach()
-    return total
+def batched(policy: Policy, groups: Sequence[TrainGroup], budget: int = 1 << 20) -> tuple[Tensor, Tensor]:
+    """(log-probs, entropies) in the order of the micro-batches; adds the gradient of sum(advantage * log-prob)."""
+    logprobs, entropies = [], []
+    for work in bins(list(pieces(groups, policy.layout, budget)), budget):
+        batch = policy.collate(work)
+        values, entropy = policy(batch)
+        (values.clamp(min=-1e3) * batch.tokens.advantages).sum().backward()
+        logprobs.append(values.detach())
+        entropies.append(entropy.detach())
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
-@pytest.mark.parametrize("size", [1, 4])
+def in_order(
+    groups: Sequence[TrainGroup], policy: Policy, budget: int = 1 << 20
+) -> list[tuple[TrainGroup, Trajectory]]:
+    """The trajectories in the order of the micro-batches."""
+    tails = [t for work in bins(list(pieces(groups, policy.layout, budget)), budget) for p in work for t in p.tails]
+    return [(groups[t.group], groups[t.group].group.trajectories[t.trajectory]) for t in tails]
+
+
+@pytest.mark.parametrize("budget", [150, 1 << 20])
+@pytest.mark.parametrize("rows", ["packed", "padded"])
 def test_logprobs_and_entropy_equal_a_plain_forward_pass(
-    policy: Policy, spec: PolicySpec, layout: Layout, groups: list[TrainGroup], size: int
+    spec: PolicySpec, stock: Policy, groups: list[TrainGroup], rows: str, budget: int
 ) -> None:
-    seen = 0
-    for indices, batch in micro_batches(groups, size, layout):
-        with torch.no_grad():
-            logprobs, entropy = policy(batch)
-            plain = [naive_logprobs(policy, spec, t) for i in indices for t in groups[i].group.trajectories]
-        expected = torch.cat([value for value, _ in plain])
-        possible = expected > -torch.inf
-        assert (logprobs - expected)[possible].abs().max() < 1e-5
-        assert (logprobs[~possible] < -1e8).all()
-        assert (entropy - torch.cat([value for _, value in plain])).abs().max() < 1e-5
-        seen += len(logprobs)
-    assert seen == sum(t.sampled_tokens for entry in groups for t in entry.group.trajectories)
+    policy = load(spec, rows=rows)
+    # transformers' own forward pass cannot take a placeholder that was sampled; the packed one can.
+    groups = groups if rows == "packed" else groups[1:]
+    logprobs, entropy = batched(policy, groups, budget)
+    with torch.no_grad():
+        plain = [naive_logprobs(stock, spec, trajectory) for _, trajectory in in_order(groups, policy, budget)]
+    expected = torch.cat([value for value, _ in plain])
+    possible = expected > -torch.inf
+    assert (logprobs - expected)[possible].abs().max() < 1e-5
+    assert (logprobs[~possible] < -1e8).all()
+    assert (entropy - torch.cat([value for _, value in plain])).abs().max() < 1e-5
+    assert len(logprobs) == sum(t.sampled_tokens for entry in groups for t in entry.group.trajectories)
 
 
-def test_shared_image_features_give_the_gradient_of_naive_rows(
-    policy: Policy, spec: PolicySpec, layout: Layout, groups: list[TrainGroup]
+def test_shared_prompts_give_the_gradient_of_naive_rows(
+    policy: Policy, stock: Policy, spec: PolicySpec, groups: list[TrainGroup]
 ) -> None:
-    batched(policy, layout, groups, size=2)
+    batched(policy, groups)
     shared = gradients(policy)
     for entry in groups:
         for trajectory, advantage in zip(entry.group.trajectories, entry.advantages, strict=True):
-            (naive_logprobs(policy, spec, trajectory)[0].clamp(min=-1e3) * advantage).sum().backward()
-    naive = gradients(policy)
+            (naive_logprobs(stock, spec, trajectory)[0].clamp(min=-1e3) * advantage).sum().backward()
+    naive = gradients(stock)
     assert shared.keys() == naive.keys()
     for name, gradient in naive.items():
         assert (shared[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
-def test_the_cut_into_micro_batches_changes_nothing(policy: Policy, layout: Layout, groups: list[TrainGroup]) -> None:
-    whole = batched(policy, layout, groups, size=len(groups))
-    of_whole = gradients(policy)
-    pieces = batched(policy, layout, groups, size=1)
-    of_pieces = gradients(policy)
-    assert pieces.item() == pytest.approx(whole.item(), rel=1e-5)
-    for name, gradient in of_whole.items():
-        assert (of_pieces[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+def test_a_family_that_packing_does_not_know_gets_padded_rows_and_a_warning(
+    tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = tiny_families.build("llava", tmp_path_factory.mktemp("llava"))
+    rng = np.random.default_rng(4)
+    groups = [train_group(spec, rng, n=3), train_group(spec, rng, n=2, turns=2), train_group(spec, rng, images=0)]
+    policy = load(spec)
+    assert isinstance(policy, PaddedPolicy)
+    (record,) = caplog.records
+    assert "rows are padded, not packed: llava" in record.getMessage()
+    together, _ = batched(policy, groups)
+    whole = gradients(policy)
+    alone = torch.cat([batched(policy, [one])[0] for one in singles(groups, policy)])
+    assert (together - alone).abs().max() < 2e-6
+    single = gradients(policy)
+    assert all((whole[name] - g).norm() <= 1e-4 * g.norm() + 1e-6 for name, g in single.items())
+    # 56 x 56 px in patches of 14 px: 16 tokens for one placeholder.
+    assert len(next(pieces(groups, policy.layout, 1 << 20)).prompt.ids) == len(groups[0].group.prompt.token_ids) + 15
+
+
+def singles(groups: Sequence[TrainGroup], policy: Policy) -> list[TrainGroup]:
+    """Every trajectory as a group of its own, in the order of the micro-batches."""
+    return [
+        TrainGroup(group=replace(e.group, trajectories=(t,)), advantages=(e.advantages[t.index],))
+        for e, t in in_order(groups, policy)
+    ]
 
 
 def test_the_head_in_chunks_is_the_head_in_one_piece(
-    policy: Policy, layout: Layout, groups: list[TrainGroup], monkeypatch: pytest.MonkeyPatch
+    policy: Policy, groups: list[TrainGroup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ((_, batch),) = micro_batches(groups, len(groups), layout)
-
-    def outcome() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logprobs, entropy = policy(batch)
-        (logprobs.clamp(min=-1e3) * batch.tokens.advantages).sum().backward()
-        return logprobs.detach(), entropy, gradients(policy)
-
-    logprobs, entropy, whole = outcome()
-    monkeypatch.setattr(learner.policy, "HEAD_ELEMENTS", 5 * policy.model.config.text_config.vocab_size)
-    chunked_logprobs, chunked_entropy, chunked = outcome()
+    logprobs, entropy = batched(policy, groups)
+    whole = gradients(policy)
+    monkeypatch.setattr(learner.head, "CHUNK_LOGITS", 5 * policy.vocabulary)
+    chunked_logprobs, chunked_entropy = batched(policy, groups)
     assert torch.allclose(chunked_logprobs, logprobs, atol=1e-6)
     assert torch.allclose(chunked_entropy, entropy, atol=1e-6)
-    for name, gradient in whole.items():
-        assert (chunked[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+    for name, gradient in gradients(policy).items():
+        assert (whole[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
-def test_an_image_is_prepared_once_per_step(layout: Layout, groups: list[TrainGroup]) -> None:
+def test_the_heads_memory_does_not_grow_with_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that autograd keeps for the backward pass, and the largest tensor of logits: the same for 8x the tokens."""
+    vocabulary, width = 4096, 8
+    monkeypatch.setattr(learner.head, "CHUNK_LOGITS", 32 * vocabulary)
+    linear = torch.nn.Linear(width, vocabulary)
+    head = learner.head.Head(linear, torch.tensor([0]), 1.0, entropy_gradient=False, compiled=False)
+    largest: list[int] = []
+    linear.register_forward_hook(lambda *call: largest.append(call[2].numel()))
+
+    def kept(tokens: int) -> int:
+        saved: list[int] = []
+        hidden = torch.randn(tokens, width, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.nbytes), x)[1], lambda x: x):
+            logprobs, _ = head(hidden, torch.zeros(tokens, dtype=torch.int64), vocabulary)
+        logprobs.sum().backward()
+        assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+        return sum(saved)
+
+    small, large = kept(64), kept(512)
+    assert max(largest) == 32 * vocabulary
+    assert large < 512 * vocabulary  # bytes: a quarter of a byte for each of the logits
+    assert large <= 8 * small
+
+
+def test_the_entropys_gradient_is_that_of_the_textbook(
+    stock: Policy, spec: PolicySpec, groups: list[TrainGroup]
+) -> None:
+    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda ref: ref, entropy_gradient=True)
+    batch = policy.collate(list(pieces(groups[1:2], policy.layout, 1 << 20)))
+    policy(batch)[1].sum().backward()
+    ours = gradients(policy)
+    torch.cat([naive_logprobs(stock, spec, t)[1] for _, t in in_order(groups[1:2], policy)]).sum().backward()
+    for name, gradient in gradients(stock).items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+def test_an_image_is_prepared_once_per_step(policy: Policy, groups: list[TrainGroup]) -> None:
     prepared: list[str] = []
-    counting = replace(layout, pixels=lambda handle: (prepared.append(handle.key), layout.pixels(handle))[1])
-    list(micro_batches([*groups, *groups], 1, counting))
+    layout = policy.layout
+    counting = replace(layout, picture=lambda handle: (prepared.append(handle.key), layout.picture(handle))[1])
+    list(pieces([*groups, *groups], counting, 100))
     distinct = {h.key for e in groups for t in e.group.trajectories for turn in t.turns for h in turn.images}
     assert sorted(prepared) == sorted(distinct)
 
 
-def test_a_group_without_answers_runs_but_counts_nowhere(
-    policy: Policy, layout: Layout, groups: list[TrainGroup]
+def test_a_rank_without_work_runs_the_same_modules_and_counts_nowhere(policy: Policy, spec: PolicySpec) -> None:
+    for one in (policy, load(spec, rows="padded")):
+        batch = one.collate([])
+        assert batch.tokens.real.sum() == 0
+        logprobs, _ = one(batch)
+        assert torch.isfinite(logprobs).all()
+        (logprobs * batch.tokens.real).sum().backward()
+        assert all(not gradient.any() for gradient in gradients(one).values())
+    ran: set[str] = set()
+    tower = policy.model.model.visual
+    handle = tower.register_forward_hook(lambda *_: ran.add("vision"))
+    policy(policy.collate([]))
+    handle.remove()
+    assert ran == {"vision"}
+
+
+def test_features_of_a_frozen_vision_tower_are_computed_once_and_change_nothing(
+    policy: Policy, spec: PolicySpec, groups: list[TrainGroup]
 ) -> None:
-    empty = TrainGroup(group=Group(prompt=groups[0].group.prompt, trajectories=()), advantages=())
-    ((_, batch),) = micro_batches([empty], 1, layout)
-    assert batch.tokens.weights.sum() == 0
-    assert torch.isfinite(policy(batch)[0]).all()
-    ((_, mixed),) = micro_batches([empty, groups[1]], 2, layout)
-    assert len(mixed.targets) == sum(t.sampled_tokens for t in groups[1].group.trajectories)
+    expected = batched(policy, groups)[0]
+    whole = gradients(policy)
+    frozen = load(spec, freeze_vision=True)
+    computed: list[int] = []
+    frozen.model.model.visual.register_forward_hook(lambda *call: computed.append(len(call[1][0])))
+    first = batched(frozen, groups)[0]
+    patches = sum(computed)
+    again = batched(frozen, groups)[0]
+    assert torch.equal(first, again) and (first - expected).abs().max() < 1e-6
+    assert sum(computed) == patches > 0
+    assert frozen.images == 2 * frozen.images_known > 0
+    found = gradients(frozen)
+    assert not any("visual" in name for name in found)
+    for name, gradient in whole.items():
+        if "visual" not in name:
+            assert (found[name] / 2 - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
-def test_placeholders_without_an_image_are_refused_by_name(layout: Layout, groups: list[TrainGroup]) -> None:
-    trajectory = groups[0].group.trajectories[0]
-    broken = replace(trajectory, turns=(replace(trajectory.turns[0], images=()),))
-    entry = TrainGroup(group=replace(groups[0].group, trajectories=(broken,)), advantages=(1.0,))
-    with pytest.raises(ValueError, match=f"sample {groups[0].group.prompt.sample.id}: 1 image placeholders for 0"):
-        list(micro_batches([entry], 1, layout))
+def test_features_are_only_kept_as_long_as_there_is_room(spec: PolicySpec, groups: list[TrainGroup]) -> None:
+    frozen = load(spec, freeze_vision=True, feature_cache_mb=0)
+    assert torch.equal(batched(frozen, groups)[0], batched(frozen, groups)[0])
+    assert frozen.images_known == 0
+
+
+@pytest.mark.parametrize("which", ["selective", "on"])
+def test_recomputed_layers_change_no_gradient(
+    policy: Policy, spec: PolicySpec, groups: list[TrainGroup], which: str
+) -> None:
+    batched(policy, groups)
+    expected = gradients(policy)
+    recomputing = load(spec, checkpointing=which)
+    layers = [m for m in recomputing.modules() if getattr(m, "gradient_checkpointing", None) is not None]
+    calls: list[str] = []
+    for layer in recomputing.model.model.language_model.layers:
+        layer.input_layernorm.register_forward_pre_hook(lambda *_: calls.append("text"))
+    batched(recomputing, groups)
+    assert layers and len(calls) == {"selective": 3, "on": 4}[which]  # two layers; a recomputed one runs twice
+    for name, gradient in gradients(recomputing).items():
+        assert torch.allclose(gradient, expected[name], atol=1e-6), name
+
+
+def test_adapters_begin_as_the_policy_itself_and_only_they_are_trained(
+    policy: Policy, spec: PolicySpec, groups: list[TrainGroup]
+) -> None:
+    adapted = load(spec, lora=LoraConfig(rank=4))
+    start = batched(adapted, groups)[0]
+    assert (start - batched(policy, groups)[0]).abs().max() < 1e-6
+    found = gradients(adapted)
+    assert found and all("lora_" in name for name in found)
+    assert all("visual" not in name for name in found)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    with torch.no_grad():
+        assert (batched_forward(adapted, groups) - start).abs().max() > 1e-3
+        adapted.use_adapters(False)
+        assert (batched_forward(adapted, groups) - start).abs().max() < 1e-6
+        adapted.use_adapters(True)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in adapted.named_parameters())
+
+
+def batched_forward(policy: Policy, groups: Sequence[TrainGroup]) -> Tensor:
+    return torch.cat(
+        [policy(policy.collate(w))[0] for w in bins(list(pieces(groups, policy.layout, 1 << 20)), 1 << 20)]
+    )
+
+
+def test_adapters_that_fit_nowhere_are_refused(spec: PolicySpec) -> None:
+    with pytest.raises(ValueError, match="no_such_proj"):
+        load(spec, lora=LoraConfig(rank=4, targets=("no_such_proj",)))
+
+
+def test_placeholders_without_an_image_are_refused_by_name(policy: Policy, groups: list[TrainGroup]) -> None:
+    group = groups[0].group
+    broken = replace(group, prompt=replace(group.prompt, images=()))
+    entry = TrainGroup(group=broken, advantages=groups[0].advantages)
+    with pytest.raises(ValueError, match=f"sample {group.prompt.sample.id}: 1 image placeholders for 0"):
+        list(pieces([entry], policy.layout, 100))
+
+
+def test_a_trajectory_that_begins_elsewhere_is_refused_by_name(policy: Policy, groups: list[TrainGroup]) -> None:
+    first, second = groups[0].group, groups[1].group
+    entry = TrainGroup(group=replace(first, trajectories=second.trajectories), advantages=groups[1].advantages)
+    with pytest.raises(ValueError, match=f"sample {first.prompt.sample.id}: trajectory 0 does not begin"):
+        list(pieces([entry], policy.layout, 100))

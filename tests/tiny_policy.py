@@ -13,32 +13,16 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
 )
 
+from launch import policies
+from launch.policies import CHAT_TEMPLATE, SPECIAL
 from perception.types import PolicySpec
 
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}" + IMAGE_TOKENS + "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,7 +44,7 @@ def build(path: Path, seed: int = 0) -> PolicySpec:
     The same seed gives the same weights. float32; patches of 14 px merged 2x2, so image sides are multiples of 28.
     """
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer()
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
     text = {
         "vocab_size": len(tokenizer),
@@ -103,14 +87,7 @@ def build(path: Path, seed: int = 0) -> PolicySpec:
                 torch.nn.init.normal_(parameter, std=0.1 if "embed_tokens" in name else parameter[0].numel() ** -0.5)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
-    model.save_pretrained(path)
-    limits = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=limits),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=limits),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(path)
+    policies.save(model, tokenizer, path, max_side=224)
     return PolicySpec(
         path=str(path),
         dtype="float32",

@@ -1,0 +1,50 @@
+"""Hidden states -> log-probs of the sampled tokens and entropies, in pieces of the vocabulary's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+BANNED_LOGIT = -1e9
+"""What the engine adds to the logit of a banned id: a probability of exactly 0, and no NaN in the entropy."""
+CHUNK_LOGITS = 1 << 26
+"""Logits held at once; more tokens go through in chunks that the backward pass computes again."""
+
+
+class Head:
+    """The distribution the engine samples from: softmax of (logits, banned ids masked) / temperature, in float32.
+
+    Peak memory does not depend on the number of tokens. The entropy carries a gradient only if asked to.
+    """
+
+    def __init__(self, linear: nn.Module, banned: Tensor, temperature: float, entropy_gradient: bool, compiled: bool):
+        self._linear, self._banned, self._temperature = linear, banned, temperature
+        self._entropy_gradient = entropy_gradient
+        self._chunk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._logprobs
+        if compiled:
+            self._chunk = torch.compile(self._logprobs, dynamic=True)
+
+    def __call__(self, hidden: Tensor, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """(N, hidden size), (N,) -> (N,) float32 log pi(target) and (N,) float32 entropy in nats."""
+        rows = max(1, CHUNK_LOGITS // vocabulary)
+        if len(hidden) <= rows:
+            return self._chunk(hidden, targets)
+        chunks = [
+            checkpoint(self._chunk, h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        logprobs, entropies = zip(*chunks, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _logprobs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._linear(hidden).float()
+        logits = logits.index_fill(1, self._banned.to(logits.device), BANNED_LOGIT) / self._temperature
+        normaliser = logits.logsumexp(-1)
+        logprobs = logits.gather(1, targets[:, None]).squeeze(1) - normaliser
+        with torch.set_grad_enabled(self._entropy_gradient and torch.is_grad_enabled()):
+            expected = (torch.exp(logits - normaliser[:, None]) * logits).sum(-1)
+            entropy = normaliser - expected
+        return logprobs, entropy

@@ -1,0 +1,226 @@
+"""Trajectories -> the tokens a policy computes on, and their share of every micro-batch.
+
+A group is its prompt, once, and one tail per trajectory: [sampled | fed | sampled | ...], the last sampled token left
+out because nothing follows that it could predict. `packing` and `padding` turn pieces of groups into tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from learner.loss import TokenBatch
+from perception.types import ImageHandle, TrainGroup, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One image as the policy takes it."""
+
+    key: str
+    tokens: Tensor
+    """(k,) int64: the ids that stand in the row for its placeholder."""
+    inputs: Mapping[str, Tensor]
+    """What the policy's image processor made of it; empty where `features` are known."""
+    grid: Tensor | None = None
+    """(3,) int64, temporal, height and width in patches, for policies that see in native resolution."""
+    features: Tensor | None = None
+    """(levels, k, hidden size): what replaces the k tokens, then what deeper layers add to them (Qwen3-VL). Known
+    beforehand where the vision tower is frozen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What of the policy its rows depend on."""
+
+    image_token_id: int
+    filler_id: int
+    """Any ordinary id: what a rank without work computes on."""
+    picture: Callable[[ImageHandle], Picture]
+    positions: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(ids (T,), grids (images, 3)) -> M-RoPE positions (3, T) from 0; None where the policy makes its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """What is fed at once, placeholders expanded."""
+
+    ids: Tensor
+    """(T,) int64."""
+    pictures: tuple[Picture, ...]
+    positions: Tensor
+    """(3, T) int64 from 0; (3, 0) where the policy makes its own."""
+
+    @property
+    def end(self) -> int:
+        """The position after it."""
+        return int(self.positions.max()) + 1 if self.positions.numel() else 0
+
+
+@dataclass(slots=True)
+class Tail:
+    """What one trajectory has of its own, after the prompt. Places count from the prompt's end."""
+
+    group: int
+    trajectory: int
+    advantage: float
+    ids: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    sampled: list[Tensor] = field(default_factory=list)
+    """Places of the sampled tokens, that of the last one included although it is not in the row."""
+    pictures: list[tuple[int, Picture]] = field(default_factory=list)
+    """Where each image's tokens begin."""
+    targets: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    """The engine's, of the targets."""
+    length: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A group, or as many of its trajectories as fit into one micro-batch."""
+
+    prompt: Segment
+    tails: tuple[Tail, ...]
+
+    @property
+    def packed(self) -> int:
+        """Tokens as one row."""
+        return len(self.prompt.ids) + sum(tail.length for tail in self.tails)
+
+    @property
+    def rows(self) -> int:
+        """Tokens as one row per trajectory."""
+        return sum(len(self.prompt.ids) + tail.length for tail in self.tails)
+
+    @property
+    def padded(self) -> int:
+        """The same with what pads the rows to one length."""
+        return len(self.tails) * (len(self.prompt.ids) + max((tail.length for tail in self.tails), default=0))
+
+
+def pieces(groups: Sequence[TrainGroup], layout: Layout, budget: int, padded: bool = False) -> Iterator[Piece]:
+    """Groups in pieces of at most `budget` tokens, or of one trajectory where that alone is longer.
+
+    Trajectories without a sampled token take no part. Raises ValueError, naming the sample, where placeholders and
+    images do not match or a trajectory does not begin with the prompt.
+    """
+    pictures: dict[str, Picture] = {}
+    for number, entry in enumerate(groups):
+        prompt, name = entry.group.prompt, entry.group.prompt.sample.id
+        feeder = _Feeder(layout, pictures, name)
+        head = feeder.segment(prompt.token_ids, prompt.images)
+        tails: list[Tail] = []
+        for index, trajectory in enumerate(entry.group.trajectories):
+            if not trajectory.sampled_tokens:
+                continue
+            if trajectory.turns[0].input_ids != prompt.token_ids or trajectory.turns[0].images != prompt.images:
+                raise ValueError(f"sample {name}: trajectory {index} does not begin with its group's prompt")
+            tail = _tail(number, index, entry.advantages[index], trajectory, feeder, head.end)
+            fuller = Piece(prompt=head, tails=(*tails, tail))
+            if tails and (fuller.padded if padded else fuller.packed) > budget:
+                yield Piece(prompt=head, tails=tuple(tails))
+                tails = []
+            tails.append(tail)
+        if tails:
+            yield Piece(prompt=head, tails=tuple(tails))
+
+
+def bins(work: Sequence[Piece], budget: int, padded: bool = False) -> list[list[Piece]]:
+    """Micro-batches of at most `budget` tokens: first-fit decreasing. A larger piece gets one of its own."""
+    filled: list[list[Piece]] = []
+    sizes: list[int] = []
+    cost = {id(piece): piece.padded if padded else piece.packed for piece in work}
+    for piece in sorted(work, key=lambda piece: -cost[id(piece)]):
+        size = cost[id(piece)]
+        place = next((i for i, taken in enumerate(sizes) if taken + size <= budget), len(filled))
+        if place == len(filled):
+            filled.append([])
+            sizes.append(0)
+        filled[place].append(piece)
+        sizes[place] += size
+    return filled
+
+
+def token_batch(tails: Sequence[Tail]) -> TokenBatch:
+    """What the objective needs of the tails' sampled tokens, in order; of a filler's one token where there are none."""
+    lengths = [len(tail.targets) for tail in tails] or [1]
+    return TokenBatch(
+        engine_logprobs=torch.tensor([value for tail in tails for value in tail.logprobs] or [0.0]),
+        advantages=torch.tensor([tail.advantage for tail in tails] or [0.0]).repeat_interleave(torch.tensor(lengths)),
+        real=torch.full((sum(lengths),), float(bool(tails))),
+        sequence=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
+    )
+
+
+def to_device(tokens: TokenBatch, device: torch.device) -> TokenBatch:
+    return TokenBatch(**{f.name: getattr(tokens, f.name).to(device, non_blocking=True) for f in fields(TokenBatch)})
+
+
+@dataclass(slots=True)
+class _Feeder:
+    """Expands what is fed to the policy; each image is worked on once."""
+
+    layout: Layout
+    pictures: dict[str, Picture]
+    name: str
+    """Of the sample, for messages."""
+
+    def picture(self, handle: ImageHandle) -> Picture:
+        if handle.key not in self.pictures:
+            self.pictures[handle.key] = self.layout.picture(handle)
+        return self.pictures[handle.key]
+
+    def segment(self, ids: Sequence[int], images: Sequence[ImageHandle]) -> Segment:
+        places = [place for place, token in enumerate(ids) if token == self.layout.image_token_id]
+        if len(places) != len(images):
+            raise ValueError(f"sample {self.name}: {len(places)} image placeholders for {len(images)} images")
+        pictures = tuple(self.picture(handle) for handle in images)
+        parts: list[Tensor] = []
+        start = 0
+        for place, picture in zip(places, pictures, strict=True):
+            parts += [torch.tensor(ids[start:place], dtype=torch.int64), picture.tokens]
+            start = place + 1
+        expanded = torch.cat([*parts, torch.tensor(ids[start:], dtype=torch.int64)])
+        return Segment(ids=expanded, pictures=pictures, positions=self._positions(expanded, pictures))
+
+    def _positions(self, ids: Tensor, pictures: Sequence[Picture]) -> Tensor:
+        if self.layout.positions is None or not len(ids):
+            return ids.new_zeros(3, 0)
+        grids = [picture.grid for picture in pictures if picture.grid is not None]
+        return self.layout.positions(ids, torch.stack(grids) if grids else ids.new_zeros(0, 3))
+
+
+def _tail(
+    group: int, index: int, advantage: float, trajectory: Trajectory, feeder: _Feeder, next_position: int
+) -> Tail:
+    tail = Tail(group, index, advantage)
+    for number, turn in enumerate(trajectory.turns):
+        if number:
+            fed = feeder.segment(turn.input_ids, turn.images)
+            _feed(tail, fed, next_position, feeder.layout.image_token_id)
+            next_position += fed.end
+        tail.sampled.append(torch.arange(len(turn.token_ids)) + tail.length)
+        tail.ids.append(torch.tensor(turn.token_ids, dtype=torch.int64))
+        tail.positions.append(torch.arange(len(turn.token_ids)).expand(3, -1) + next_position)
+        tail.length += len(turn.token_ids)
+        next_position += len(turn.token_ids)
+    tail.targets = tuple(token for turn in trajectory.turns for token in turn.token_ids)
+    tail.logprobs = tuple(value for turn in trajectory.turns for value in turn.logprobs)
+    # Nothing that follows the last sampled token is learned from, nor is the token itself computed on.
+    tail.length = int(torch.cat(tail.sampled)[-1])
+    tail.pictures = [(start, picture) for start, picture in tail.pictures if start < tail.length]
+    return tail
+
+
+def _feed(tail: Tail, segment: Segment, position: int, image_token_id: int) -> None:
+    slots = (segment.ids == image_token_id).nonzero().flatten().tolist()
+    for picture in segment.pictures:
+        tail.pictures.append((tail.length + slots[0], picture))
+        slots = slots[int((picture.tokens == image_token_id).sum()) :]
+    tail.ids.append(segment.ids)
+    tail.positions.append(segment.positions + position)
+    tail.length += len(segment.ids)

@@ -1,0 +1,97 @@
+"""Attention over packed rows, registered through transformers' AttentionInterface: no model is changed for it.
+
+A tail attends to its piece's prompt and to itself. CUDA takes FlexAttention with a block mask; the CPU takes SDPA once
+for each piece's prompt and once for all its tails together, so that no score between two tails is ever computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface
+
+from learner.packing import Span, owners
+
+NAME = "relook_packed"
+_flex: Any = torch.compile(flex_attention, dynamic=False)
+"""Once per length of row; inside a compiled layer it is part of that."""
+Packed = BlockMask | tuple[Span, ...]
+"""What may attend to what, in the form the device's kernel takes."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    packed: Packed,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query (1, heads, T, dim), key and value (1, key heads, T, dim) -> ((1, T, heads, dim), None).
+
+    `packed` comes from `packed_mask` through the language model's keyword arguments.
+    """
+    if isinstance(packed, BlockMask):
+        out = _flex(query, key, value, block_mask=packed, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    lengths = [span.length for span in packed]
+    # Split, not sliced: the gradient of a slice is a whole row of zeros.
+    parts = zip(*(x.split([*lengths, x.shape[2] - sum(lengths)], dim=2) for x in (query, key, value)), strict=True)
+    outputs = [_piece(q, k, v, span, scaling) for span, (q, k, v) in zip(packed, parts, strict=False)]
+    padding = query.new_zeros(query.shape[1], query.shape[2] - sum(lengths), query.shape[3])
+    return torch.cat([*outputs, padding], dim=1).transpose(0, 1)[None], None
+
+
+def packed_mask(spans: Sequence[Span], length: int, device: torch.device) -> Packed:
+    """What `attend` needs to know of a row of `length` tokens."""
+    if device.type != "cuda":
+        return tuple(spans)
+    part, prompt = (x.to(device) for x in owners(spans, length))
+
+    def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & ((part[k] == part[q]) | (part[k] == prompt[q]))
+
+    return create_block_mask(visible, None, None, length, length, device=device)
+
+
+def _piece(query: Tensor, key: Tensor, value: Tensor, span: Span, scaling: float) -> Tensor:
+    """(1, heads, length, dim) each -> (heads, length, dim)."""
+    p = span.prompt
+    own = [x.split([p, span.length - p], dim=2) for x in (query, key, value)]
+    (q, _), (k, _), (v, _) = own
+    prompt = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)[0]
+    present = tuple(length for length in span.tails if length)
+    if not present:
+        return prompt
+    place, inverse, mask = _tail_places(p, present)
+    many, (heads, _, dim) = len(place), prompt.shape
+    q, tail_k, tail_v = (tail[0][:, place].transpose(0, 1) for _, tail in own)
+    k, v = (torch.cat([shared.expand(many, heads, p, dim), tail], dim=2) for shared, tail in ((k, tail_k), (v, tail_v)))
+    tails = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    return torch.cat([prompt, tails.transpose(0, 1).reshape(heads, -1, dim)[:, inverse]], dim=1)
+
+
+@lru_cache(maxsize=1024)  # every layer asks, forward and recomputed
+def _tail_places(prompt: int, tails: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tails, R): where among all tails' tokens each tail's r-th one lies, past its end any; (sum of tails,): where in
+    that, flat, each token lies; (R, prompt + R): what a tail's r-th token sees of [prompt | tail]."""
+    place = pad_sequence(torch.arange(sum(tails)).split(tails), batch_first=True)
+    width = place.shape[1]
+    inverse = torch.cat([torch.arange(length) + i * width for i, length in enumerate(tails)])
+    return place, inverse, torch.ones(width, prompt + width, dtype=torch.bool).tril(prompt)
+
+
+AttentionInterface.register(NAME, attend)

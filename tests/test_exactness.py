@@ -1,0 +1,140 @@
+"""Guards that packing is exact: log-probs and gradients of one packed row are those of one padded row per trajectory.
+
+The yardstick is transformers' own forward pass, each row with its own copy of its images (`PaddedPolicy`), itself held
+against single rows without padding in `test_policy`. float32 unless a test says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from learner.policy import PackedPolicy, PaddedPolicy, Policy, load_policy
+from learner.rows import bins, pieces
+from perception.config import LearnerConfig
+from perception.types import PolicySpec, TrainGroup, Trajectory
+from tests import tiny_families
+from tests.train_groups import train_group
+
+TEMPERATURE = 0.8
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+
+
+def load(spec: PolicySpec, rows: str) -> Policy:
+    return load_policy(spec, TEMPERATURE, LearnerConfig(rows=rows), lambda ref: ref)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PolicySpec:
+    return tiny_families.build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def packed(spec: PolicySpec) -> Policy:
+    policy = load(spec, "packed")
+    assert isinstance(policy, PackedPolicy)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def padded(spec: PolicySpec) -> Policy:
+    policy = load(spec, "padded")
+    assert isinstance(policy, PaddedPolicy)
+    return policy
+
+
+def shortened(entry: TrainGroup, lengths: Sequence[int]) -> TrainGroup:
+    """The group with its answers cut to these lengths; 0: the engine returned no token."""
+
+    def cut(trajectory: Trajectory, length: int) -> Trajectory:
+        turn = trajectory.turns[0]
+        one = replace(turn, token_ids=turn.token_ids[:length], logprobs=turn.logprobs[:length])
+        return replace(trajectory, turns=(one,) if length else ())
+
+    done = tuple(cut(t, n) for t, n in zip(entry.group.trajectories, lengths, strict=True))
+    return replace(entry, group=replace(entry.group, trajectories=done))
+
+
+def case(name: str, spec: PolicySpec) -> list[TrainGroup]:
+    rng = np.random.default_rng(sum(map(ord, name)))
+    make = lambda **kind: train_group(spec, rng, **({"n": 4} | kind))  # noqa: E731
+    # 112 px are one attention window of Qwen2.5-VL, 196 px one and three quarters in either direction.
+    return {
+        "unequal lengths": lambda: [make(answer_tokens=40)],
+        "no image": lambda: [make(images=0)],
+        "several images": lambda: [make(images=3, side=84)],
+        "windows cut by the border": lambda: [make(side=196)],
+        "images of different sizes": lambda: [make(side=56), make(side=168), make(side=84, images=2)],
+        "a second image of one sample": lambda: [make(turns=2), make(turns=3, n=2)],
+        "one-token answers": lambda: [shortened(make(answer_tokens=9), (1, 1, 1, 1)), make()],
+        "empty answers": lambda: [shortened(make(), (0, 1, 0, 1)), make(images=0)],
+        "one prompt in two groups": lambda: [entry := make(), replace(entry, advantages=(1.0, -1.0, 0.5, 2.0))],
+    }[name]()
+
+
+CASES = (
+    "unequal lengths",
+    "no image",
+    "several images",
+    "windows cut by the border",
+    "images of different sizes",
+    "a second image of one sample",
+    "one-token answers",
+    "empty answers",
+    "one prompt in two groups",
+)
+
+
+def evaluate(
+    policy: Policy, groups: Sequence[TrainGroup], budget: int
+) -> tuple[dict[tuple[int, int], Tensor], dict[str, Tensor]]:
+    """Log-probs by (group, trajectory), and the gradient of sum over tokens of advantage * log-prob."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for work in bins(list(pieces(groups, policy.layout, budget)), budget):
+        batch = policy.collate(work)
+        logprobs, _ = policy(batch)
+        (logprobs * batch.tokens.advantages).sum().backward()
+        tails = [tail for piece in work for tail in piece.tails]
+        parts = logprobs.detach().split([len(tail.targets) for tail in tails])
+        found |= {(tail.group, tail.trajectory): part for tail, part in zip(tails, parts, strict=True)}
+    gradient = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    policy.zero_grad(set_to_none=True)
+    return found, gradient
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Norm of the difference of two gradients over the second one's norm."""
+    zero = torch.zeros(())
+    squares = sum((one.get(name, zero) - value).square().sum().double() for name, value in other.items())
+    return float((squares / sum(value.square().sum().double() for value in other.values())) ** 0.5)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("budget", [1 << 20, 100], ids=["one row", "cut rows"])
+def test_packed_equals_padded(packed: Policy, padded: Policy, spec: PolicySpec, name: str, budget: int) -> None:
+    groups = case(name, spec)
+    ours, our_gradient = evaluate(packed, groups, budget)
+    theirs, their_gradient = evaluate(padded, groups, 1 << 20)
+    expected = {(i, j) for i, e in enumerate(groups) for j, t in enumerate(e.group.trajectories) if t.sampled_tokens}
+    assert ours.keys() == theirs.keys() == expected
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in expected) <= 2e-6
+    assert distance(our_gradient, their_gradient) <= 1e-6
+
+
+def test_in_double_precision_nothing_is_left_of_the_difference(
+    packed: Policy, padded: Policy, spec: PolicySpec
+) -> None:
+    groups = case("a second image of one sample", spec) + case("windows cut by the border", spec)
+    gradients = []
+    try:
+        for policy in (packed, padded):
+            policy.double()
+            gradients.append(evaluate(policy, groups, 1 << 20)[1])
+    finally:
+        packed.float(), padded.float()
+    assert distance(*gradients) < 1e-7  # what is left is float32: rotary angles and the head's softmax
