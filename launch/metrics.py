@@ -35,24 +35,27 @@ class StageClock:
     def generate_and_score(self) -> Iterator[asyncio.Event]:
         """Scoring overlaps sampling: generation lasts until the yielded event is set, scoring is what comes after."""
         began, sampled = time.perf_counter(), asyncio.Event()
-        task = asyncio.ensure_future(self._note_sampled(sampled, began))
+        noted: list[float] = []
+        task = asyncio.ensure_future(_note(sampled, noted))
         try:
             yield sampled
         finally:
             task.cancel()
-            whole = time.perf_counter() - began
-            generate = self._stages.setdefault(names.SECONDS_GENERATE, whole)
-            self._stages[names.SECONDS_SCORE] += whole - generate
-
-    async def _note_sampled(self, sampled: asyncio.Event, began: float) -> None:
-        await sampled.wait()
-        self._stages[names.SECONDS_GENERATE] = time.perf_counter() - began
+            ended = time.perf_counter()
+            generated = noted[0] if noted else ended
+            self._stages[names.SECONDS_GENERATE] += generated - began
+            self._stages[names.SECONDS_SCORE] += ended - generated
 
     def seconds(self) -> dict[str, float]:
         """All stages, the controller's and the whole step so far."""
         step = time.perf_counter() - self._began
         stages = {name: self._stages[name] for name in names.STAGES[:-1]}
         return stages | {names.SECONDS_CONTROLLER: step - sum(stages.values()), names.SECONDS_STEP: step}
+
+
+async def _note(event: asyncio.Event, when: list[float]) -> None:
+    await event.wait()
+    when.append(time.perf_counter())
 
 
 def step_metrics(
@@ -73,7 +76,7 @@ def step_metrics(
         **seconds,
         names.RESPONSE_TOKENS: float(np.mean(tokens)),
         names.SYNC_PAUSE: max(update.pause_seconds for update in updates),
-        names.SYNC_TRANSFER: max(update.load_seconds for update in updates),
+        names.SYNC_TRANSFER: max(update.transfer_seconds for update in updates),
         names.POLICY_VERSION: float(min(update.version for update in updates) - 1),
         names.TOKENS_PER_S: sum(tokens) / seconds[names.SECONDS_STEP],
         names.SAMPLES_PER_S: len(trajectories) / seconds[names.SECONDS_STEP],

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from launch import cluster
 from launch.calibrate import calibrate
 from launch.config import entry
+from launch.dynamic import StepBatch, reward_kl
 from launch.evaluate import evaluate_all
 from launch.failures import check_failures
 from launch.metrics import StageClock, step_metrics
@@ -28,10 +29,9 @@ from launch.report import write_report
 from launch.runstate import RunState
 from launch.summary import show
 from launch.system import System
-from learner.advantages import step_advantages
 from perception import names
 from perception.config import Config
-from perception.types import Sample, SamplingSpec, TrainGroup
+from perception.types import Sample, SamplingSpec
 from reward_workers.combine import combine
 
 
@@ -45,27 +45,31 @@ async def train(run: Session) -> None:
         max_new_tokens=config.rollout.max_new_tokens,
     )
     for step in range(first, algorithm.steps + 1):
-        clock = StageClock()
-        prompts = system.prompts(state.cursor.next(algorithm.prompts_per_step), step)
-        with clock.generate_and_score() as sampled:
-            scored = await system.answer(
-                prompts, sampling, explore=True, masks=config.run.rollouts_kept, on_sampled=sampled
-            )
-        check_failures(scored, config.reward.max_failure_rate)
-        rewards = combine(scored, config.reward, state.ranks)
-        advantages = step_advantages(scored, rewards, algorithm.scale)
+        clock, batch = StageClock(), StepBatch(algorithm)
+        while missing := batch.missing:
+            batch.samples += state.cursor.next(missing)
+            prompts = system.prompts(batch.samples, step)[-missing:]  # a prompt's seed is its place in the step
+            masks = config.run.rollouts_kept - len(batch.scored)
+            with clock.generate_and_score() as sampled:
+                scored = await system.answer(prompts, sampling, explore=True, masks=masks, on_sampled=sampled)
+            check_failures([*batch.scored, *scored], config.reward.max_failure_rate)
+            with clock.stage(names.SECONDS_LEARN):
+                kl = await reward_kl(system.learner, scored, algorithm)
+            batch.add(scored, combine(scored, config.reward, state.ranks), kl)
+        advantages = batch.advantages()
+        groups = batch.train_groups(advantages)
         if step == first:
-            await parity_gate(system, scored, run.progress)
+            await parity_gate(system, batch.scored, run.progress)
         with clock.stage(names.SECONDS_LEARN):
-            batch = [TrainGroup(group=s.group, advantages=a) for s, a in zip(scored, advantages.values, strict=True)]
-            report = await system.learner.train_step(batch)
+            report = await system.learner.train_step(groups)
         if state.ranks is not None:
             state.ranks.flush()
         with clock.stage(names.SECONDS_SYNC):
             updates = await system.sync_weights(version=step)
         state.step = step
-        metrics = step_metrics(scored, rewards, advantages, report, updates, clock) | system.learn_to_look(scored)
-        run.recorder.step(step, metrics, scored, rewards, advantages.values)
+        metrics = step_metrics(batch.scored, batch.rewards, advantages, report, updates, clock)
+        metrics |= batch.metrics(groups) | system.learn_to_look(batch.scored)
+        run.recorder.step(step, metrics, batch.scored, batch.rewards, advantages.values)
         run.progress.step(step, metrics)
         if run.stop.is_set() or step == algorithm.steps or step % config.run.checkpoint_every == 0:
             await state.save(system, run.recorder.run_dir)

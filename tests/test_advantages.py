@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,6 +21,15 @@ def test_by_hand() -> None:
     assert group_advantages([1.0, 2.0, 3.0], [True] * 3) == pytest.approx([-1.0, 0.0, 1.0], abs=1e-5)
     assert group_advantages([0.0, 4.0], [True] * 2, "none").tolist() == [-2.0, 2.0]
     assert group_advantages([0.0, 1.0], [True] * 2)[1] == pytest.approx(0.5 / (np.sqrt(0.5) + 1e-6), rel=1e-12)
+
+
+def test_scaled_by_the_batch_by_hand() -> None:
+    # The step's counted rewards 0, 2, 1, 5 have mean 2 and unbiased std sqrt((4 + 0 + 1 + 9) / 3) = sqrt(14 / 3)
+    std, step = math.sqrt(14 / 3) + 1e-6, [0.0, 2.0, 1.0, 5.0]
+    first = group_advantages([0.0, 2.0, 99.0], [True, True, False], "batch", step)
+    assert first.tolist() == pytest.approx([-1.0 / std, 1.0 / std, 0.0], rel=1e-12)
+    assert group_advantages([1.0, 5.0], [True] * 2, "batch", step).tolist() == pytest.approx([-2.0 / std, 2.0 / std])
+    assert not group_advantages([3.0, 3.0], [True] * 2, "batch", [3.0, 3.0, 0.0, 1.0]).any()
 
 
 def test_excluded_trajectories_shift_nothing_and_get_nothing() -> None:
@@ -61,15 +72,18 @@ def test_a_step_counts_what_it_leaves_out() -> None:
 
     unparsed = Failure(kind=FailureKind.UNPARSED, detail="no answer")
     scorer = Failure(kind=FailureKind.SCORER, detail="timed out")
-    result = step_advantages(
-        [
-            scored(Group(prompt=base.prompt, trajectories=(*base.trajectories[:2], lost)), None, unparsed, None),
-            scored(base, None, None, None),
-            scored(base, None, scorer, scorer),
-        ],
-        [(1.0, 0.0, 50.0), (2.0, 2.0, 2.0), (1.0, 2.0, 3.0)],
-        "none",
-    )
+    groups = [
+        scored(Group(prompt=base.prompt, trajectories=(*base.trajectories[:2], lost)), None, unparsed, None),
+        scored(base, None, None, None),
+        scored(base, None, scorer, scorer),
+    ]
+    rewards = [(1.0, 0.0, 50.0), (2.0, 2.0, 2.0), (1.0, 2.0, 3.0)]
+    result = step_advantages(groups, rewards, "none")
     assert result.values == ((0.5, -0.5, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
     assert result.zero_variance == 2
     assert result.excluded == 3
+    # Counted in the step: 1, 0, 2, 2, 2, 1: mean 4/3, and the squares of what they are off by, over 6 - 1
+    std = math.sqrt((2 * (1 / 3) ** 2 + (4 / 3) ** 2 + 3 * (2 / 3) ** 2) / 5) + 1e-6
+    batch = step_advantages(groups, rewards, "batch")
+    assert batch.values == (pytest.approx((0.5 / std, -0.5 / std, 0.0)), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+    assert batch.zero_variance == 2
