@@ -45,6 +45,7 @@ class System:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.version = 0
+        self._syncing = asyncio.Lock()
         self.look = Calibrator(config.look)
         if (saved := read_look(Path(config.model.path))) is not None:
             self.look.state = saved
@@ -67,6 +68,7 @@ class System:
             config.algorithm,
             placement,
             temperature=config.rollout.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
             seed=config.run.seed,
             deterministic=config.run.deterministic,
             group=seats.group,
@@ -102,12 +104,17 @@ class System:
         ]
 
     async def sync_weights(self, version: int) -> list[UpdateReport]:
-        """The learner's weights into every engine, bucket by bucket; engines sample from `version` afterwards."""
-        self.version = version
-        await self.engines.begin_update()
-        async for bucket in self.learner.buckets():
-            await self.engines.load_bucket(bucket)
-        return await self.engines.end_update(version)
+        """The learner's weights into every engine: bucket by bucket while they sample, then all at once in a pause.
+
+        Engines sample from `version` afterwards.
+        """
+        async with self._syncing:
+            self.version = version
+            async for bucket in self.learner.buckets(self.engines.begin_update()):
+                await self.engines.stage(bucket)
+            reports = await self.engines.end_update(version)
+            await self.learner.release_buckets()
+            return reports
 
     async def resync(self) -> None:
         """The current weights again, for an engine that was restarted."""

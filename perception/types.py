@@ -28,6 +28,10 @@ class FailureKind(StrEnum):
     SCORER = "scorer"  # the reward worker raised or timed out
 
 
+INFRASTRUCTURE = frozenset({FailureKind.ENGINE, FailureKind.SCORER})
+"""Failures that say nothing about the policy: their rewards are no evidence."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     kind: FailureKind
@@ -339,8 +343,12 @@ class WeightBucket:
     slots: tuple[TensorSlot, ...]
     nbytes: int
     transport: str
-    """'store': `payload` is a (nbytes,) uint8 array, or an ObjectRef to one. 'ipc': pickled CUDA IPC handle."""
+    """As in `perception.config.PlacementConfig`."""
     payload: Any
+    """store: a (nbytes,) uint8 array, or an ObjectRef to one. ipc: pickled CUDA IPC handle. nccl, gloo: (host, port,
+    members) of the process group in which the learner, rank 0, broadcasts the buckets in order."""
+    checksum: int | None = None
+    """Of these parameters (`perception.checksum`); the first bucket also counts the weights that are never sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,12 +361,16 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
+    """One sync, as one engine saw it."""
+
     version: int
+    transfer_seconds: float
+    """From the first bucket to the pause: bytes on their way while sampling goes on."""
     pause_seconds: float
     """How long nothing was sampled."""
-    load_seconds: float
-    """The part of it spent taking buckets."""
     nbytes: int
+    checksum: int | None = None
+    """Of all parameters the engine now holds, where it was asked for."""
 
 
 @dataclass(slots=True, kw_only=True)

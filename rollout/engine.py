@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import ray
 from PIL import Image
@@ -52,12 +52,17 @@ _BANNED_BIAS = -1e9
 _DECODED_IMAGES = 32
 _FETCH_TIMEOUT_S = 60.0
 _SHUTDOWN_TIMEOUT_S = 1.0
+_ARRIVAL_POLL_S = 0.005
 _SEED_STRIDE, _LARGEST_SEED = 1_000_003, 0x7FFFFFFF
 """Later turns of a sample are drawn from seeds far from those of its group's first turns."""
 
 
 class EngineDead(RuntimeError):
     """The vLLM engine behind this actor is gone; only a new actor helps."""
+
+
+class UpdateFailed(RuntimeError):
+    """New weights did not get into the engine; the message names the stage."""
 
 
 def environment(device: str, threads: int) -> dict[str, str]:
@@ -131,6 +136,7 @@ class RolloutEngine:
         self._version = 0
         self._switches: dict[tuple[str, int], list[tuple[int, int]]] = {}
         self._stats = EngineStats()
+        self._staging, self._nbytes = 0.0, 0
 
     async def start(self) -> EngineInfo:
         """Build the engine with the weights at `policy.path`, which count as version 0."""
@@ -186,45 +192,74 @@ class RolloutEngine:
         self._stats.sampled_tokens += len(trajectory.turns[-1].token_ids) if len(trajectory.turns) > len(turns) else 0
         return trajectory
 
-    async def begin_update(self) -> None:
-        """Stop sampling, keep the requests in flight, drop every cache of the old weights (prefix, image features)."""
-        self._paused = time.monotonic()
-        self._load_seconds = 0.0
-        self._nbytes = 0
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
+    async def stage(self, bucket: WeightBucket, rank: int) -> None:
+        """Hold some of the new parameters until `end_update`; sampling goes on. Any order, each exactly once.
 
-    async def load_bucket(self, bucket: WeightBucket) -> None:
-        """Take some of the new parameters. Between `begin_update` and `end_update`, in any order, each exactly once.
-
-        Raises what vLLM raises for a parameter the model does not have; the message names it.
+        `rank` is this engine's among the receivers of a broadcast, from 1.
         """
-        start = time.monotonic()
+        if not self._staging:
+            self._staging = time.monotonic()
+            await self._engine.collective_rpc("drop_held")  # of an update that failed
         slots = [(s.name, s.dtype, s.shape, s.offset) for s in bucket.slots]
         payload = await bucket.payload if isinstance(bucket.payload, ray.ObjectRef) else bucket.payload
-        if bucket.transport == "ipc":
-            await self._engine.collective_rpc("receive_ipc", args=(payload, slots))
-        else:
+        if bucket.transport == "store":
             with tempfile.NamedTemporaryFile(dir=_shared_folder(bucket.nbytes), prefix="relook-weights-") as file:
-                file.write(memoryview(payload))
-                file.flush()
-                await self._engine.collective_rpc("receive_file", args=(file.name, slots))
-        self._nbytes += bucket.nbytes
-        self._load_seconds += time.monotonic() - start
-
-    async def end_update(self, version: int) -> UpdateReport:
-        """Resume. Requests in flight go on from the tokens they have; what they sample from here on is `version`'s."""
-        if self._native_versions:
-            await self._engine.update_weight_version(str(version))
+                await asyncio.to_thread(_write, file, payload)
+                await self._engine.collective_rpc("hold_file", args=(file.name, slots))
+        elif bucket.transport == "ipc":
+            await self._engine.collective_rpc("hold_ipc", args=(payload, slots))
         else:
-            self._note_switch()
-        self._version = version
-        await self._engine.resume_generation()
+            # Twice: of the two waits it is `end_update`'s that can name what is late.
+            group = (bucket.transport, *payload, rank, 2 * self._config.request_timeout_s)
+            await self._engine.collective_rpc("hold_broadcast", args=(group, bucket.nbytes, slots))
+        self._nbytes += bucket.nbytes
+
+    async def end_update(self, version: int, checksum: bool) -> UpdateReport:
+        """Once all staged buckets are here: pause, load them, resume.
+
+        Every cache of the old weights is dropped: prefixes, images, their features. Requests in flight go on from the
+        tokens they have; what they sample from here on is `version`'s. Raises UpdateFailed naming the stage that took
+        too long, and what vLLM raises for a parameter the model does not have.
+        """
+        doing, limit = "receiving the staged buckets", self._config.request_timeout_s
+        staging, nbytes = self._staging or time.monotonic(), self._nbytes
+        self._staging, self._nbytes = 0.0, 0
+        try:
+            async with asyncio.timeout(limit):
+                while not all(await self._engine.collective_rpc("all_held")):
+                    await asyncio.sleep(_ARRIVAL_POLL_S)
+                doing, began = "pausing", time.monotonic()
+                await self._pause()
+                doing = "loading the staged buckets"
+                if self._native_versions:
+                    named = self._engine.update_weight_version(str(version))
+                    await asyncio.gather(self._engine.collective_rpc("load_held"), named)
+                else:
+                    self._note_switch()
+                    await self._engine.collective_rpc("load_held")
+                self._version = version
+                doing = "resuming"
+                await self._engine.resume_generation()
+                resumed = time.monotonic()
+                doing = "summing up its weights"
+                found = (await self._engine.collective_rpc("sum_weights"))[0] if checksum else None
+        except TimeoutError as error:
+            raise UpdateFailed(f"{doing} took more than {limit:g} s (rollout.request_timeout_s)") from error
         return UpdateReport(
             version=version,
-            pause_seconds=time.monotonic() - self._paused,
-            load_seconds=self._load_seconds,
-            nbytes=self._nbytes,
+            transfer_seconds=began - staging,
+            pause_seconds=resumed - began,
+            nbytes=nbytes,
+            checksum=found,
         )
+
+    async def _pause(self) -> None:
+        if not self._native_versions:
+            await self._engine.pause_generation(mode="keep", clear_cache=True)
+            return
+        # What `pause_generation` does but for its last 20 ms of sleep, in which only `_note_switch` has an interest.
+        await self._engine.renderer.clear_mm_cache_async()
+        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
 
     async def stats(self) -> EngineStats:
         return replace(self._stats, image_hits=self._images.hits, image_misses=self._images.misses)
@@ -327,6 +362,11 @@ def _failure(turn: Turn) -> Failure | None:
 
 def _fetch(ref: Any) -> bytes:
     return ray.get(ref, timeout=_FETCH_TIMEOUT_S) if isinstance(ref, ray.ObjectRef) else ref
+
+
+def _write(file: IO[bytes], payload: Any) -> None:
+    file.write(memoryview(payload))
+    file.flush()
 
 
 def _shared_folder(nbytes: int) -> str | None:

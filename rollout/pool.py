@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from perception.checksum import total
 from perception.config import PlacementConfig, RolloutConfig
 from perception.types import (
     EngineInfo,
@@ -34,6 +35,8 @@ T = TypeVar("T")
 MAX_RESTARTS = 3
 """Per engine and run: one that dies more often has a cause that a restart does not cure."""
 _SHUTDOWN_TIMEOUT_S = 10.0
+_GRACE_S = 10.0
+"""An engine that is late itself says with what; so much longer is waited for that."""
 
 
 class RolloutError(RuntimeError):
@@ -54,7 +57,7 @@ class RolloutPool:
     """Lives in one asyncio loop. `await start()` first, `await shutdown()` at the end.
 
     A restarted engine has the weights on disk, not the current ones. Once a version > 0 was sent, `resync` is awaited
-    before it serves again: it must send the current weights through `begin_update`, `load_bucket` and `end_update`.
+    before it serves again: it must send the current weights through `begin_update`, `stage` and `end_update`.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class RolloutPool:
         self._version = 0
         self._slots = [_Slot(number, self._options(number, group, bundles)) for number in range(config.engines)]
         self._updating: list[_Slot] = []
+        self._staged: list[int | None] = []
 
     async def start(self) -> list[EngineInfo]:
         """Start all engines at once. Raises RolloutError when one is not ready within `rollout.start_timeout_s`."""
@@ -136,19 +140,37 @@ class RolloutPool:
         queued = own.in_flight - idlest.in_flight >= self._config.max_num_seqs
         return idlest if own.revival is not None or queued else own
 
-    async def begin_update(self) -> None:
-        """Pause all engines, keeping the requests in flight, and drop every cache of the old weights."""
-        self._updating = self._running()
-        await self._all(self._updating, lambda slot: slot.actor.begin_update.remote(), "pausing")
+    def begin_update(self) -> tuple[str, ...]:
+        """The engines that will take the new weights, named so that a restarted one has a new name."""
+        self._updating, self._staged = self._running(), []
+        return tuple(f"{slot.number}.{slot.restarts}" for slot in self._updating)
 
-    async def load_bucket(self, bucket: WeightBucket) -> None:
-        """Give all engines some of the new parameters (see `RolloutEngine.load_bucket`). The bytes are stored once."""
+    async def stage(self, bucket: WeightBucket) -> None:
+        """Give those engines some of the new parameters, to be held while they sample. The bytes are stored once."""
         shared = ray.put(bucket)
-        await self._all(self._updating, lambda slot: slot.actor.load_bucket.remote(shared), "loading weights")
+        ranks = {slot.number: rank for rank, slot in enumerate(self._updating, start=1)}
+        self._staged.append(bucket.checksum)
+        await self._all(
+            self._updating,
+            lambda slot: slot.actor.stage.remote(shared, ranks[slot.number]),
+            f"staging weight bucket {len(self._staged)}",
+        )
 
     async def end_update(self, version: int) -> list[UpdateReport]:
-        """Resume all engines; what they sample from here on is stamped `version`."""
-        reports = await self._all(self._updating, lambda slot: slot.actor.end_update.remote(version), "resuming")
+        """Pause them, load what is staged, resume; what they sample from here on is stamped `version`.
+
+        Raises RolloutError when the buckets brought checksums and an engine's weights do not add up to them.
+        """
+        sums = [one for one in self._staged if one is not None]
+        reports: list[UpdateReport] = await self._all(
+            self._updating, lambda slot: slot.actor.end_update.remote(version, bool(sums)), "taking new weights"
+        )
+        for slot, report in zip(self._updating, reports, strict=True):
+            if sums and report.checksum != total(sums):
+                raise RolloutError(
+                    f"rollout engine {slot.number} does not hold the learner's weights after the sync of version "
+                    f"{version}: its checksum is {report.checksum:016x}, not {total(sums):016x}"
+                )
         self._version = version
         return reports
 
@@ -223,11 +245,13 @@ class RolloutPool:
         return list(await asyncio.gather(*(self._one(slot, call(slot), doing) for slot in slots)))
 
     async def _one(self, slot: _Slot, reference: Any, doing: str) -> Any:
-        limit = self._config.request_timeout_s
+        limit = self._config.request_timeout_s + _GRACE_S
         try:
             return await asyncio.wait_for(reference, limit)
+        except (RayActorError, EngineDead) as error:
+            raise RolloutError(f"rollout engine {slot.number} died while {doing}: {error}") from error
+        except RayTaskError as error:
+            raise RolloutError(f"rollout engine {slot.number}, {doing}: {error.cause}") from error
         except TimeoutError as error:
             late = f"rollout engine {slot.number}: {doing} took more than {limit:g} s (rollout.request_timeout_s)"
             raise RolloutError(late) from error
-        except (RayActorError, EngineDead) as error:
-            raise RolloutError(f"rollout engine {slot.number} died while {doing}: {error}") from error

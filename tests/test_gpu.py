@@ -14,6 +14,8 @@ import torch
 
 from launch.cluster import ROOT
 from learner import sync, vision_attention
+from learner.weights import weights
+from perception.config import LearnerConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -44,16 +46,22 @@ class _Receiver:
         return rebuild(*arguments).cpu().tolist()
 
 
-def test_a_bucket_is_read_in_another_process_without_a_copy() -> None:
+def test_all_buckets_are_read_in_another_process_without_a_copy() -> None:
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False)
     try:
-        parameters = {"a": torch.arange(6.0, device="cuda"), "b": torch.ones(3, dtype=torch.bfloat16, device="cuda")}
-        shapes = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
-        (plan,) = sync.plan_buckets(shapes, 1 << 20)
-        buffer = torch.zeros(1 << 10, dtype=torch.uint8, device="cuda")
-        packed = sync.pack(plan, parameters, buffer)
-        torch.cuda.synchronize()
-        assert ray.get(_Receiver.remote().read.remote(sync.ipc_handle(packed)), timeout=60) == packed.tolist()
+        model = torch.nn.Sequential(*(torch.nn.Linear(300, 600) for _ in range(4))).to("cuda", torch.bfloat16)
+        config = LearnerConfig(bucket_mb=1)
+        sender = sync.WeightSender(weights(model), config, rank=0, device=torch.device("cuda"), transport="ipc")
+        buckets = [sender.pack_bucket(index) for index in range(sender.open(("engine",)))]
+        assert len(buckets) == 2
+        receiver, received = _Receiver.remote(), {}
+        for bucket in buckets:
+            assert bucket is not None
+            flat = torch.tensor(ray.get(receiver.read.remote(bucket.payload), timeout=60), dtype=torch.uint8)
+            received |= {slot.name: sync.view(flat, slot) for slot in bucket.slots}
+        sender.release()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(received[name], parameter.cpu()), name
     finally:
         ray.shutdown()
 

@@ -15,7 +15,7 @@ import ray
 
 from perception.config import PlacementConfig, RolloutConfig
 from perception.types import FailureKind, SamplingSpec, Turn
-from rollout.pool import RolloutPool
+from rollout.pool import RolloutError, RolloutPool
 from tests.hf_reference import Reference
 from tests.tiny_policy import build
 
@@ -37,14 +37,14 @@ class Trainer:
         self.pool: RolloutPool
 
     async def sync(self) -> None:
-        await self.pool.begin_update()
+        assert len(self.pool.begin_update()) == 1
         buckets = list(self.reference.buckets())
         assert len(buckets) > 2
         for bucket in buckets:
-            await self.pool.load_bucket(bucket)
+            await self.pool.stage(bucket)
         (report,) = await self.pool.end_update(self.version)
         assert report.nbytes == sum(bucket.nbytes for bucket in buckets)
-        assert report.pause_seconds > report.load_seconds > 0
+        assert report.pause_seconds > 0 and report.transfer_seconds > 0
 
     async def step(self) -> None:
         self.version += 1
@@ -117,10 +117,10 @@ async def test_requests_in_flight_survive_an_update(trainer: Trainer) -> None:
 async def test_an_unknown_parameter_is_refused(trainer: Trainer) -> None:
     (bucket,) = trainer.reference.buckets(limit=1 << 30)
     wrong = replace(bucket, slots=(replace(bucket.slots[0], name="model.nothing.weight"),))
-    await trainer.pool.begin_update()
-    with pytest.raises(Exception, match=r"nothing"):
-        await trainer.pool.load_bucket(wrong)
-    await trainer.pool.end_update(trainer.version)
+    trainer.pool.begin_update()
+    await trainer.pool.stage(wrong)
+    with pytest.raises(RolloutError, match=r"rollout engine 0, taking new weights: .*nothing"):
+        await trainer.pool.end_update(trainer.version)
     await trainer.sync()
     assert_is_the_policy(trainer, await greedy(trainer, seed=3), seed=3)
 

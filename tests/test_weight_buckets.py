@@ -1,4 +1,4 @@
-"""Guards the bucket format: aligned, complete, no larger than asked, and bit for bit what went in."""
+"""Guards the bucket format: aligned, complete, no larger than asked, bit for bit what went in; and the checksum."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.sync import ALIGNMENT, pack, plan_buckets, view
+from learner.sync import ALIGNMENT, checksum, pack, plan_buckets, view
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 SHAPES = st.lists(
@@ -54,3 +54,24 @@ def test_a_wrong_shape_is_not_packed_in_silence() -> None:
     (plan,) = plan_buckets({"a": ((3,), torch.float32)}, limit=64)
     with pytest.raises(RuntimeError, match="size"):
         pack(plan, {"a": torch.zeros(4)}, torch.zeros(64, dtype=torch.uint8))
+
+
+def test_the_checksum_survives_stacking_and_padding_by_rows() -> None:
+    query, key = torch.randn(8, 5), torch.randn(4, 5)
+    bias = torch.randn(8), torch.randn(4)
+    apart = checksum({"l.3.q": query, "l.3.k": key, "l.3.q.bias": bias[0], "l.3.k.bias": bias[1]}.items())
+    stacked = torch.cat([query, key, torch.zeros(2, 5)])
+    assert checksum({"model.l.3.qkv": stacked, "model.l.3.qkv.bias": torch.cat(bias)}.items()) == apart
+
+
+def test_the_checksum_tells_elements_columns_layers_and_every_bit_apart() -> None:
+    weight = torch.randn(6, 7).to(torch.bfloat16)
+    sums = {checksum([("layers.0.w", weight)]), checksum([("layers.1.w", weight)])}
+    sums.add(checksum([("layers.0.w", weight.flip(1))]))
+    for row, column in ((0, 0), (5, 6)):
+        for bit in range(15):
+            bits = weight.clone().view(torch.int16)
+            bits[row, column] ^= 1 << bit
+            sums.add(checksum([("layers.0.w", bits.view(torch.bfloat16))]))
+    # Flips of one bit up and the same bit down in another row and column must not meet either.
+    assert len(sums) == 3 + 2 * 15
