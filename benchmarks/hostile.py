@@ -8,14 +8,13 @@ There is no rival. `tests/test_hostile_text.py` puts 200,000 mutated completions
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.common import print_result
+from benchmarks.common import options, print_result
 from perception import answers
 from perception.frames import Frame
 from perception.types import Answer, Target, View
@@ -105,15 +104,10 @@ def seconds_of(text: str, repeats: int = 3) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=100_000, help="characters of each text")
-    parser.add_argument("--json", action="store_true", help="one JSON line; there is no other output")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, length=(100_000, "characters of each text"))
     took = {name: round(1000 * seconds_of(make(arguments.length)), 2) for name, make in FAMILIES.items()}
     slowest = max(took, key=took.__getitem__)
-    print_result(
-        "hostile", {"slowest": slowest, "ms": took[slowest]}, None, None, {"length": arguments.length}, families_ms=took
-    )
+    print_result("hostile", {"slowest": slowest, "ms": took[slowest]}, None, None, vars(arguments), families_ms=took)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ turns; before each answer the prefix cache is cold. `gain` is paired by scene, w
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
@@ -19,19 +18,20 @@ from statistics import median
 from typing import Any, get_args
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 from scipy import stats
 
-from benchmarks.common import print_result
+from benchmarks.common import options, print_result
 from launch import cluster
 from launch.calibrate import calibrate
-from launch.config import CONF, validate
+from launch.config import compose
+from launch.errors import told
 from launch.metrics import look_metrics
-from launch.preflight import MAIN, check, image_tokens
+from launch.preflight import MAIN, check
 from launch.prepare import prepare
+from launch.prompts import PromptMaker
 from launch.system import System
 from perception import names
-from perception.config import Config, LookMode, ModelConfig
+from perception.config import Config, LookMode
 from perception.types import Sample, SamplingSpec, Trajectory
 
 MODES: tuple[LookMode, ...] = get_args(LookMode)
@@ -65,6 +65,7 @@ async def measure(
 ) -> Any:
     """Every mode's figures by name, and the paired differences (scenes,) of relook and none."""
     system = System(config)
+    prompts = PromptMaker(config.model, config.task)
     modes = {mode: Mode() for mode in MODES}
     try:
         await system.start()
@@ -74,14 +75,20 @@ async def measure(
         sampling = SamplingSpec(n=answers, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens)
         for number in range(rounds):
             for mode in MODES:
-                await _round(system, held_out, sampling, mode, modes[mode], number)
+                await _round(system, prompts, held_out, sampling, mode, modes[mode], number)
     finally:
         await system.shutdown()
     return modes, np.mean(modes["relook"].ious, axis=0) - np.mean(modes["none"].ious, axis=0)
 
 
 async def _round(
-    system: System, samples: Sequence[Sample], sampling: SamplingSpec, mode: LookMode, into: Mode, number: int
+    system: System,
+    prompts: PromptMaker,
+    samples: Sequence[Sample],
+    sampling: SamplingSpec,
+    mode: LookMode,
+    into: Mode,
+    number: int,
 ) -> None:
     await system.sync_weights(0)  # drops the prefix cache
     began = time.perf_counter()
@@ -89,43 +96,37 @@ async def _round(
     into.seconds.append(time.perf_counter() - began)
     into.ious.append(np.array([np.mean([s.metrics.get("mask_iou", 0.0) for s in one.scores]) for one in scored]))
     trajectories = [t for one in scored for t in one.group.trajectories]
-    into.tokens.append(float(np.mean([_row_tokens(t, system.config.model) for t in trajectories])))
+    into.tokens.append(float(np.mean([_row_tokens(t, prompts) for t in trajectories])))
     into.sampled.append(float(np.mean([t.sampled_tokens for t in trajectories])))
     if mode == "relook":
         looks = look_metrics(scored)
         into.relook_rate, into.prefix_hit = looks[names.RELOOK_RATE], looks[names.PREFIX_HITS]
 
 
-def _row_tokens(trajectory: Trajectory, model: ModelConfig) -> int:
+def _row_tokens(trajectory: Trajectory, prompts: PromptMaker) -> int:
     images = [image for turn in trajectory.turns for image in turn.images]
-    shown = sum(image_tokens(model, image.height, image.width) - 1 for image in images)
+    shown = sum(prompts.image_tokens(image.height, image.width) - 1 for image in images)
     return shown + sum(len(turn.input_ids) + len(turn.token_ids) for turn in trajectory.turns)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--answers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="one JSON line; there is no other output")
-    parser.add_argument("overrides", nargs="*", help="as for launch.train")
-    arguments = parser.parse_args()
-    overrides = ["look=relook", f"data.eval_samples={arguments.samples}", "run.name=look", *arguments.overrides]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = validate(compose("config", overrides))
-    prepare(config, say=lambda text: None)
-    train, held_out = check(config)
+    samples, answers, rounds = (256, "held-out scenes"), (4, "per scene"), (3, "of all modes")
+    arguments = options(__doc__, overrides=True, samples=samples, answers=answers, rounds=rounds)
+    own = ["look=relook", f"data.eval_samples={arguments.samples}", "run.name=look"]
+    with told():
+        config = compose([*own, *arguments.overrides])
+        prepare(config, say=lambda text: None)
+        train, held_out = check(config)
     cluster.connect(config.placement)
     modes, gains = asyncio.run(measure(config, train, held_out[MAIN], arguments.answers, arguments.rounds))
     figures: Mapping[str, dict[str, float]] = {name: mode.figures() for name, mode in modes.items()}
     ours, rival = figures["relook"], figures["none"]
-    settings = {key: getattr(arguments, key) for key in ("samples", "answers", "rounds", "overrides")}
     print_result(
         "look",
         ours,
         rival,
         round(ours["giou"] / rival["giou"], 3),
-        settings,
+        vars(arguments),
         modes=figures,
         gain=round(float(gains.mean()), 4),
         gain_interval=round(float(stats.sem(gains) * stats.t.ppf(0.975, len(gains) - 1)), 4),

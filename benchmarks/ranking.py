@@ -12,7 +12,6 @@ over the rounds. `peak_kib`: most memory taken at once by a new store that is fi
 
 from __future__ import annotations
 
-import argparse
 import time
 import tracemalloc
 from bisect import bisect_right
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.common import print_result
+from benchmarks.common import options, print_result
 from launch.config import CONF
 from perception.config import EcdfConfig
 from reward_workers.ranking import RankStore
@@ -107,12 +106,8 @@ def check(sides: Mapping[str, Ranker], batches: Sequence[np.ndarray]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=256, help="metric vectors per batch")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.3, help="per side and round")
-    parser.add_argument("--json", action="store_true", help="one JSON line; there is no other output")
-    arguments = parser.parse_args()
+    seconds = (0.3, "per side and round")
+    arguments = options(__doc__, rows=(256, "metric vectors per batch"), rounds=(9, "of all sides"), seconds=seconds)
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     queue = np.round(rng.beta(2, 1, (QUEUE, 3)), 3).astype(np.float32)
@@ -129,13 +124,7 @@ def main() -> None:
         {"values_per_s": per_s["dr_seg"]},
         {"values_per_s": per_s["bisect"]},
         round(per_s["dr_seg"] / per_s["bisect"], 2),
-        {
-            "rows": arguments.rows,
-            "columns": 3,
-            "queue": QUEUE,
-            "rounds": arguments.rounds,
-            "seconds": arguments.seconds,
-        },
+        {**vars(arguments), "columns": 3, "queue": QUEUE},
         values_per_s=per_s,
         peak_kib={name: round(peak_kib(config, queue, batches[0]), 1) for name, config in CONFIGS.items()},
     )

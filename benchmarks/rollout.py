@@ -25,7 +25,7 @@ import numpy as np
 import ray
 from PIL import Image
 
-from benchmarks.common import print_result
+from benchmarks.common import parser, print_result
 from perception.config import ModelConfig, PlacementConfig, RolloutConfig
 from perception.images import content_key
 from perception.types import ImageHandle, PolicySpec, Prompt, Sample, SamplingSpec, Target
@@ -159,18 +159,17 @@ async def measure(arguments: argparse.Namespace, policy: PolicySpec, config: Rol
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The rollout engine against bare vLLM.")
-    parser.add_argument("--policy", default="assets/policy", help="policy directory in Hugging Face format")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--side", type=int, default=112, help="image side in pixels")
-    parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--n", type=int, default=8, help="samples per prompt")
-    parser.add_argument("--tokens", type=int, default=96, help="new tokens at most")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="one JSON line")
-    arguments = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--policy", default="assets/policy", help="policy directory in Hugging Face format")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    made.add_argument("--side", type=int, default=112, help="image side in pixels")
+    made.add_argument("--prompts", type=int, default=48)
+    made.add_argument("--n", type=int, default=8, help="samples per prompt")
+    made.add_argument("--tokens", type=int, default=96, help="new tokens at most")
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--threads", type=int, default=1)
+    arguments = made.parse_args()
     os.environ.update(environment(arguments.device, arguments.threads))
     from launch.prompts import read_policy_spec
 

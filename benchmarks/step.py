@@ -9,15 +9,13 @@ benchmark.
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
-from benchmarks.common import print_result
+from benchmarks.common import options, print_result
 from launch import rundir
 from perception import names
 
@@ -30,18 +28,12 @@ def measure(recipe: str, steps: int, overrides: list[str]) -> dict[str, float]:
         settings = [f"recipe={recipe}", f"algorithm.steps={steps}", f"run.output={output}", "run.name=step"]
         command = [sys.executable, "-m", "launch.train", *settings, "data.eval_samples=8", *overrides]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        lines = (Path(output) / "step" / rundir.METRICS).read_text().splitlines()
-    rows = [json.loads(line) for line in lines][WARM_UP:]
+        rows = rundir.read_lines(Path(output) / "step" / rundir.METRICS)[WARM_UP:]
     return {name: median([row[name] for row in rows]) for name in rows[0] if name != "step"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="quickstart")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--json", action="store_true", help="one JSON line; there is no other output")
-    parser.add_argument("overrides", nargs="*", help="as for launch.train")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, overrides=True, recipe=("quickstart", "of conf/recipe"), steps=(12, "of training"))
     metrics = measure(arguments.recipe, arguments.steps, arguments.overrides)
     seconds = {name.partition("/")[2]: round(metrics[name], 4) for name in names.STAGES}
     share = metrics[names.SECONDS_CONTROLLER] / metrics[names.SECONDS_STEP]
@@ -51,8 +43,7 @@ def main() -> None:
         "samples_per_s": round(metrics[names.SAMPLES_PER_S], 2),
         "tokens_per_s": round(metrics[names.TOKENS_PER_S], 1),
     }
-    settings = {"recipe": arguments.recipe, "steps": arguments.steps, "overrides": arguments.overrides}
-    print_result("step", ours, None, None, settings, controller_share=round(share, 4))
+    print_result("step", ours, None, None, vars(arguments), controller_share=round(share, 4))
 
 
 if __name__ == "__main__":

@@ -6,22 +6,17 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from launch.errors import UserError
-from perception.errors import DataError
+from launch.errors import UserError, told
 
 
-def call(function: Callable[..., Any], arguments: Sequence[str] = ()) -> NoReturn:
-    """Call `function` with `name=value` arguments; exit 2 with one line when they do not fit, 0 when done."""
-    try:
-        function(**parse(function, arguments or sys.argv[1:]))
-    except (UserError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+def call(function: Callable[..., Any]) -> None:
+    """Call `function` with the command line's `name=value` arguments; exit 2 with one line when they do not fit."""
+    with told():
+        function(**parse(function, sys.argv[1:]))
 
 
 def parse(function: Callable[..., Any], arguments: Sequence[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from launch.environment import cpus
 from launch.errors import UserError
 from perception.config import Config, PlacementConfig
 
@@ -73,7 +74,7 @@ def check_resources(config: Config) -> None:
     if placement.device == "cpu" and asked["GPU"]:
         raise UserError("placement.device=cpu asks for GPU shares: set placement.*_gpus=0 or placement.device=cuda")
     if local:
-        have = {"CPU": float(_local_cpus()), "GPU": float(_local_gpus()) if placement.device == "cuda" else 0.0}
+        have = {"CPU": float(cpus()), "GPU": float(_local_gpus()) if placement.device == "cuda" else 0.0}
         if _short(asked, have):
             raise UserError(_shortage(placement, asked, "this machine", have))
 
@@ -93,7 +94,7 @@ def connect(placement: PlacementConfig) -> None:
     }
     if address is None:
         options |= {
-            "num_cpus": _local_cpus(),
+            "num_cpus": cpus(),
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
@@ -189,10 +190,6 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise UserError(f"RAY_ADDRESS={address}: nothing listens there ({error}); unset it to run locally") from error
-
-
-def _local_cpus() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _local_gpus() -> int:

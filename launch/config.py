@@ -18,9 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from launch.errors import UserError
+from launch.errors import UserError, told
 from perception.config import Config, TaskConfig
-from perception.errors import DataError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -30,6 +29,15 @@ class _Root(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     config: Config
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The settings that these overrides make of `conf/`, as on the command line. Raises UserError."""
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return validate(hydra.compose("config", list(overrides)))
+    except HydraException as error:
+        raise UserError(f"config: {_first_line(error)}") from error
 
 
 def validate(tree: DictConfig) -> Config:
@@ -49,9 +57,10 @@ def validate(tree: DictConfig) -> Config:
 
 
 def _with_look_components(config: Config) -> Config:
-    """The components that belong to the way of looking join the reward's own."""
-    components = config.look.components | config.reward.components
-    return replace(config, reward=replace(config.reward, components=components))
+    """The components that belong to the way of looking join the reward's own, which win where both name one."""
+    reward = config.reward
+    added = {name: weight for name, weight in config.look.components.items() if name not in reward.ranked}
+    return replace(config, reward=replace(reward, components=added | reward.components))
 
 
 def read_tasks(name: str) -> dict[str, TaskConfig]:
@@ -69,15 +78,14 @@ def entry(run: Callable[[Config], None]) -> NoReturn:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             overrides = HydraConfig.get().job.override_dirname.replace("/", "_")
             tree.run.name = f"{tree.run.name}-{overrides}"
-        try:
+        with told():
             run(validate(tree))
-        except (UserError, DataError) as error:
-            _fail(str(error))
 
-    try:
-        compose_and_run()
-    except HydraException as error:
-        _fail(_explain(error))
+    with told():
+        try:
+            compose_and_run()
+        except HydraException as error:
+            raise UserError(_explain(error)) from error
     sys.exit(0)
 
 
@@ -95,11 +103,6 @@ def _inner(hint: Any) -> Any:
     if get_origin(hint) is dict:
         return None
     return next((part for part in get_args(hint) if is_dataclass(part)), hint)
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _explain(error: HydraException) -> str:

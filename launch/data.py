@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import ray
 
 from perception.images import content_key
+from perception.lru import Lru
 from perception.types import ImageHandle, Sample
 
 
@@ -32,21 +32,17 @@ class Cursor:
         return self._samples[self._order[offset]]
 
 
-class ImageStore:
+class ImageStore(Lru[ImageHandle]):
     """Encoded image files in Ray's object store, each at most once while it is among the last `capacity` used."""
 
     def __init__(self, capacity: int = 1024) -> None:
-        self._handles: OrderedDict[str, ImageHandle] = OrderedDict()
-        self._capacity = capacity
+        super().__init__(capacity)
 
     def handle(self, sample: Sample) -> ImageHandle:
         """Raises OSError when the file has gone since the data set was checked."""
-        handle = self._handles.get(sample.image_path)
-        if handle is None:
-            data = Path(sample.image_path).read_bytes()
-            handle = ImageHandle(key=content_key(data), height=sample.height, width=sample.width, ref=ray.put(data))
-            self._handles[sample.image_path] = handle
-            if len(self._handles) > self._capacity:
-                self._handles.popitem(last=False)
-        self._handles.move_to_end(sample.image_path)
-        return handle
+        return self.value(sample.image_path, lambda: _stored(sample))
+
+
+def _stored(sample: Sample) -> ImageHandle:
+    data = Path(sample.image_path).read_bytes()
+    return ImageHandle(key=content_key(data), height=sample.height, width=sample.width, ref=ray.put(data))

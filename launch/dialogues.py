@@ -13,7 +13,7 @@ from perception import views
 from perception.config import LookConfig
 from perception.dialogue import ideal_completion
 from perception.frames import image_to_view
-from perception.scenes import Scene, SceneObject, SceneStyle, ask, generate
+from perception.scenes import Scene, SceneObject, SceneStyle, ask, extent, generate
 from perception.types import Answer, AnswerObject, View
 
 _WRONG_OBJECT = 0.15
@@ -114,16 +114,11 @@ def _provisional_mask(scene: Scene, first: Sequence[AnswerObject], rng: np.rando
 def _seen(target: SceneObject, rect: views.Rect) -> AnswerObject | None:
     """The part of the object inside the view, if enough of it is."""
     left, top, right, bottom = rect
-    part = target.mask[top:bottom, left:right].astype(np.uint8)
+    part = target.mask[top:bottom, left:right]
     if part.sum() < _VISIBLE * target.mask.sum():
         return None
-    x, y, width, height = cv2.boundingRect(part)
-    distance = cv2.distanceTransform(np.pad(part, 1), cv2.DIST_L2, 3)
-    py, px = np.unravel_index(int(distance.argmax()), distance.shape)
-    corner = (left + x, top + y)
-    return AnswerObject(
-        box=(*corner, corner[0] + width, corner[1] + height), point=(left + int(px) - 1, top + int(py) - 1)
-    )
+    (x1, y1, x2, y2), (x, y) = extent(part)
+    return AnswerObject(box=(left + x1, top + y1, left + x2, top + y2), point=(left + x, top + y))
 
 
 def _whole(scene: Scene, prompts: PromptMaker) -> View:

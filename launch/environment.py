@@ -31,6 +31,11 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    return {name: version for name in PACKAGES if (version := version_of(name))}
+
+
 def gpus() -> list[str]:
     """One 'name, memory' line per NVIDIA GPU that the driver lists; empty without a driver."""
     try:
@@ -50,12 +55,11 @@ def cpus() -> int:
 
 def describe() -> dict[str, Any]:
     """The environment as a report shows it."""
-    versions = {name: version_of(name) for name in PACKAGES}
     return {
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "cpus": cpus(),
         "gpus": gpus(),
-        "packages": {name: version for name, version in versions.items() if version},
+        "packages": versions(),
     }

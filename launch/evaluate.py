@@ -15,7 +15,6 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -36,27 +35,13 @@ SAMPLED_ANSWERS = 4
 HELD_OUT = ("mask_iou",)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    giou_greedy: float
-    giou_sampled: float
-    parse_ok: float
-    """Share of the sampled answers that parse."""
-    samples: int
-    relook_rate: float | None
-    """Share of the sampled answers that were looked at again; None where the run never does."""
-    look_gain: float | None
-    """Mask IoU of what was kept less that of the first pass, mean over the sampled answers."""
-    groups: tuple[ScoredGroup, ...]
-    """The greedy answers, for pictures."""
+async def evaluate(
+    system: System, samples: Sequence[Sample], pictures: int = 0
+) -> tuple[dict[str, float], tuple[ScoredGroup, ...]]:
+    """Metrics of both ways of answering over all samples, and the greedy answers for pictures.
 
-    def metrics(self) -> dict[str, float]:
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "groups"}
-        return {name: value for name, value in values.items() if value is not None}
-
-
-async def evaluate(system: System, samples: Sequence[Sample], pictures: int = 0) -> Evaluation:
-    """Both ways of answering, over all samples. Scorer failures raise: a held-out number is whole or absent."""
+    Scorer failures raise RuntimeError: a held-out number is whole or absent.
+    """
     prompts = system.prompts(samples, EVALUATION_SEED_STEP)
     rollout = system.config.rollout
     ways = (
@@ -64,26 +49,26 @@ async def evaluate(system: System, samples: Sequence[Sample], pictures: int = 0)
         SamplingSpec(n=SAMPLED_ANSWERS, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens),
     )
     greedy, sampled = [await system.answer(prompts, way, masks=pictures, metrics=HELD_OUT) for way in ways]
-    scores = [score for entry in sampled for score in entry.scores]
-    looks = look_metrics(sampled) if system.config.look.mode == "relook" else {}
-    return Evaluation(
-        giou_greedy=_mean_iou(greedy),
-        giou_sampled=_mean_iou(sampled),
-        parse_ok=float(np.mean([score.answer.failure is None for score in scores])),
-        samples=len(samples),
-        relook_rate=looks.get(names.RELOOK_RATE),
-        look_gain=looks[names.RELOOK_GAIN] * looks[names.RELOOK_RATE] if looks else None,
-        groups=tuple(greedy),
-    )
+    metrics = {
+        names.GIOU_GREEDY: _mean_iou(greedy),
+        names.GIOU_SAMPLED: _mean_iou(sampled),
+        names.HELD_OUT_PARSE_OK: float(np.mean([s.answer.failure is None for one in sampled for s in one.scores])),
+        names.HELD_OUT_SAMPLES: len(samples),
+    }
+    if system.config.look.mode == "relook":
+        looks = look_metrics(sampled)
+        metrics[names.HELD_OUT_RELOOK_RATE] = looks[names.RELOOK_RATE]
+        metrics[names.HELD_OUT_LOOK_GAIN] = looks[names.RELOOK_GAIN] * looks[names.RELOOK_RATE]
+    return metrics, tuple(greedy)
 
 
 async def evaluate_all(
     system: System, held_out: Mapping[str, Sequence[Sample]], pictures: int = 0
 ) -> tuple[dict[str, float], tuple[ScoredGroup, ...]]:
-    """Metrics of every held-out set, those of a further one as `name/set`, and the groups of the first for pictures."""
+    """Metrics of every held-out set by `names.held_out`, and the groups of the first one for pictures."""
     done = {name: await evaluate(system, samples, 0 if name else pictures) for name, samples in held_out.items()}
-    metrics = {f"{key}/{name}" if name else key: v for name, one in done.items() for key, v in one.metrics().items()}
-    return metrics, done[MAIN].groups
+    metrics = {names.held_out(metric, name): v for name, (own, _) in done.items() for metric, v in own.items()}
+    return metrics, done[MAIN][1]
 
 
 def _mean_iou(scored: Sequence[ScoredGroup]) -> float:

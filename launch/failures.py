@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launch.errors import UserError
-from learner.advantages import INFRASTRUCTURE
-from perception.types import ScoredGroup
+from perception.types import INFRASTRUCTURE, ScoredGroup
 
 
 def check_failures(scored: Sequence[ScoredGroup], limit: float) -> None:

@@ -1,8 +1,9 @@
 """Random-weight policies of Qwen2.5-VL's architecture, with a tokenizer and a processor of their own.
 
 `mini` is small enough for two CPU cores; it differs from the released models by configuration only: few and narrow
-layers, and RoPE theta 10 (on a 4x4 grid the default leaves the width axis almost no signal). `3b` has the released 3B
-model's shape, for real-size steps where no weights can be had. Digits and the answer's scaffold are single tokens.
+layers, and RoPE theta 10 (on a 4x4 grid the default leaves the width axis almost no signal). `3b` and `7b` have the
+released models' shapes, for real-size steps where no weights can be had. Digits and the answer's scaffold are single
+tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -22,6 +24,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+
+from launch.config import CONF
 
 SPECIAL = (
     "<|endoftext|>",
@@ -87,69 +91,34 @@ def make_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
+    """`conf/shape/<name>.yaml`."""
+
     text: dict[str, Any]
+    """Of `Qwen2_5_VLConfig.text_config`."""
     vision: dict[str, Any]
     dtype: torch.dtype
     max_side: int
     """Larger images are resized to about this side."""
+    tied: bool
+    """The vocabulary head is the embedding."""
 
 
-SHAPES = {
-    "mini": Shape(
-        text={
-            "vocab_size": VOCABULARY,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]},
-        },
-        vision={
-            "depth": 3,
-            "hidden_size": 96,
-            "intermediate_size": 192,
-            "num_heads": 3,
-            "out_hidden_size": 128,
-            "fullatt_block_indexes": [0, 1, 2],
-        },
-        dtype=torch.float32,
-        max_side=112,
-    ),
-    "3b": Shape(
-        text={
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128000,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
-        vision={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 2048,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-        },
-        dtype=torch.bfloat16,
-        max_side=1008,
-    ),
-}
+def _read(path: Path) -> Shape:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return Shape(**settings | {"dtype": getattr(torch, settings["dtype"])})
+
+
+SHAPES = {path.stem: _read(path) for path in sorted((CONF / "shape").glob("*.yaml"))}
 
 
 def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """Random weights, tied embeddings; `mini` has 1.4 M parameters."""
+    """A model of this shape with random weights."""
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
     ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     config = Qwen2_5_VLConfig(
-        text_config=shape.text | ends | {"bos_token_id": ids["<|endoftext|>"], "tie_word_embeddings": True},
+        text_config=shape.text | ends | {"bos_token_id": ids["<|endoftext|>"], "tie_word_embeddings": shape.tied},
         vision_config=shape.vision | {"patch_size": PATCH, "window_size": 112},
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

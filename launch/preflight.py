@@ -17,7 +17,6 @@ from launch.errors import UserError
 from launch.wandb_sink import logged_in
 from perception.config import Config, ModelConfig
 from perception.datasets import load
-from perception.frames import smart_resize
 from perception.types import Sample
 from reward_workers.rewards import compares_masks, components_in_use
 
@@ -63,6 +62,17 @@ def check_settings(config: Config) -> None:
             f"learner.ranks={ranks} is more than algorithm.prompts_per_step={prompts}: "
             "a rank would have nothing to learn from; lower learner.ranks"
         )
+    if config.algorithm.updates > prompts:
+        raise UserError(
+            f"algorithm.updates={config.algorithm.updates} is more than algorithm.prompts_per_step={prompts}: "
+            "a mini-batch would be empty; lower algorithm.updates"
+        )
+    if config.learner.compile and (config.placement.device != "cuda" or config.learner.zero_stage == 3):
+        raise UserError(
+            f"learner.compile=true with placement.device={config.placement.device}, learner.zero_stage="
+            f"{config.learner.zero_stage}: only whole layers on CUDA are compiled; take zero_stage 1 or 2 there, or "
+            "learner.compile=false"
+        )
     if config.rollout.max_new_tokens >= config.rollout.max_model_len:
         raise UserError(
             f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for the prompt in "
@@ -96,7 +106,13 @@ def check_model(model: ModelConfig) -> None:
     path = Path(model.path)
     _check_files("model.path", path, _POLICY_FILES)
     settings = {name: _read_json(path / name) for name in _POLICY_FILES}
-    _image_processor(path)
+    processor = next((path / name for name in _PROCESSOR_FILES if (path / name).is_file()), None)
+    if processor is None:
+        raise UserError(
+            f"model.path={path}: {_PROCESSOR_FILES[0]} is missing (the image processor); "
+            "copy it from the model you started from"
+        )
+    _read_json(processor)
     if "image_token_id" not in settings["config.json"]:
         raise UserError(
             f"{path}/config.json has no image_token_id: not a vision-language model; choose another model.path"
@@ -158,14 +174,13 @@ def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
 
     try:
         prompts = PromptMaker(config.model, config.task)
-        longest = {task: max((s for s in samples if s.task == task), key=_length) for task in {s.task for s in samples}}
+        of_task = {task: [s for s in samples if s.task == task] for task in {s.task for s in samples}}
+        longest = [max(own, key=lambda s: len(s.question)) for own in of_task.values()]
         inline = config.look.mode == "inline"
-        text = {sample.id: len(prompts.tokens(sample.question, sample.task, inline)) for sample in longest.values()}
+        text = {sample.id: len(prompts.tokens(sample.question, sample.task, inline)) for sample in longest}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path={config.model.path}: the tokenizer cannot build a prompt: {error}") from error
-    image = max(
-        image_tokens(config.model, s.height, s.width) for s in {(s.height, s.width): s for s in samples}.values()
-    )
+    image = max(prompts.image_tokens(*size) for size in {(s.height, s.width) for s in samples})
     worst = max(text, key=text.__getitem__)
     further = _further_passes(config, prompts, {sample.task for sample in samples})
     needed = text[worst] + image - 1 + config.rollout.max_new_tokens + further
@@ -188,35 +203,8 @@ def _further_passes(config: Config, prompts: PromptMaker, tasks: set[str]) -> in
     if config.look.mode != "relook":
         return 0
     side = math.isqrt(config.look.pixels)
-    request = max(len(prompts.again(task)) for task in tasks) - 1 + image_tokens(config.model, side, side)
+    request = max(len(prompts.again(task)) for task in tasks) - 1 + prompts.image_tokens(side, side)
     return (config.look.max_passes - 1) * (request + config.rollout.max_new_tokens)
-
-
-def image_tokens(model: ModelConfig, height: int, width: int) -> int:
-    """Tokens the policy's image processor makes of an image of this size (pixels)."""
-    settings = _image_processor(Path(model.path))
-    size = settings.get("size") or {}
-    factor = settings["patch_size"] * settings["merge_size"]
-    lowest = settings.get("min_pixels") or size["shortest_edge"]
-    highest = settings.get("max_pixels") or size["longest_edge"]
-    tall, wide = smart_resize(height, width, factor, lowest, highest)
-    return tall * wide // factor**2
-
-
-def _length(sample: Sample) -> int:
-    return len(sample.question)
-
-
-def _image_processor(path: Path) -> dict[str, Any]:
-    found = next((path / name for name in _PROCESSOR_FILES if (path / name).is_file()), None)
-    if found is None:
-        raise UserError(
-            f"model.path={path}: {_PROCESSOR_FILES[0]} is missing (the image processor); "
-            "copy it from the model you started from"
-        )
-    settings = _read_json(found)
-    processor: dict[str, Any] = settings.get("image_processor", settings)
-    return processor
 
 
 def _check_files(key: str, path: Path, needed: dict[str, str]) -> None:

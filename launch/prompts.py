@@ -69,8 +69,14 @@ class PromptMaker:
 
     def answer_frame(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the frame the policy answers in for an image of this size."""
-        if self._frame == "thousand":
-            return 1000, 1000
+        return (1000, 1000) if self._frame == "thousand" else self._resized(height, width)
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Tokens the policy's image processor makes of an image of this size (pixels)."""
+        tall, wide = self._resized(height, width)
+        return tall * wide // self._factor**2
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
         return smart_resize(height, width, self._factor, self._min_pixels, self._max_pixels)
 
     def prompt(self, sample: Sample, image: ImageHandle, seed: int, inline: bool = False) -> Prompt:

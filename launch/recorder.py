@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter
@@ -17,7 +17,7 @@ from perception.config import Config
 from perception.types import ScoredGroup
 
 
-class Recorder:
+class Recorder(AbstractContextManager):
     """Owns a run's directory from start to end.
 
     A new run gets a fresh directory (an older one of the name is moved aside). With `resume_step`, the run that
@@ -71,12 +71,7 @@ class Recorder:
         self._wandb.close()
         self._lock.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _rollout_path(self, phase: str, step: int) -> Path:

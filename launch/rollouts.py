@@ -13,11 +13,10 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perception.types import Answer, Candidate, Failure, Rle, Score, ScoredGroup, Trajectory, Turn
+from perception.types import Answer, Candidate, Rle, Score, ScoredGroup, Trajectory, Turn
 
 _COORDINATES = pa.list_(pa.list_(pa.float32()))
 _PASS = pa.struct(
@@ -94,8 +93,7 @@ def write(
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of one file, columns as in SCHEMA, `metrics` as a dict."""
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist(maps_as_pydicts="strict")
-    return rows
+    return pq.read_table(path).to_pylist(maps_as_pydicts="strict")
 
 
 def _group_columns(step: int, entry: ScoredGroup) -> dict[str, Any]:
@@ -108,14 +106,14 @@ def _group_columns(step: int, entry: ScoredGroup) -> dict[str, Any]:
         "image": {"bytes": Path(sample.image_path).read_bytes(), "path": sample.image_path},
         "height": sample.height,
         "width": sample.width,
-        "truth_boxes": _rows(sample.target.boxes),
-        "truth_points": _rows(sample.target.points),
+        "truth_boxes": sample.target.boxes.tolist(),
+        "truth_points": sample.target.points.tolist(),
         "truth_masks": [mask.counts.decode("ascii") for mask in sample.target.masks],
     }
 
 
 def _trajectory_columns(trajectory: Trajectory, score: Score) -> dict[str, Any]:
-    failure = _failure(trajectory, score)
+    failure = trajectory.failure or score.failure or score.answer.failure
     return {
         "index": trajectory.index,
         "text": trajectory.turns[score.kept].text if trajectory.turns else "",
@@ -160,12 +158,3 @@ def _places(answer: Answer) -> dict[str, Any]:
 
 def _counts(mask: Rle | None) -> str | None:
     return mask.counts.decode("ascii") if mask else None
-
-
-def _failure(trajectory: Trajectory, score: Score) -> Failure | None:
-    return trajectory.failure or score.failure or score.answer.failure
-
-
-def _rows(array: np.ndarray) -> list[list[float]]:
-    rows: list[list[float]] = array.tolist()
-    return rows

@@ -17,6 +17,7 @@ from launch.data import Cursor
 from launch.errors import UserError
 from launch.lookfile import read_calibrator, write_calibrator
 from launch.system import System
+from perception import names
 from perception.config import Config
 from perception.types import RankStoreState, Sample
 from reward_workers.combine import make_store
@@ -101,7 +102,7 @@ class RunState:
             "after": dict(after),
             "steps": self.step,
             "seconds": round(self.seconds, 1),
-            "parse_ok": after["parse_ok"],
+            "parse_ok": after[names.HELD_OUT_PARSE_OK],
             "seed": self.config.run.seed,
         }
 

@@ -19,8 +19,8 @@ _HEADLINE = {
     names.GIOU_GREEDY: "gIoU, greedy answers",
     names.GIOU_SAMPLED: "gIoU, sampled answers",
     names.HELD_OUT_PARSE_OK: "parsed",
-    "relook_rate": "looked at again",
-    "look_gain": "mask IoU gained by looking again",
+    names.HELD_OUT_RELOOK_RATE: "looked at again",
+    names.HELD_OUT_LOOK_GAIN: "mask IoU gained by looking again",
 }
 
 
@@ -38,7 +38,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     found = []
     for held_out in held_out_sets(before):
         for metric, label in _HEADLINE.items():
-            name = f"{metric}/{held_out}" if held_out else metric
+            name = names.held_out(metric, held_out)
             if _known(before.get(name)) and _known(after.get(name)):
                 found.append(Change(f"{held_out}: {label}" if held_out else label, before[name], after[name]))
     return found
@@ -61,9 +61,8 @@ def show(run_dir: Path) -> None:
         return
     summary = json.loads((run_dir / rundir.SUMMARY).read_text())
     before, after = summary["before"], summary["after"]
-    table = Table(
-        title=f"{summary['steps']} GRPO steps, {summary['seconds']:.0f} s, {after['samples']} held-out scenes"
-    )
+    scenes = after[names.HELD_OUT_SAMPLES]
+    table = Table(title=f"{summary['steps']} GRPO steps, {summary['seconds']:.0f} s, {scenes} held-out scenes")
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="right" if heading else "left")
     for one in changes(before, after):

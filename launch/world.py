@@ -16,7 +16,9 @@ import cv2
 import numpy as np
 
 from launch.arguments import call
+from perception import masks
 from perception.datasets import coco
+from perception.datasets.objects import TrueObject
 from perception.scenes import SHIFTED, WORLD, SceneStyle, ask, generate
 
 EVAL_SEED = 500_000_000
@@ -43,10 +45,10 @@ def records(seeds: range, style: SceneStyle) -> Iterator[coco.Record]:
             width=style.side,
             question=question.text,
             task=question.task,
-            masks=[scene.objects[i].mask for i in question.targets],
-            boxes=[scene.objects[i].box for i in question.targets],
-            points=[scene.objects[i].point for i in question.targets],
-            labels=[scene.objects[i].shape for i in question.targets],
+            objects=[
+                TrueObject(box=seen.box, point=seen.point, mask=masks.encode(seen.mask), label=seen.shape)
+                for seen in (scene.objects[i] for i in question.targets)
+            ],
         )
 
 

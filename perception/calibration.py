@@ -14,6 +14,7 @@ Look-to-Confirm (Dr. Seg) has one pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import minimize
@@ -80,7 +81,7 @@ class Calibrator:
         if len(self._decisions):
             sure = confidence(fitted, self._decisions[:, :-2])
             threshold = best_threshold(sure, self._decisions[:, -2], self._decisions[:, -1], self._config.cost)
-            fitted = LookState(weights=fitted.weights, threshold=threshold, explore=fitted.explore)
+            fitted = replace(fitted, threshold=threshold)
         self.state = fitted
 
     def export(self) -> CalibratorState:
@@ -131,7 +132,8 @@ def best_threshold(sure: np.ndarray, gains: np.ndarray, weights: np.ndarray, cos
     order = np.argsort(sure, kind="stable")
     total = np.concatenate([[0.0], np.cumsum((weights * (gains - cost))[order])])
     edges = np.concatenate([[0.0], (sure[order][1:] + sure[order][:-1]) / 2, [1.0]])
-    distinct = np.concatenate([[True], np.diff(sure[order]) > 0, [True]])  # equal confidences are not told apart
+    # Equal confidences are not told apart, and one of 1 lies below no threshold.
+    distinct = np.concatenate([[True], np.diff(sure[order]) > 0, [sure.max() < 1]])
     return float(edges[np.argmax(np.where(distinct, total, -np.inf))])
 
 

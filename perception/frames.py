@@ -27,7 +27,6 @@ class Frame:
 
 METRIC = Frame(840, 840)
 """Where Dr. Seg's and VisionReasoner's pixel thresholds hold."""
-THOUSAND = Frame(1000, 1000)
 
 
 def convert_boxes(boxes: np.ndarray, source: Frame, target: Frame) -> np.ndarray:
@@ -43,14 +42,12 @@ def convert_points(points: np.ndarray, source: Frame, target: Frame) -> np.ndarr
 
 def convert_answer(answer: Answer, source: Frame, target: Frame) -> Answer:
     """The same answer, its boxes and points measured in `target`."""
-    x, y = _scale(source, target).tolist()
-    return replace(answer, objects=tuple(_scaled(item, x, y) for item in answer.objects))
+    return _mapped(answer, _scale(source, target), np.zeros(2))
 
 
 def view_to_image(answer: Answer, view: View) -> Answer:
     """An answer about a view, in its own frame -> original pixels."""
-    whole = convert_answer(answer, Frame(view.height, view.width), _extent(view))
-    return replace(whole, objects=tuple(_moved(item, view.left, view.top) for item in whole.objects))
+    return _mapped(answer, _scale(Frame(view.height, view.width), _extent(view)), np.array([view.left, view.top]))
 
 
 def view_arrays_to_image(boxes: np.ndarray, points: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +59,7 @@ def view_arrays_to_image(boxes: np.ndarray, points: np.ndarray, view: View) -> t
 
 def image_to_view(answer: Answer, view: View) -> Answer:
     """An answer in original pixels -> the view's own frame."""
-    near = replace(answer, objects=tuple(_moved(item, -view.left, -view.top) for item in answer.objects))
+    near = _mapped(answer, np.ones(2), -np.array([view.left, view.top]))
     return convert_answer(near, _extent(view), Frame(view.height, view.width))
 
 
@@ -70,26 +67,23 @@ def _extent(view: View) -> Frame:
     return Frame(view.bottom - view.top, view.right - view.left)
 
 
-def _moved(item: AnswerObject, x: float, y: float) -> AnswerObject:
-    box, point = item.box, item.point
-    return AnswerObject(
-        box=(box[0] + x, box[1] + y, box[2] + x, box[3] + y) if box else None,
-        point=(point[0] + x, point[1] + y) if point else None,
-        label=item.label,
-    )
-
-
 def _scale(source: Frame, target: Frame) -> np.ndarray:
     return np.array([target.width / source.width, target.height / source.height])
 
 
-def _scaled(item: AnswerObject, x: float, y: float) -> AnswerObject:
-    box, point = item.box, item.point
-    return AnswerObject(
-        box=(box[0] * x, box[1] * y, box[2] * x, box[3] * y) if box else None,
-        point=(point[0] * x, point[1] * y) if point else None,
-        label=item.label,
-    )
+def _mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
+    """Every x and y times `scale` plus `shift`, each (2,)."""
+    (x, y), (right, down) = scale.tolist(), shift.tolist()
+
+    def mapped(item: AnswerObject) -> AnswerObject:
+        box, point = item.box, item.point
+        return replace(
+            item,
+            box=(box[0] * x + right, box[1] * y + down, box[2] * x + right, box[3] * y + down) if box else None,
+            point=(point[0] * x + right, point[1] * y + down) if point else None,
+        )
+
+    return replace(answer, objects=tuple(map(mapped, answer.objects)))
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from perception.errors import DataError
+from perception.lru import Lru
 from perception.types import ImageHandle
 
 _EXIF_ORIENTATION = 0x0112
@@ -79,29 +79,19 @@ def _sideways(image: Image.Image) -> bool:
     return image.format in _PHOTOGRAPHS and image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
 
 
-class ImageCache:
-    """Decoded images by content key; the least recently used one goes first."""
+class ImageCache(Lru[np.ndarray]):
+    """Decoded images by content key."""
 
     def __init__(self, fetch: Callable[[Any], bytes], capacity: int) -> None:
         """`fetch` turns an `ImageHandle.ref` into the encoded bytes."""
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
-        self._fetch, self._capacity = fetch, capacity
-        self._images: OrderedDict[str, np.ndarray] = OrderedDict()
-        self.hits = 0
-        self.misses = 0
+        super().__init__(capacity)
+        self._fetch = fetch
 
     def get(self, handle: ImageHandle) -> np.ndarray:
         """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError when it does not decode."""
-        image = self._images.get(handle.key)
-        if image is not None:
-            self.hits += 1
-            self._images.move_to_end(handle.key)
-            return image
-        self.misses += 1
+        return self.value(handle.key, lambda: self._decoded(handle))
+
+    def _decoded(self, handle: ImageHandle) -> np.ndarray:
         image = decode(self._fetch(handle.ref))
         image.flags.writeable = False
-        self._images[handle.key] = image
-        if len(self._images) > self._capacity:
-            self._images.popitem(last=False)
         return image

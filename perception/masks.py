@@ -40,14 +40,6 @@ def union(masks: Sequence[Rle], height: int, width: int) -> Rle:
     return from_coco(coco.merge([to_coco(mask) for mask in masks]))
 
 
-def intersection_and_union(a: Rle, b: Rle) -> tuple[int, int]:
-    """Pixels in both, and pixels in either. Raises ValueError when the sizes differ."""
-    if (a.height, a.width) != (b.height, b.width):
-        raise ValueError(f"masks of different sizes: {a.height}x{a.width} and {b.height}x{b.width}")
-    both = int(coco.area(coco.merge([to_coco(a), to_coco(b)], intersect=True)))
-    return both, area(a) + area(b) - both
-
-
 def run_lengths(counts: bytes) -> np.ndarray:
     """Runs of 0, 1, 0, ... pixels, column by column, from COCO's compressed text: (R,) int64.
 

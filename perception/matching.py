@@ -82,8 +82,6 @@ def match(answered: Objects, true: Objects, cost: Cost, pixel: float = 0.0) -> M
     continuous  (1 - IoU) + min(1, L1 / 840) + min(1, distance / diagonal): ours, so that near misses find each other.
     `pixel` is 1 for the published IoU, which counts both edge pixels as inside.
     """
-    if not (len(answered) and len(true)):
-        return _no_pairs(len(answered), len(true))
     iou = pairwise_iou(answered.boxes, true.boxes, pixel)
     l1 = pairwise_l1(answered.boxes, true.boxes)
     distance = pairwise_distance(answered.points, true.points)
@@ -103,20 +101,6 @@ def match(answered: Objects, true: Objects, cost: Cost, pixel: float = 0.0) -> M
         l1=l1[rows, columns],
         distance=distance[rows, columns],
         point_inside=inside[rows],
-    )
-
-
-def _no_pairs(answered: int, true: int) -> Matched:
-    none, nobody = np.empty(0), np.empty(0, np.int64)
-    return Matched(
-        answered=answered,
-        true=true,
-        rows=nobody,
-        columns=nobody,
-        iou=none,
-        l1=none,
-        distance=none,
-        point_inside=np.empty(0, bool),
     )
 
 

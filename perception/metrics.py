@@ -8,14 +8,11 @@ paper gives to empty masks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
-from perception import masks
 from perception.matching import IOU_HIT, L1_HIT, POINT_HIT, Matched
-from perception.types import Rle
 
 _NEAR, _FAR = 30.0, 200.0  # pixels of the metric frame
 
@@ -73,17 +70,6 @@ def box_iou(answered: np.ndarray, true: np.ndarray) -> float:
     return _ratio(float(cells[covered.all(0)].sum()), float(cells[covered.any(0)].sum()))
 
 
-def mask_iou(answered: Rle, true: Rle) -> float:
-    """Intersection over union; 1 when both masks are empty. Raises ValueError when the sizes differ."""
-    return _ratio(*masks.intersection_and_union(answered, true))
-
-
-def mask_dice(answered: Rle, true: Rle) -> float:
-    """2 |A and B| / (|A| + |B|); 1 when both masks are empty. Raises ValueError when the sizes differ."""
-    both, either = masks.intersection_and_union(answered, true)
-    return _ratio(2 * both, both + either)
-
-
 def boundary_iou(answered: np.ndarray, true: np.ndarray, ratio: float = 0.02) -> float:
     """IoU of the inner boundaries of two (H, W) bool masks (Cheng et al., CVPR 2021).
 
@@ -115,21 +101,6 @@ def s_measure(answered: np.ndarray, true: np.ndarray, alpha: float = 0.5) -> flo
     clear = rest - _pixels(answered) + hits
     whole = (target * _evenness(hits, target) + rest * _evenness(clear, rest)) / true.size
     return max(0.0, alpha * whole + (1 - alpha) * _likeness_of_parts(answered, true))
-
-
-def giou(ious: Sequence[float]) -> float:
-    """Mean of the per-sample IoU, the field's gIoU (not the generalised IoU of boxes). A failed sample counts as 0."""
-    if not ious:
-        raise ValueError("gIoU of no sample is not defined")
-    return float(np.mean(ious))
-
-
-def ciou(intersections_and_unions: Sequence[tuple[int, int]]) -> float:
-    """Sum of the intersections over the sum of the unions, over all samples; 1 when every union is empty."""
-    if not intersections_and_unions:
-        raise ValueError("cIoU of no sample is not defined")
-    both, either = np.asarray(intersections_and_unions, np.int64).sum(0).tolist()
-    return _ratio(both, either)
 
 
 def _mean(values: np.ndarray, matched: Matched, empty: float) -> float:

@@ -11,7 +11,9 @@ from perception.types import FailureKind
 # Reward: over the trajectories of a step
 REWARD_MEAN = "reward/mean"
 REWARD_STD = "reward/std"
-ZERO_VARIANCE = "reward/zero_variance"  # share of groups whose rewards are all equal: they teach nothing
+ZERO_VARIANCE = "reward/zero_variance"  # share of sampled groups whose rewards are all equal: they teach nothing
+SAMPLING_ROUNDS = "reward/sampling_rounds"  # how often the step sampled (`algorithm.dynamic=refill`)
+GROUPS_TRAINED = "reward/groups_trained"  # groups the learner got
 PARSE_OK = "reward/parse_ok"  # share of trajectories with an answer that parses
 COMPONENT_PREFIX = "component/"
 FAILURE_PREFIX = "failure/"
@@ -26,6 +28,9 @@ BOXES_TRUE = "perception/boxes_true"  # per sample
 GIOU_GREEDY = "giou_greedy"  # temperature 0
 GIOU_SAMPLED = "giou_sampled"  # the rollout temperature
 HELD_OUT_PARSE_OK = "parse_ok"  # of the sampled answers
+HELD_OUT_SAMPLES = "samples"
+HELD_OUT_RELOOK_RATE = "relook_rate"  # share of the sampled answers that were looked at again
+HELD_OUT_LOOK_GAIN = "look_gain"  # mask IoU of what was kept less that of the first pass, over all sampled answers
 
 # Look-to-Confirm (look=relook): over the trajectories of a step
 LOOK_PASSES = "look/passes"  # per trajectory
@@ -46,7 +51,7 @@ RESPONSE_TRUNCATED = "response/truncated"  # share that met the token limit
 # Policy update
 LOSS = "policy/loss"
 ENTROPY = "policy/entropy"  # nats per sampled token
-KL = "policy/kl"  # k3 to the reference policy, nats per token
+KL = "policy/kl"  # estimate (`algorithm.kl`) of the KL to the starting policy, nats per token
 RATIO = "policy/ratio"  # mean importance ratio learner / engine, before truncation and clipping
 LOGPROB_MISMATCH = "policy/logprob_mismatch"  # mean |log p learner - log p engine|
 LOGPROB_MISMATCH_MAX = "policy/logprob_mismatch_max"
@@ -63,7 +68,7 @@ LEARNER_SAMPLES_PER_S = "learner/samples_per_s"  # trajectories
 LEARNER_TOKENS_PER_S = "learner/tokens_per_s"  # tokens of the rows without padding, prompts once per group
 MFU = "learner/mfu"  # useful FLOPs over what a plain matrix product reaches (`learner/flops.py`)
 PEAK_MEMORY = "learner/peak_gib"  # of the fullest rank: device memory on CUDA, resident memory on the CPU
-PACKING = "learner/packing"  # tokens of the rows / the same tokens as padded rows
+PACKING = "learner/packing"  # tokens of one row per trajectory / tokens computed: what sharing prompts saves
 ROW_FILL = "learner/row_fill"  # share of the computed tokens that is not padding
 COMPILED = "learner/compiled"  # graphs compiled so far, rank 0
 FEATURE_HITS = "learner/feature_hits"  # share of images whose features came from the cache (frozen vision tower)
@@ -90,6 +95,11 @@ STAGES = (SECONDS_GENERATE, SECONDS_SCORE, SECONDS_LEARN, SECONDS_SYNC, SECONDS_
 def component(name: str) -> str:
     """Mean raw value of one reward component."""
     return COMPONENT_PREFIX + name
+
+
+def held_out(metric: str, name: str) -> str:
+    """A held-out metric of one set: `metric/name`; the set a run is judged by has the name "" and nothing added."""
+    return f"{metric}/{name}" if name else metric
 
 
 def failure(kind: FailureKind) -> str:

@@ -10,9 +10,9 @@ pixels of the scene; everything is a pure function of the seed and the style.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -61,7 +61,9 @@ SHIFTED = SceneStyle(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SceneObject:
+class Traits:
+    """What can be said of an object."""
+
     shape: str
     colour: str
     size: Literal["small", "large"]
@@ -70,12 +72,6 @@ class SceneObject:
     """A written digit on the object."""
     camouflaged: bool
     """Drawn almost in the background's own colour."""
-    mask: np.ndarray
-    """(side, side) bool: the visible part."""
-    box: tuple[int, int, int, int]
-    """x1 y1 x2 y2 around the visible part; x2 and y2 are exclusive (COCO's x + w)."""
-    point: tuple[int, int]
-    """x y: the visible pixel farthest from the object's edge."""
 
     @property
     def attributes(self) -> dict[str, str | None]:
@@ -89,9 +85,22 @@ class SceneObject:
         }
 
 
+Box = tuple[int, int, int, int]
+Point = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneObject(Traits):
+    mask: np.ndarray
+    """(side, side) bool: the visible part."""
+    box: Box
+    """x1 y1 x2 y2 around the visible part; x2 and y2 are exclusive (COCO's x + w)."""
+    point: Point
+    """x y: the visible pixel farthest from the object's edge."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    seed: int
     image: np.ndarray
     """(side, side, 3) uint8 RGB."""
     objects: tuple[SceneObject, ...]
@@ -133,7 +142,7 @@ def generate(seed: int, style: SceneStyle = SceneStyle()) -> Scene:
     background = _background(rng, side)
     labels = np.zeros((side, side), np.uint8)
     wanted = int(rng.integers(style.min_objects, style.max_objects + 1))
-    traits: list[_Traits] = []
+    traits: list[_Planned] = []
     for _ in range(wanted * 4):
         if len(traits) == wanted:
             break
@@ -142,7 +151,7 @@ def generate(seed: int, style: SceneStyle = SceneStyle()) -> Scene:
             traits.append(trait)
     image = _paint(rng, background, labels, traits)
     objects = tuple(_object(labels == i, trait) for i, trait in enumerate(traits, start=1))
-    return Scene(seed=seed, image=image, objects=objects)
+    return Scene(image=image, objects=objects)
 
 
 def stream(seed: int, style: SceneStyle = SceneStyle()) -> Iterator[Scene]:
@@ -173,13 +182,7 @@ def ask(scene: Scene, rng: np.random.Generator, style: SceneStyle = SceneStyle()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Traits:
-    shape: str
-    colour: str
-    texture: str
-    digit: str | None
-    camouflaged: bool
-    size: Literal["small", "large"]
+class _Planned(Traits):
     radius: float
     centre: tuple[float, float]
     polygon: np.ndarray
@@ -197,7 +200,7 @@ def _background(rng: np.random.Generator, side: int) -> np.ndarray:
     return image.astype(np.uint8)
 
 
-def _draw_traits(rng: np.random.Generator, style: SceneStyle) -> _Traits:
+def _draw_traits(rng: np.random.Generator, style: SceneStyle) -> _Planned:
     shape = str(rng.choice(list(SHAPES)))
     middle = (style.min_size + style.max_size) / 2
     large = bool(rng.random() < 0.5)
@@ -209,7 +212,7 @@ def _draw_traits(rng: np.random.Generator, style: SceneStyle) -> _Traits:
     reach = np.abs(outline).max(0) + 1
     centre = rng.uniform(reach, np.maximum(style.side - reach, reach + 1e-3))
     camouflaged = bool(rng.random() < style.camouflage)
-    return _Traits(
+    return _Planned(
         shape=shape,
         colour=str(rng.choice(list(COLOURS))),
         texture=str(rng.choice(TEXTURES[1:])) if camouflaged or rng.random() < style.texture else "plain",
@@ -222,7 +225,7 @@ def _draw_traits(rng: np.random.Generator, style: SceneStyle) -> _Traits:
     )
 
 
-def _place(labels: np.ndarray, trait: _Traits, label: int, overlap: float) -> bool:
+def _place(labels: np.ndarray, trait: _Planned, label: int, overlap: float) -> bool:
     """Draw the object into the label map, unless it hides too much of an older one."""
     before = np.bincount(labels.ravel(), minlength=label + 1)
     trial = cv2.fillPoly(labels.copy(), [trait.polygon], label)
@@ -235,7 +238,7 @@ def _place(labels: np.ndarray, trait: _Traits, label: int, overlap: float) -> bo
 
 
 def _paint(
-    rng: np.random.Generator, background: np.ndarray, labels: np.ndarray, traits: Sequence[_Traits]
+    rng: np.random.Generator, background: np.ndarray, labels: np.ndarray, traits: Sequence[_Planned]
 ) -> np.ndarray:
     image = background.copy()
     side = labels.shape[0]
@@ -261,7 +264,7 @@ def _paint(
     return image
 
 
-def _write_digit(image: np.ndarray, where: np.ndarray, trait: _Traits) -> None:
+def _write_digit(image: np.ndarray, where: np.ndarray, trait: _Planned) -> None:
     scale, thickness = trait.radius / 16, max(1, round(trait.radius / 9))
     (width, height), _ = cv2.getTextSize(str(trait.digit), cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
     origin = (round(trait.centre[0] - width / 2), round(trait.centre[1] + height / 2))
@@ -272,22 +275,19 @@ def _write_digit(image: np.ndarray, where: np.ndarray, trait: _Traits) -> None:
     image[(glyph > 0) & where] = ink
 
 
-def _object(mask: np.ndarray, trait: _Traits) -> SceneObject:
+def _object(mask: np.ndarray, planned: _Planned) -> SceneObject:
+    box, point = extent(mask)
+    traits: dict[str, Any] = {field.name: getattr(planned, field.name) for field in fields(Traits)}
+    return SceneObject(**traits, mask=mask, box=box, point=point)
+
+
+def extent(mask: np.ndarray) -> tuple[Box, Point]:
+    """Box around a mask (H, W), x2 and y2 exclusive, and its pixel farthest from the edge; an image's border is one."""
     x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
     crop = np.pad(mask[y : y + height, x : x + width].astype(np.uint8), 1)
     distance = cv2.distanceTransform(crop, cv2.DIST_L2, 3)
     py, px = np.unravel_index(int(distance.argmax()), distance.shape)
-    return SceneObject(
-        shape=trait.shape,
-        colour=trait.colour,
-        size=trait.size,
-        texture=trait.texture,
-        digit=trait.digit,
-        camouflaged=trait.camouflaged,
-        mask=mask,
-        box=(x, y, x + width, y + height),
-        point=(x + int(px) - 1, y + int(py) - 1),
-    )
+    return (x, y, x + width, y + height), (x + int(px) - 1, y + int(py) - 1)
 
 
 # ---------------------------------------------------------------- questions

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from perception import answers
 from perception.frames import view_to_image
-from perception.types import Answer, Group, Prompt, Trajectory, Turn, View
-from reward_workers.rewards import UNMEASURED
+from perception.types import INFRASTRUCTURE, Answer, Group, Prompt, Trajectory, Turn, View
 
 
-def read_passes(trajectory: Trajectory, group: Group) -> tuple[Answer, ...]:
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One look of a trajectory, understood."""
+
+    answer: Answer
+    """In original pixels."""
+    turn: Turn | None
+    """None where nothing was said."""
+    place: int
+    """Among the trajectory's passes, from 0."""
+
+
+def read_passes(trajectory: Trajectory, group: Group) -> tuple[Pass, ...]:
     """What each pass answered; () where the infrastructure failed, the failure itself where nothing was said."""
-    if trajectory.failure is not None and trajectory.failure.kind in UNMEASURED:
+    if trajectory.failure is not None and trajectory.failure.kind in INFRASTRUCTURE:
         return ()
     if not trajectory.turns:
-        return (Answer(objects=(), failure=trajectory.failure),)
+        return (Pass(Answer(objects=(), failure=trajectory.failure), None, 0),)
     prompt = group.prompt
     return tuple(
-        view_to_image(answers.parse(turn.text, prompt.sample.task), view_of(turn, prompt)) for turn in trajectory.turns
+        Pass(view_to_image(answers.parse(turn.text, prompt.sample.task), view_of(turn, prompt)), turn, place)
+        for place, turn in enumerate(trajectory.turns)
     )
 
 
@@ -33,12 +46,12 @@ def view_of(turn: Turn | None, prompt: Prompt) -> View:
     return View(left=0, top=0, right=sample.width, bottom=sample.height, **frame)
 
 
-def mask_prompts(read: Sequence[Answer], height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes (N, 4) and points (N, 2) that lie in the image, NaN where not given, and each prompt's answer (N,)."""
+def mask_prompts(passes: Sequence[Pass], height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes (N, 4) and points (N, 2) that lie in the image, NaN where not given, and each prompt's pass (N,)."""
     rows = [
         (*(item.box or (np.nan,) * 4), *(item.point or (np.nan,) * 2), owner)
-        for owner, answer in enumerate(read)
-        for item in answer.objects
+        for owner, one in enumerate(passes)
+        for item in one.answer.objects
     ]
     table = np.array(rows, np.float64).reshape(-1, 7)
     boxes, points, owners = table[:, :4], table[:, 4:6], table[:, 6].astype(np.int64)

@@ -17,10 +17,7 @@ from perception import formats, metrics
 from perception.config import RewardConfig
 from perception.frames import METRIC, Frame, convert_boxes, convert_points, view_arrays_to_image
 from perception.matching import Matched, Objects, match, objects_of_answer, objects_of_target
-from perception.types import Answer, FailureKind, Target, View
-
-UNMEASURED = frozenset({FailureKind.ENGINE, FailureKind.SCORER})
-"""Failures of the infrastructure leave nothing to measure: such a score has no metrics."""
+from perception.types import Answer, Target, View
 
 
 @dataclass(frozen=True)
@@ -62,99 +59,72 @@ class Case:
             )
         return match(objects, truth, "binary", pixel=1.0)
 
-    def value(self, of_match: Callable[[Matched], float]) -> float:
-        """A metric of the match; ours is 0 where there is no answer."""
-        return of_match(self.matched) if self.published or self.answered else 0.0
+    @property
+    def no_pairs(self) -> float:
+        """What means over the matched pairs are worth where both sides are empty."""
+        return 0.0 if self.published else 1.0
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Answered and true mask. Raises ValueError where a component needs them and they are not there."""
+        if self.answered_mask is None or self.true_mask is None:
+            raise ValueError("boundary_iou and s_measure need the answered and the true mask")
+        return self.answered_mask, self.true_mask
 
 
-def _matched_iou(case: Case) -> float:
-    """Mean box IoU of the matched pairs, 0..1 (Dr. Seg's x1)."""
-    return case.value(lambda matched: metrics.matched_iou(matched, empty=0.0 if case.published else 1.0))
+Component = Callable[[Case], float]
 
 
-def _count_ratio(case: Case) -> float:
-    """min(M, N) / max(M, N) of the answered and true counts, 0..1 (Dr. Seg's x2)."""
-    return case.value(metrics.count_ratio)
+def _answered(measure: Component) -> Component:
+    """Worth 0 where there is no answer."""
+    return lambda case: measure(case) if case.answered else 0.0
 
 
-def _point_score(case: Case) -> float:
-    """Nearness of the matched points, 0..1 (Dr. Seg's x3)."""
-    return case.value(lambda matched: metrics.point_score(matched, empty=0.0 if case.published else 1.0))
-
-
-def _accuracy(case: Case) -> float:
-    """VisionReasoner's thresholded hits, 0..3."""
-    return case.value(metrics.vision_reasoner)
-
-
-def _count_exact(case: Case) -> float:
-    """1 iff as many objects were answered as there are."""
-    return case.value(metrics.count_exact)
+def _matched(measure: Component) -> Component:
+    """A metric of the match; the published ones are defined without an answer, ours is then 0."""
+    return lambda case: measure(case) if case.published or case.answered else 0.0
 
 
 def _box_iou(case: Case) -> float:
-    """IoU of the areas covered by all answered and all true boxes, 0..1."""
     answered = np.array([o.box for o in case.answer.objects if o.box]).reshape(-1, 4)
-    return metrics.box_iou(answered, case.target.boxes) if case.answered else 0.0
-
-
-def _mask_iou(case: Case) -> float:
-    """IoU of the answer's SAM2 mask with the true one, 0..1; 1 where rightly nothing was answered."""
-    return case.mask_iou if case.answered else 0.0
-
-
-def _mask_dice(case: Case) -> float:
-    """Dice coefficient of the same masks, 0..1."""
-    return case.mask_dice if case.answered else 0.0
-
-
-def _boundary_iou(case: Case) -> float:
-    """IoU of the outlines of the same masks, 0..1 (Cheng et al. 2021)."""
-    return metrics.boundary_iou(*_arrays(case)) if case.answered else 0.0
-
-
-def _s_measure(case: Case) -> float:
-    """Likeness of structure of the same masks, 0..1 (Fan et al. 2017; Seg-R1)."""
-    return metrics.s_measure(*_arrays(case)) if case.answered else 0.0
-
-
-def _arrays(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    if case.answered_mask is None or case.true_mask is None:
-        raise ValueError("boundary_iou and s_measure need the answered and the true mask")
-    return case.answered_mask, case.true_mask
-
-
-def _parsed(case: Case) -> float:
-    """1 iff the completion holds an answer in the task's grammar."""
-    return float(case.answered)
+    return metrics.box_iou(answered, case.target.boxes)
 
 
 def _non_repeat_plain(case: Case) -> float:
-    """VisionReasoner's form: 0 if sentences, split at '.', repeat at least twice in all."""
     parts = case.text[: formats.LONGEST].split(".")
     sentences = [sentence for part in parts if (sentence := part.strip())]
     return float(len(sentences) - len(set(sentences)) < 2)
 
 
-Component = Callable[[Case], float]
 COMPONENTS: Mapping[str, Component] = {
     "think_format": lambda case: formats.think_format(case.text),
     "answer_format": lambda case: formats.answer_format(case.text),
     "look": lambda case: formats.look(case.text),
     "non_repeat": lambda case: formats.non_repeat(case.text),
+    # VisionReasoner's form: 0 if sentences, split at '.', repeat at least twice in all
     "non_repeat_plain": _non_repeat_plain,
-    "parsed": _parsed,
-    "matched_iou": _matched_iou,
-    "count_ratio": _count_ratio,
-    "point_score": _point_score,
-    "accuracy": _accuracy,
-    "count_exact": _count_exact,
-    "box_iou": _box_iou,
-    "mask_iou": _mask_iou,
-    "mask_dice": _mask_dice,
-    "boundary_iou": _boundary_iou,
-    "s_measure": _s_measure,
+    # 1 iff the completion holds an answer in the task's grammar
+    "parsed": lambda case: float(case.answered),
+    # Mean box IoU of the matched pairs (Dr. Seg's x1)
+    "matched_iou": _matched(lambda case: metrics.matched_iou(case.matched, empty=case.no_pairs)),
+    # min(M, N) / max(M, N) of the answered and true counts (Dr. Seg's x2)
+    "count_ratio": _matched(lambda case: metrics.count_ratio(case.matched)),
+    # Nearness of the matched points (Dr. Seg's x3)
+    "point_score": _matched(lambda case: metrics.point_score(case.matched, empty=case.no_pairs)),
+    # VisionReasoner's thresholded hits, 0..3
+    "accuracy": _matched(lambda case: metrics.vision_reasoner(case.matched)),
+    # 1 iff as many objects were answered as there are
+    "count_exact": _matched(lambda case: metrics.count_exact(case.matched)),
+    # IoU of the areas covered by all answered and all true boxes
+    "box_iou": _answered(_box_iou),
+    # Of the answer's SAM2 mask and the true one: IoU, Dice, IoU of the outlines (Cheng et al. 2021), likeness of
+    # structure (Fan et al. 2017; Seg-R1). 1 where rightly nothing was answered
+    "mask_iou": _answered(lambda case: case.mask_iou),
+    "mask_dice": _answered(lambda case: case.mask_dice),
+    "boundary_iou": _answered(lambda case: metrics.boundary_iou(*case.arrays)),
+    "s_measure": _answered(lambda case: metrics.s_measure(*case.arrays)),
 }
+"""Values lie in 0..1 unless said otherwise."""
 ARRAY_COMPONENTS = frozenset({"boundary_iou", "s_measure"})
 """Components that need the masks themselves on the host."""
 MASK_COMPONENTS = ARRAY_COMPONENTS | {"mask_iou", "mask_dice"}

@@ -6,7 +6,6 @@ prompt by prompt on the host. Prompts and masks are in original pixels.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
+
+from perception.lru import Lru
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
@@ -97,9 +98,8 @@ class Segmenter:
     def __init__(self, model: SAM2Base, device: str, dtype: torch.dtype = torch.float32, capacity: int = 64) -> None:
         self.model = model.to(device=device, dtype=dtype).eval()
         self.model.sam_prompt_encoder.float()  # coordinates do not survive bfloat16
-        self.device, self.dtype, self.capacity = torch.device(device), dtype, capacity
-        self.hits = self.misses = 0
-        self._embeddings: OrderedDict[str, Embedding] = OrderedDict()
+        self.device, self.dtype = torch.device(device), dtype
+        self.embeddings: Lru[Embedding] = Lru(capacity)
         self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
 
@@ -177,16 +177,9 @@ class Segmenter:
 
     def embed(self, key: str, image: Callable[[], np.ndarray]) -> tuple[Embedding, bool]:
         """The embedding under this content key, and whether it was there already. `image` is called only when not."""
-        cached = self._embeddings.get(key)
-        if cached is not None:
-            self.hits += 1
-            self._embeddings.move_to_end(key)
-            return cached, True
-        self.misses += 1
-        embedding = self._embeddings[key] = self.encode([image()])[0]
-        if len(self._embeddings) > self.capacity:
-            self._embeddings.popitem(last=False)
-        return embedding, False
+        hits = self.embeddings.hits
+        embedding = self.embeddings.value(key, lambda: self.encode([image()])[0])
+        return embedding, self.embeddings.hits > hits
 
     @torch.no_grad()
     def decode(

@@ -5,7 +5,7 @@ Prompts are what a policy will answer: boxes that are a little wrong, with or wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -111,30 +111,6 @@ def _train(
         if step % 50 == 0 or step == steps:
             at = f"{segmenter.side} px, step {step}/{steps}"
             log(f"{at}  loss {loss.item():.3f}  mask IoU {np.mean(seen[-50:]):.3f}")
-
-
-@torch.no_grad()
-def evaluate_tool(segmenter: Segmenter, scenes: Iterable[Scene], seed: int = 0) -> dict[str, float]:
-    """Mean mask IoU per object, by prompt: the exact box, a jittered box, both with a point, a point alone."""
-    rng = np.random.default_rng(seed)
-    found: dict[str, list[float]] = {"box": [], "jittered": [], "jittered+point": [], "point": []}
-    for scene in scenes:
-        if not scene.objects:
-            continue
-        embedding = segmenter.encode([scene.image])[0]
-        boxes = np.array([o.box for o in scene.objects], np.float32)
-        points = np.array([o.point for o in scene.objects], np.float32)
-        noisy = _jitter(boxes, np.full((len(boxes), 1), _MAX_JITTER / 2), rng)
-        for name, box, point in (
-            ("box", boxes, points * np.nan),
-            ("jittered", noisy, points * np.nan),
-            ("jittered+point", noisy, points),
-            ("point", boxes * np.nan, points),
-        ):
-            each = np.arange(len(boxes))
-            masks = segmenter.segment(embedding, box, point, each, len(boxes))
-            found[name] += [masks.overlaps(o.mask)[i, 0] for i, o in enumerate(scene.objects)]
-    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

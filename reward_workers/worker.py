@@ -27,8 +27,8 @@ from perception.types import (
     ScoredGroup,
     Trajectory,
 )
-from reward_workers.candidates import Judge, confidence_features
-from reward_workers.reading import mask_prompts, read_passes, view_of
+from reward_workers.candidates import confidence_features, judge
+from reward_workers.reading import Pass, mask_prompts, read_passes, view_of
 from reward_workers.rewards import (
     ARRAY_COMPONENTS,
     COMPONENTS,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from reward_workers.segmenter import Segmentation, Segmenter
 
 FETCH_TIMEOUT_S = 60.0
-_UNREAD = Answer(objects=(), failure=Failure(kind=FailureKind.ENGINE, detail="nothing was answered"))
+_UNREAD = Pass(Answer(objects=(), failure=Failure(kind=FailureKind.ENGINE, detail="nothing was answered")), None, 0)
 
 
 class RewardWorker:
@@ -80,19 +80,22 @@ class RewardWorker:
         started = time.perf_counter()
         names = self._names if names is None else names
         read = [read_passes(trajectory, group) for trajectory in group.trajectories]
+        passes = [one for own in read for one in own]
         compare = self._compares or look is not None or bool(MASK_COMPONENTS.intersection(names))
         truth = _true_mask(group) if compare else None
         segmentation, cached = None, False
         if compare or want_masks:
-            segmentation, cached = self._segment(group.prompt.images[0], [answer for one in read for answer in one])
-        judge = Judge(segmentation, truth, look, want_masks)
+            segmentation, cached = self._segment(group.prompt.images[0], passes)
+        judged = judge(passes, segmentation, truth, look, want_masks)
         scores, first = [], 0
-        for trajectory, answers in zip(group.trajectories, read, strict=True):
-            candidates = judge.candidates(trajectory, answers, first)
+        for trajectory, own in zip(group.trajectories, read, strict=True):
+            candidates = tuple(judged[first : first + len(own)])
             kept = most_confident(candidates) if len(candidates) > 1 else 0
-            arrays = judge.arrays(first + kept) if ARRAY_COMPONENTS.intersection(names) else (None, None)
-            scores.append(self._score(group, trajectory, candidates, kept, arrays, names))
-            first += len(answers)
+            answered = None
+            if own and segmentation is not None and ARRAY_COMPONENTS.intersection(names):
+                answered = segmentation.mask(first + kept)
+            scores.append(self._score(group, trajectory, candidates, kept, (answered, truth), names))
+            first += len(own)
         seconds = time.perf_counter() - started
         self._groups, self._seconds = self._groups + 1, self._seconds + seconds
         return ScoredGroup(group=group, scores=tuple(scores), seconds=seconds, cached=cached)
@@ -105,17 +108,25 @@ class RewardWorker:
         image = self._images.get(group.prompt.images[0])
         last = [(read_passes(trajectory, group) or (_UNREAD,))[-1] for trajectory in group.trajectories]
         segmentation, _ = self._segment(group.prompt.images[0], last)
+        sure = confidence(look, confidence_features(last, segmentation.features)).tolist()
         findings = []
-        for place, (trajectory, answer) in enumerate(zip(group.trajectories, last, strict=True)):
-            turn = trajectory.turns[-1] if trajectory.turns else None
-            features = confidence_features(segmentation.features[place], answer, turn, len(trajectory.turns) - 1)
-            sure = float(confidence(look, np.array([features]))[0])
-            rect = self._due(answer, sure, image.shape[:2], look, (group.prompt.seed, trajectory.index))
+        for place, (trajectory, one) in enumerate(zip(group.trajectories, last, strict=True)):
+            seed = (group.prompt.seed, trajectory.index)
+            rect = self._due(one.answer, sure[place], image.shape[:2], look, seed)
             if rect is None:
-                findings.append(Finding(confidence=sure))
-            else:
-                outline = segmentation.mask(place)
-                findings.append(self._finding(sure, rect, views.picture(image, rect, outline, self._look.pixels)))
+                findings.append(Finding(confidence=sure[place]))
+                continue
+            picture = views.picture(image, rect, segmentation.mask(place), self._look.pixels)
+            height, width = picture.shape[:2]
+            findings.append(
+                Finding(
+                    confidence=sure[place],
+                    view=rect,
+                    picture=images.encode(picture),
+                    picture_height=height,
+                    picture_width=width,
+                )
+            )
         return findings
 
     def _due(
@@ -130,18 +141,10 @@ class RewardWorker:
             return None
         return views.closer_look(answer.objects, *size, config.margin, config.smallest, config.min_zoom)
 
-    def _finding(self, sure: float, rect: views.Rect, picture: np.ndarray) -> Finding:
-        return Finding(
-            confidence=sure,
-            view=rect,
-            picture=images.encode(picture),
-            picture_height=picture.shape[0],
-            picture_width=picture.shape[1],
-        )
-
     def stats(self) -> Mapping[str, float]:
         """Since the start: groups scored, seconds spent, and how often an image's embedding was there already."""
-        hits, misses = (self._loaded.hits, self._loaded.misses) if self._loaded else (0, 0)
+        seen = self._loaded.embeddings if self._loaded else None
+        hits, misses = (seen.hits, seen.misses) if seen else (0, 0)
         return {"groups": self._groups, "seconds": self._seconds, "cache_hits": hits, "cache_misses": misses}
 
     def _score(
@@ -180,11 +183,11 @@ class RewardWorker:
             kept=kept,
         )
 
-    def _segment(self, handle: ImageHandle, read: Sequence[Answer]) -> tuple[Segmentation, bool]:
+    def _segment(self, handle: ImageHandle, passes: Sequence[Pass]) -> tuple[Segmentation, bool]:
         segmenter = self._segmenter()
         embedding, cached = segmenter.embed(handle.key, lambda: self._images.get(handle))
-        boxes, points, owners = mask_prompts(read, embedding.height, embedding.width)
-        return segmenter.segment(embedding, boxes, points, owners, len(read), self._config.multimask), cached
+        boxes, points, owners = mask_prompts(passes, embedding.height, embedding.width)
+        return segmenter.segment(embedding, boxes, points, owners, len(passes), self._config.multimask), cached
 
     def _segmenter(self) -> Segmenter:
         if self._loaded is None:

@@ -117,11 +117,11 @@ def evaluation(progress: float, look: LookConfig | None = None) -> dict[str, flo
         names.GIOU_GREEDY: 0.561 + 0.037 * progress,
         names.GIOU_SAMPLED: 0.482 + 0.079 * progress,
         names.HELD_OUT_PARSE_OK: 0.991 + 0.007 * progress,
-        "samples": 128,
+        names.HELD_OUT_SAMPLES: 128,
     }
     if look is None:
         return found
-    looked = {"relook_rate": 0.92 - 0.5 * progress, "look_gain": 0.012 + 0.05 * progress}
+    looked = {names.HELD_OUT_RELOOK_RATE: 0.92 - 0.5 * progress, names.HELD_OUT_LOOK_GAIN: 0.012 + 0.05 * progress}
     shifted = {f"{name}/shifted": value - 0.15 for name, value in found.items() if name.startswith("giou")}
     return found | looked | shifted
 
@@ -237,9 +237,8 @@ def _pass(
     mask = np.zeros((SIDE, SIDE), np.uint8)
     for a, b, c, d in () if broken else boxes.astype(int).tolist():
         cv2.ellipse(mask, ((a + c) // 2, (b + d) // 2), ((c - a) // 2, (d - b) // 2), 0, 0, 360, 1, -1)
-    drawn = masks.encode(mask)
-    both, either = masks.intersection_and_union(drawn, masks.union(truth.masks, SIDE, SIDE))
-    iou = both / either if either else 1.0
+    true = masks.decode(masks.union(truth.masks, SIDE, SIDE))
+    iou = float((mask & true).sum() / (mask | true).sum()) if (mask | true).any() else 1.0
     text = HOSTILE if broken else _text(image_to_view(answer, view) if view else answer)
     ids = tuple(range(20, 20 + max(1, len(text) // 4)))
     turn = Turn(
@@ -252,7 +251,7 @@ def _pass(
         features=(sure, 0.9, 0.8, -0.5, 0.0, float(view is not None), 0.0),
         confidence=sure,
         mask_iou=0.0 if broken else iou,
-        mask=drawn if answer.objects else None,
+        mask=masks.encode(mask) if answer.objects else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -162,14 +163,14 @@ def test_only_what_is_missing_is_trained(tmp_path: Path, monkeypatch: pytest.Mon
     write(plan("rank", 1, 11, tmp_path, ()), 0.5)
     trained = []
 
-    def stand_in(commands, out, at_once, limit_s, done) -> None:
+    async def stand_in(commands, out, at_once, limit_s, done) -> None:
         for name in commands:
             trained.append(name)
             write(plan(name.split("-")[1], 1, 12, out, ()), 0.6)
             done(name)
 
     monkeypatch.setattr(ablation, "run_all", stand_in)
-    monkeypatch.setattr(ablation, "prepare_world", lambda config: None)
+    monkeypatch.setattr(ablation, "prepare", lambda config, say: None)
     arguments = SimpleNamespace(out=tmp_path, steps=12, overrides=(), jobs=1, limit_s=1)
     ablation.train([("binary", 1), ("rank", 1), ("raw", 1)], arguments, "again")
     assert trained == ["ablation-rank-1", "ablation-raw-1"]
@@ -195,7 +196,8 @@ def shell(script: str) -> list[str]:
 def test_at_most_so_many_run_at_once_and_each_keeps_a_log(tmp_path: Path) -> None:
     script = f"cd {tmp_path}; touch $0; sleep 0.3; ls one two three four 2>/dev/null | wc -l; rm $0"
     ended: list[str] = []
-    run_all({name: [*shell(script), name] for name in ("one", "two", "three", "four")}, tmp_path, 2, 20, ended.append)
+    commands = {name: [*shell(script), name] for name in ("one", "two", "three", "four")}
+    asyncio.run(run_all(commands, tmp_path, 2, 20, ended.append))
     assert sorted(ended) == ["four", "one", "three", "two"]
     assert all(int((tmp_path / f"{name}.log").read_text()) <= 2 for name in ended)
 
@@ -206,7 +208,7 @@ def test_a_failing_run_is_named_with_the_end_of_its_log_and_stops_the_others(tmp
         "bad": shell("sleep 0.5; echo fine; echo error: no such weights >&2; exit 2"),
     }
     with pytest.raises(RunError, match=r"bad failed with exit status 2[^$]*fine\n *error: no such weights$"):
-        run_all(commands, tmp_path, 2, 20, lambda name: None)
+        asyncio.run(run_all(commands, tmp_path, 2, 20, lambda name: None))
     assert (tmp_path / "told").exists()
 
 
@@ -216,7 +218,7 @@ def test_a_run_past_its_limit_is_killed_with_its_children_and_named(
     monkeypatch.setattr(ablation, "GRACE_S", 0.3)
     hangs = shell("trap '' TERM; sleep 60 & echo $$; echo $!; wait")
     with pytest.raises(RunError, match=r"hangs was not done after 0\.5 s"):
-        run_all({"hangs": hangs}, tmp_path, 1, 0.5, lambda name: None)
+        asyncio.run(run_all({"hangs": hangs}, tmp_path, 1, 0.5, lambda name: None))
     pids = [int(line) for line in (tmp_path / "hangs.log").read_text().split()]
     deadline = time.monotonic() + 5
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
@@ -236,7 +238,7 @@ def test_being_told_to_end_stops_the_runs(tmp_path: Path) -> None:
     timer.start()
     try:
         with pytest.raises(SystemExit):
-            run_all({"run": shell("echo $$; exec sleep 60")}, tmp_path, 1, 20, lambda name: None)
+            asyncio.run(run_all({"run": shell("echo $$; exec sleep 60")}, tmp_path, 1, 20, lambda name: None))
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, before)

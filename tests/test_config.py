@@ -9,29 +9,30 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from launch.config import CONF, valid_keys, validate
+from launch.config import CONF, compose, valid_keys
 from launch.errors import UserError
+from perception.config import Config
 
 
-def compose(*overrides: str):
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", overrides=["run.name=test", *overrides])
+def config(*overrides: str) -> Config:
+    return compose(["run.name=test", *overrides])
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
 def test_every_recipe_is_valid(recipe: str) -> None:
-    assert validate(compose(f"recipe={recipe}")).run.name == "test"
+    assert config(f"recipe={recipe}").run.name == "test"
 
 
 @pytest.mark.parametrize("group", ["reward", "placement", "task"])
 def test_every_choice_of_a_group_is_valid(group: str) -> None:
     for path in (CONF / group).glob("*.yaml"):
         if path.stem != "base":
-            validate(compose(f"{group}={path.stem}"))
+            config(f"{group}={path.stem}")
 
 
 def test_every_typed_setting_stands_in_the_yaml_so_that_it_can_be_overridden() -> None:
-    tree = OmegaConf.to_container(compose(), resolve=True)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        tree = OmegaConf.to_container(hydra.compose("config", ["run.name=test"]), resolve=True)
 
     def stands(key: str) -> bool:
         here = tree
@@ -47,8 +48,15 @@ def test_every_typed_setting_stands_in_the_yaml_so_that_it_can_be_overridden() -
 
 
 def test_the_recipe_yields_to_the_command_line() -> None:
-    config = validate(compose("learner.lr=2e-5", "learner.zero_stage=3"))
-    assert (config.learner.lr, config.learner.zero_stage, config.learner.ranks) == (2e-5, 3, 2)
+    learner = config("learner.lr=2e-5", "learner.zero_stage=3").learner
+    assert (learner.lr, learner.zero_stage, learner.ranks) == (2e-5, 3, 2)
+
+
+def test_the_look_modes_components_join_the_rewards_own_which_win() -> None:
+    look = [f"++look.components.{given}" for given in ("look=0.3", "mask_iou=9", "point_score=9")]
+    own = config("reward=quickstart", "look=none").reward.components
+    reward = config("reward=quickstart", "look=none", *look, "++reward.ranked.point_score=0.5").reward
+    assert reward.components == own | {"look": 0.3} and reward.ranked == {"point_score": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,8 @@ def test_the_recipe_yields_to_the_command_line() -> None:
         ("learner.lr=-1", "greater than 0"),
         ("learner.ranks=2.5", "learner.ranks=2.5"),
         ("+learner.foo=1", "unknown key 'learner.foo'"),
+        ("learner.foo=1", "config: Could not override 'learner.foo'"),
+        ("reward=none_such", "config: In 'config': Could not find 'reward/none_such'"),
         ("algorithm.group_size=1", "greater than or equal to 2"),
         ("rollout.temperature=3", "less than or equal to 2"),
         ("placement.device=tpu", "'cpu' or 'cuda'"),
@@ -65,7 +75,7 @@ def test_the_recipe_yields_to_the_command_line() -> None:
 )
 def test_an_ill_typed_value_is_one_line_that_names_it(override: str, said: str) -> None:
     with pytest.raises(UserError) as error:
-        validate(compose(override))
+        config(override)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from perception import masks
 from perception.config import DataConfig
 from perception.datasets import coco, jsonl, load
-from perception.datasets.objects import inner_point, read_segmentation
+from perception.datasets.objects import TrueObject, inner_point, read_segmentation
 from perception.errors import DataError
 from perception.types import Sample
 
@@ -316,17 +316,17 @@ def test_held_out_samples_are_the_first_ones_and_need_masks(folder: Path) -> Non
 def record(seed: int) -> coco.Record:
     rng = np.random.default_rng(seed)
     boxes = [(int(x), int(y), int(x) + 6, int(y) + 5) for x, y in rng.integers(0, 14, (seed % 3, 2))]
-    shapes = [rectangle(*box) for box in boxes]
+    shapes = [masks.encode(rectangle(*box)) for box in boxes]
     return coco.Record(
         image=png(rng.integers(0, 255, (H, W, 3), dtype=np.uint8)),
         height=H,
         width=W,
         question=f"thing {seed}",
         task="count" if seed % 2 else "segment",
-        masks=shapes,
-        boxes=boxes,
-        points=[inner_point(masks.encode(shape)) for shape in shapes],
-        labels=["thing"] * len(boxes),
+        objects=[
+            TrueObject(box=box, point=inner_point(shape), mask=shape, label="thing")
+            for box, shape in zip(boxes, shapes, strict=True)
+        ],
     )
 
 
@@ -339,9 +339,9 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     for written, sample in zip(records, samples, strict=True):
         assert (sample.question, sample.task) == (written.question, written.task)
         assert Path(sample.image_path).read_bytes() == written.image
-        assert sample.target.boxes.tolist() == [list(box) for box in written.boxes]
-        assert sample.target.points.tolist() == [list(point) for point in written.points]
-        assert sample.target.masks == tuple(masks.encode(mask) for mask in written.masks)
+        assert sample.target.boxes.tolist() == [list(item.box or ()) for item in written.objects]
+        assert sample.target.points.tolist() == [list(item.point or ()) for item in written.objects]
+        assert sample.target.masks == tuple(item.mask for item in written.objects)
     again = load(config(path), "train")
     assert all(same(a, b) for a, b in zip(samples, again, strict=True))
 

@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as reference
 
-from perception.frames import METRIC, THOUSAND, Frame, convert_answer, convert_boxes, convert_points, smart_resize
+from perception.frames import METRIC, Frame, convert_answer, convert_boxes, convert_points, smart_resize
 from perception.types import Answer, AnswerObject
 
 sides = st.integers(1, 4000)
 frames = st.builds(Frame, sides, sides)
+
+
+THOUSAND = Frame(1000, 1000)
 
 
 @settings(max_examples=60)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perception import formats, masks, metrics
+from perception import formats, metrics
 from perception.matching import Matched, Objects, match
 
 TRUE = Objects(boxes=np.array([[100.0, 100, 299, 299]]), points=np.array([[200.0, 200]]))
@@ -107,22 +107,11 @@ def test_covered_areas_equal_painted_pixels(a: list, b: list) -> None:
     either = np.logical_or(*canvases).sum()
     expected = np.logical_and(*canvases).sum() / either if either else 1.0
     assert metrics.box_iou(*arrays) == pytest.approx(expected)
-    assert metrics.mask_iou(*(masks.encode(canvas) for canvas in canvases)) == pytest.approx(expected)
 
 
 def test_a_missing_box_covers_nothing() -> None:
     boxes = np.array([[0, 0, 10, 10], [np.nan] * 4, [5, 5, 5, 9.0]])
     assert metrics.box_iou(boxes, np.array([[0, 0, 10, 5.0]])) == pytest.approx(0.5)
-
-
-def test_masks_by_hand() -> None:
-    a, b, empty = (np.zeros((4, 4), bool) for _ in range(3))
-    a[0], b[:, 0] = True, True  # a row and a column share one pixel
-    rle_a, rle_b, rle_empty = (masks.encode(mask) for mask in (a, b, empty))
-    assert metrics.mask_iou(rle_a, rle_b) == pytest.approx(1 / 7)
-    assert metrics.mask_dice(rle_a, rle_b) == pytest.approx(2 / 8)
-    assert metrics.mask_iou(rle_a, rle_empty) == metrics.mask_dice(rle_empty, rle_a) == 0
-    assert metrics.mask_iou(rle_empty, rle_empty) == metrics.mask_dice(rle_empty, rle_empty) == 1
 
 
 def square(top: int, left: int, side: int, image: int = 10) -> np.ndarray:
@@ -185,15 +174,6 @@ def test_mask_likeness_is_bounded_and_whole_for_the_same_mask(a: list, b: list) 
     for metric in (metrics.boundary_iou, metrics.s_measure):
         assert 0 <= metric(one, other) <= 1 + 1e-12
         assert metric(one, one) == pytest.approx(1)
-
-
-def test_means_over_samples() -> None:
-    assert metrics.giou([1.0, 0.0, 0.5]) == pytest.approx(0.5)
-    assert metrics.ciou([(10, 10), (0, 30)]) == pytest.approx(0.25)
-    assert metrics.ciou([(0, 0)]) == 1
-    for mean in (metrics.giou, metrics.ciou):
-        with pytest.raises(ValueError, match="no sample"):
-            mean([])
 
 
 @settings(max_examples=40)

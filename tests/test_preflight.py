@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from launch import doctor, preflight
 from launch.errors import UserError
+from launch.prompts import PromptMaker
 from perception.config import Config, DataConfig, ModelConfig
 from perception.types import Sample, Target
 from tests.fake_run import config
@@ -100,6 +101,8 @@ def changed(base: Config, room: str, **values: object) -> Config:
     ("change", "words"),
     [
         (lambda c: changed(c, "learner", ranks=33), "learner.ranks=33"),
+        (lambda c: changed(c, "algorithm", updates=33), "algorithm.updates=33"),
+        (lambda c: changed(c, "learner", compile=True), "learner.compile=true with placement.device=cpu"),
         (lambda c: changed(c, "rollout", max_new_tokens=512), "max_new_tokens=512"),
         (lambda c: changed(c, "reward", components={}, ranked={}), "neither components nor ranked"),
         (lambda c: changed(c, "reward", components={"mask_io": 1.0}), "mask_io"),
@@ -144,16 +147,20 @@ def test_data_must_fill_a_step_and_have_templates(tmp_path: Path) -> None:
         preflight.check_data(settings, enough, {"": [sample(40, task="count")]})
 
 
-@pytest.mark.parametrize(("side", "tokens"), [(112, 16), (224, 64), (28, 4), (2000, 64)])
-def test_image_tokens(model: ModelConfig, side: int, tokens: int) -> None:
-    assert preflight.image_tokens(model, side, side) == tokens
-
-
-def test_the_longest_prompt_must_fit(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_policy import build
 
-    build(tmp_path / "policy")
-    settings = changed(config(tmp_path), "model", path=str(tmp_path / "policy"))
+    return Path(build(tmp_path_factory.mktemp("tiny")).path)
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(112, 16), (224, 64), (28, 4), (2000, 64)])
+def test_image_tokens(tiny: Path, side: int, tokens: int) -> None:
+    assert PromptMaker(ModelConfig(path=str(tiny), segmenter=""), {}).image_tokens(side, side) == tokens
+
+
+def test_the_longest_prompt_must_fit(tiny: Path, tmp_path: Path) -> None:
+    settings = changed(config(tmp_path), "model", path=str(tiny))
     samples = [sample(0), sample(1, question="x" * 100), sample(2, side=224)]
     # One token per byte: system 15, user 5, question 106, assistant 10, two line ends, seven chat tokens.
     text = 15 + 5 + 106 + 10 + 2 + 7

@@ -130,15 +130,14 @@ def test_every_held_out_set_has_its_curves(plain: str, relook: str) -> None:
     assert charts(relook)[0]["series"][3] == [pytest.approx(0.411), pytest.approx(0.448)]
 
 
-def test_components_of_the_look_mode_are_part_of_the_reward(tmp_path: Path) -> None:
-    look = replace(LOOK, components={"look": 0.3, "point_score": 9.0, "parsed": 9.0})
+def test_every_component_has_its_weight(tmp_path: Path) -> None:
     entry = scored_group(tmp_path, 5, 5.0, np.random.default_rng(0))
-    with Recorder(config(tmp_path, look=look)) as recorder:
-        recorder.step(1, {names.component("look"): 0.5}, [entry], [[0.0] * 8], [[0.0] * 8])
+    with Recorder(config(tmp_path)) as recorder:
+        recorder.step(1, {names.component("parsed"): 0.5}, [entry], [[0.0] * 8], [[0.0] * 8])
     page = write_report(recorder.run_dir).read_text()
     assert "Reward components" in titles(page)
-    weights = re.findall(r"<td>(look|parsed|point_score)</td><td.*?</td><td class=\"num\">(.*?)</td>", page)
-    assert set(weights) == {("look", "0.3"), ("parsed", "0.2"), ("point_score", "0.5")}
+    weights = re.findall(r"<td>(parsed|point_score)</td><td.*?</td><td class=\"num\">(.*?)</td>", page)
+    assert set(weights) == {("parsed", "0.2"), ("point_score", "0.5")}
 
 
 def drawn(entry: ScoredGroup, folder: Path) -> Picture:
@@ -331,7 +330,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     from launch.report.__main__ import main
 
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
-    assert main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        main()
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and rundir.CONFIG in message
 

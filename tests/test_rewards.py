@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hydra
 import numpy as np
 import pytest
 
-from launch.config import CONF, validate
+from launch.config import CONF, compose
 from perception import answers
 from perception.config import EcdfConfig, RewardConfig
 from perception.frames import Frame, convert_answer
@@ -119,8 +118,7 @@ PRESETS = CONF / "reward"
 
 
 def preset(name: str) -> RewardConfig:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return validate(hydra.compose("config", overrides=["run.name=test", f"reward={name}"])).reward
+    return compose(["run.name=test", f"reward={name}"]).reward
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem != "base"))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from perception.scenes import generate
 from reward_workers.segmenter import Segmentation, Segmenter, build, official_config
-from reward_workers.training import evaluate_tool, mini_config, train_tool
+from reward_workers.training import mini_config, train_tool
 
 BOXES = np.array([[10, 12, 60, 70], [30, 5, 100, 90], [5, 60, 50, 108]], np.float32)
 POINTS = np.array([[30, 40], [60, 50], [20, 80]], np.float32)
@@ -127,7 +127,7 @@ def test_cache_keeps_the_most_recent(segmenter: Segmenter) -> None:
     flags = [cached.embed(key, lambda key=key: source(key))[1] for key in "abacab"]  # type: ignore[misc]
     assert flags == [False, False, True, False, True, False]
     assert seen == ["a", "b", "c", "b"]
-    assert (cached.hits, cached.misses) == (2, 4)
+    assert (cached.embeddings.hits, cached.embeddings.misses) == (2, 4)
 
 
 def test_bfloat16_agrees_with_float32(segmenter: Segmenter) -> None:
@@ -186,7 +186,6 @@ def test_training_lowers_the_loss_and_reaches_every_used_part(tmp_path: Path) ->
     train_tool(tmp_path, iter(scenes * 8), steps=8, batch=4, lr=3e-3, seed=0, device="cpu", log=lines.append)
     trained = Segmenter.load(str(tmp_path))
     assert [line.split("  ")[0] for line in lines] == ["128 px, step 4/4", "192 px, step 4/4"]
-    assert set(evaluate_tool(trained, scenes[:1])) == {"box", "jittered", "jittered+point", "point"}
     assert (tmp_path / "model.safetensors").stat().st_size < 6e6
     torch.manual_seed(0)
     before = build(mini_config()).state_dict()

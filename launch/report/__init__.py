@@ -61,7 +61,7 @@ def write_report(run_dir: Path) -> Path:
     metrics = rundir.read_lines(run_dir / rundir.METRICS)
     evaluations = rundir.read_lines(run_dir / rundir.EVALUATIONS)
     failures = _failure_shares(metrics)
-    reward = _reward(config)
+    reward = config["reward"]
     draw: Draw = partial(pictures, reward=reward, pixels=config["look"]["pixels"])
     pairs, training, failed = _pairs(run_dir, draw), _training(run_dir, draw), _failed(run_dir, draw)
     shown = [*(picture for pair in pairs for picture in (pair.before, pair.after)), *training, *failed]
@@ -114,13 +114,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _reward(config: Record) -> dict[str, Any]:
-    """The run's reward settings, what its look mode adds to the components included."""
-    reward = config["reward"]
-    added = {name: weight for name, weight in config["look"]["components"].items() if name not in reward["ranked"]}
-    return reward | {"components": added | reward["components"]}
 
 
 def _files(run_dir: Path, phase: str) -> list[Path]:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from launch.errors import UserError
+from launch.errors import told
 from launch.report import write_report
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launch.report", description="Write a run's report.html.")
     parser.add_argument("run_dir", type=Path, help="directory of a run, as in runs/quickstart")
-    try:
+    with told():
         print(write_report(parser.parse_args().run_dir))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,6 +11,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 26
 MAX_POINTS = 300
 """A longer curve is shown by the means of so many equal stretches."""
 _TICKS = 4
+_NOTHING = 1e-300
 
 Values = list[float | None]
 """One entry per step; None is a gap."""
@@ -137,8 +138,8 @@ def _cumulative(lines: Sequence[Values]) -> list[Values]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`."""
-    if high - low <= 1e-5 * max(abs(low), abs(high)):  # rounding errors around one value are no curve
-        margin = abs(high) * 0.1 or 1.0
+    if high - low <= max(1e-5 * max(abs(low), abs(high)), _NOTHING):  # rounding errors around one value are no curve
+        margin = abs(high) * 0.1 if abs(high) > _NOTHING else 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))

@@ -31,7 +31,7 @@ def _held_out(evaluations: Sequence[Record]) -> list[Spec]:
     series = {}
     for held_out in held_out_sets({name: None for record in evaluations for name in record}):
         for metric, label in ((names.GIOU_SAMPLED, "sampled"), (names.GIOU_GREEDY, "greedy")):
-            series[f"{metric}/{held_out}" if held_out else metric] = f"{held_out}, {label}" if held_out else label
+            series[names.held_out(metric, held_out)] = f"{held_out}, {label}" if held_out else label
     return _spread("Held-out gIoU", "mean IoU", series, marks=True)
 
 

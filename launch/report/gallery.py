@@ -28,41 +28,41 @@ class Part:
     """What it adds to the reward; None for what is only measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One look of a trajectory that looked more than once. Coordinates in original pixels."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """An answer, ready to be drawn. Coordinates in original pixels."""
 
     text: str
-    confidence: float | None
+    boxes: tuple[Box, ...]
+    points: tuple[Point, ...]
+    mask: str
+    """SVG path, empty where nothing was segmented."""
     iou: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass(Answered):
+    """One look of a trajectory that looked more than once."""
+
+    confidence: float | None
     kept: bool
     view: Box | None
     """What was shown enlarged; None: the whole image."""
     crop: str | None
     """data: URI of the view as the policy was shown it; None without a view, or where the image does not decode."""
-    boxes: tuple[Box, ...]
-    points: tuple[Point, ...]
-    mask: str
-    """SVG path, empty where nothing was segmented."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One trajectory, ready to be drawn. Coordinates in original pixels."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt(Answered):
+    """One trajectory."""
 
     index: int
-    text: str
     tokens: int
     reward: float | None
     advantage: float | None
     parts: tuple[Part, ...]
     failure: str | None
     failure_detail: str | None
-    boxes: tuple[Box, ...]
-    points: tuple[Point, ...]
-    mask: str
-    """SVG path, empty where nothing was segmented."""
-    iou: float | None
     passes: tuple[Pass, ...]
     """Empty where there was only one."""
 
@@ -145,16 +145,13 @@ def _picture(rows: list[Row], reward: Mapping[str, Any], pixels: int) -> Picture
 def _attempt(row: Row, reward: Mapping[str, Any], image: np.ndarray | None, pixels: int) -> Attempt:
     return Attempt(
         index=row["index"],
-        text=printable("\n⟶ next turn\n".join(row["turns"])),
+        **_answered(row, row, "\n⟶ next turn\n".join(row["turns"])),
         tokens=row["response_tokens"],
         reward=row["reward"],
         advantage=row["advantage"],
         parts=breakdown(row, reward),
         failure=row["failure"],
         failure_detail=printable(row["failure_detail"]) if row["failure_detail"] else None,
-        boxes=corner_and_size(row["boxes"]),
-        points=_points(row),
-        mask=_outline(row, row["mask"]),
         iou=next((row["metrics"][name] for name in ("mask_iou", "box_iou") if name in row["metrics"]), None),
         passes=_passes(row, image, pixels) if len(row["passes"]) > 1 else (),
     )
@@ -166,15 +163,12 @@ def _passes(row: Row, image: np.ndarray | None, pixels: int) -> tuple[Pass, ...]
     for one in row["passes"]:
         found.append(
             Pass(
-                text=printable(one["text"]),
+                **_answered(row, one, one["text"]),
                 confidence=one["confidence"],
                 iou=one["mask_iou"],
                 kept=one["kept"],
                 view=corner_and_size([one["view"]])[0] if one["view"] else None,
                 crop=_crop(row, one["view"], before, image, pixels) if one["view"] and image is not None else None,
-                boxes=corner_and_size(one["boxes"]),
-                points=_points(one),
-                mask=_outline(row, one["mask"]),
             )
         )
         before = one["mask"]
@@ -187,9 +181,11 @@ def _crop(row: Row, view: Sequence[int], before: str | None, image: np.ndarray, 
     return data_uri(views.picture(image, (left, top, right, bottom), provisional, pixels))
 
 
-def _points(answer: Row) -> tuple[Point, ...]:
-    return tuple((x, y) for x, y in answer["points"])
-
-
-def _outline(row: Row, counts: str | None) -> str:
-    return outline(mask_of(counts, row["height"], row["width"])) if counts else ""
+def _answered(row: Row, one: Row, text: str) -> dict[str, Any]:
+    """What a trajectory or one of its passes said and drew; `row` has the image's size."""
+    return {
+        "text": printable(text),
+        "boxes": corner_and_size(one["boxes"]),
+        "points": tuple((x, y) for x, y in one["points"]),
+        "mask": outline(mask_of(one["mask"], row["height"], row["width"])) if one["mask"] else "",
+    }

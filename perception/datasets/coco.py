@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat
 
 from perception import masks
@@ -152,12 +151,8 @@ class Record:
     width: int
     question: str
     task: str
-    masks: Sequence[np.ndarray]
-    """One (height, width) bool per object."""
-    boxes: Sequence[tuple[float, float, float, float]]
-    """x1 y1 x2 y2."""
-    points: Sequence[tuple[float, float]]
-    labels: Sequence[str]
+    objects: Sequence[TrueObject]
+    """Each with box, point and mask."""
 
 
 def write(path: Path, records: Iterable[Record]) -> int:
@@ -175,24 +170,12 @@ def write(path: Path, records: Iterable[Record]) -> int:
         name = f"{folder.name}/{index:07d}.png"
         (path.parent / name).write_bytes(record.image)
         images.append({"id": index, "file_name": name, "height": record.height, "width": record.width})
-        new = [
-            _annotation(
-                len(annotations) + k, index, categories.setdefault(label, len(categories) + 1), mask, box, point
-            )
-            for k, (label, mask, box, point) in enumerate(
-                zip(record.labels, record.masks, record.boxes, record.points, strict=True), start=1
-            )
-        ]
-        annotations += new
-        expressions.append(
-            {
-                "id": index,
-                "image_id": index,
-                "question": record.question,
-                "task": record.task,
-                "annotation_ids": [annotation["id"] for annotation in new],
-            }
-        )
+        ids = range(len(annotations) + 1, len(annotations) + 1 + len(record.objects))
+        for key, item in zip(ids, record.objects, strict=True):
+            category = categories.setdefault(item.label, len(categories) + 1)
+            annotations.append({"id": key, "image_id": index, "category_id": category, **_annotation(item)})
+        expression = {"id": index, "image_id": index, "question": record.question, "task": record.task}
+        expressions.append(expression | {"annotation_ids": list(ids)})
     document = {
         "images": images,
         "annotations": annotations,
@@ -205,16 +188,13 @@ def write(path: Path, records: Iterable[Record]) -> int:
     return len(expressions)
 
 
-def _annotation(key: int, image: int, category: int, mask: np.ndarray, box: Sequence[float], point: Sequence) -> dict:
-    rle = masks.encode(mask)
-    x1, y1, x2, y2 = (float(edge) for edge in box)
+def _annotation(item: TrueObject) -> dict:
+    assert item.mask is not None and item.box is not None and item.point is not None, "a record's objects are whole"
+    x1, y1, x2, y2 = map(float, item.box)
     return {
-        "id": key,
-        "image_id": image,
-        "category_id": category,
         "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "area": masks.area(rle),
+        "area": masks.area(item.mask),
         "iscrowd": 0,
-        "segmentation": {"size": [rle.height, rle.width], "counts": rle.counts.decode("ascii")},
-        "point": [float(value) for value in point],
+        "segmentation": {"size": [item.mask.height, item.mask.width], "counts": item.mask.counts.decode("ascii")},
+        "point": [float(value) for value in item.point],
     }
