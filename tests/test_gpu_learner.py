@@ -62,10 +62,9 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path) -> PolicySpec:
     return tiny_families.build(request.param, tmp_path)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_packed_rows_on_cuda_equal_padded_ones(spec: PolicySpec, groups: list[TrainGroup], compiled: bool) -> None:
+def test_packed_rows_on_cuda_equal_padded_ones(spec: PolicySpec, groups: list[TrainGroup]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    ours, our_gradient = evaluate(load(spec, compile=compiled), groups)
+    ours, our_gradient = evaluate(load(spec), groups)
     theirs, their_gradient = evaluate(load(spec, rows="padded"), groups)
     assert (ours - theirs).abs().max() < 1e-3
     assert distance(our_gradient, their_gradient) < 1e-2
@@ -81,15 +80,16 @@ def test_compilations_are_bounded_whatever_the_lengths(tmp_path: Path) -> None:
     spec = tiny_families.build("qwen2_5_vl", tmp_path)
     policy = load(spec, compile=True)
     rng = np.random.default_rng(0)
-    batches = [[train_group(spec, rng, answer_tokens=int(rng.integers(4, 200)))] for _ in range(24)]
+    batches = [[train_group(spec, rng, answer_tokens=int(rng.integers(4, 200)))] for _ in range(12)]
     lengths = {policy.collate(list(pieces(groups, policy.layout, BUDGET))).computed for groups in batches}
     assert len(lengths) <= ROW_BUCKETS and all(length % row_multiple(BUDGET) == 0 for length in lengths)
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
+    plain = load(spec)
     for groups in batches:
-        evaluate(policy, groups)
+        assert (evaluate(policy, groups)[0] - evaluate(plain, groups)[0]).abs().max() < 1e-3
     made = counters["stats"]["unique_graphs"] - before
-    assert made <= 3 * len(lengths) + 8  # text layers and their attention by length; vision blocks and head by few
+    assert made <= 3 * len(lengths) + 8  # text layers, attention in and outside them by length; few for vision and head
     for groups in batches:
         evaluate(policy, groups)
     assert counters["stats"]["unique_graphs"] - before == made

@@ -54,7 +54,7 @@ def _training(components: Iterable[str], failures: Iterable[str]) -> list[Spec]:
         Spec("Calibration error", "|expected − true mask IoU|", {names.CALIBRATION_ERROR: "error"}, smooth=True),
         Spec("Time of a step", "seconds", _STAGES, stacked=True),
         Spec("Entropy", "nats per token", {names.ENTROPY: "entropy"}, smooth=True),
-        Spec("Importance ratio", "learner / engine", {names.RATIO: "ratio"}),
+        Spec("Importance ratio", "learner / engine", {names.RATIO: "ratio", names.IMPORTANCE: "truncated weight"}),
         Spec("Engine against learner", "mean |log-prob difference|", {names.LOGPROB_MISMATCH: "mismatch"}),
         Spec("Clipped tokens", "share", {names.CLIP_LOW: "below the range", names.CLIP_HIGH: "above the range"}),
         Spec("KL to the reference", "nats per token", {names.KL: "KL"}),
@@ -66,6 +66,10 @@ def _training(components: Iterable[str], failures: Iterable[str]) -> list[Spec]:
         Spec("Failed answers", "share", {names.FAILURE_PREFIX + kind: kind for kind in failures}),
         Spec("Weight sync", "seconds", {names.SYNC_PAUSE: "engine paused", names.SYNC_TRANSFER: "transfer"}),
         Spec("Throughput", "sampled tokens / s", {names.TOKENS_PER_S: "tokens / s"}, smooth=True),
+        Spec("Learner", "answers / s", {names.LEARNER_SAMPLES_PER_S: "answers / s"}, smooth=True),
+        Spec("Learner's model FLOP utilisation", "share", {names.MFU: "MFU"}, smooth=True),
+        Spec("Tokens a computed token stands for", "ratio", {names.PACKING: "packing", names.ROW_FILL: "not padding"}),
+        Spec("Features found", "share of images", {names.FEATURE_HITS: "frozen vision tower"}),
         Spec("Learning rate", "", {names.LR: "lr"}),
     ]
 

@@ -1,0 +1,113 @@
+"""What each side of `benchmarks.learner` does in its own process."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import learner_batch, trl_step
+from perception import names
+from perception.config import AlgorithmConfig, LearnerConfig
+from perception.types import PolicySpec, TrainGroup
+
+OURS: dict[str, dict[str, Any]] = {"toy": {}, "3b": {}, "7b": {"offload_optimizer": True, "checkpointing": "selective"}}
+LR = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What both sides are given."""
+
+    policy: PolicySpec
+    groups: list[TrainGroup]
+    shape: str
+    device: str
+    steps: int
+    """Warm-up included."""
+    threads: int
+    rival_rows: int
+    rival_checkpointing: bool
+
+
+def learner_config(name: str, task: Task) -> LearnerConfig:
+    """Of our own side, or of the rival that is our learner on padded rows."""
+    cuda = task.device == "cuda"
+    if name == "ours":
+        return LearnerConfig(lr=LR, compile=cuda, **OURS[task.shape])
+    shape = learner_batch.SHAPES[task.shape]
+    rows = task.rival_rows * (shape.prompt_tokens + shape.answer_tokens)
+    return LearnerConfig(
+        lr=LR, rows="padded", micro_tokens=rows, checkpointing="on" if task.rival_checkpointing else "off"
+    )
+
+
+def serve_learner(link: Connection, name: str, task: Task) -> None:
+    from learner import vision_attention
+    from learner.worker import LearnerRank
+
+    shape = learner_batch.SHAPES[task.shape]
+    algorithm = AlgorithmConfig(steps=task.steps, prompts_per_step=shape.groups, group_size=shape.n, importance="none")
+    rank = LearnerRank(
+        0,
+        1,
+        policy=task.policy,
+        config=learner_config(name, task),
+        algorithm=algorithm,
+        temperature=1.0,
+        max_new_tokens=shape.answer_tokens,
+        device=task.device,
+        transport="store",
+        threads=task.threads,
+        seed=0,
+        deterministic=False,
+    )
+    rank.start(*rank.open_store())
+    if name == "padded_varlen":  # no setting of the learner: as it does for its packed rows
+        rank._policy.model.config.vision_config._attn_implementation_internal = vision_attention.NAME
+    groups = learner_batch.on_policy(task.groups, rank.logprobs(task.groups))
+    for _ in range(task.steps):
+        link.recv()
+        began = time.perf_counter()
+        metrics = rank.train_step([groups]).metrics
+        seconds = time.perf_counter() - began
+        figures = {"seconds": seconds, "grad_norm": metrics[names.GRAD_NORM], "mfu": metrics[names.MFU]}
+        link.send(figures | {"peak_gib": peak_gib(task.device)})
+
+
+def serve_trl(link: Connection, task: Task) -> None:
+    torch.set_num_threads(task.threads)
+    trl_step.train(
+        task.policy,
+        task.groups,
+        device=task.device,
+        steps=task.steps,
+        lr=LR,
+        rows=task.rival_rows,
+        checkpointing=task.rival_checkpointing,
+        wait=link.recv,
+        done=lambda figures: link.send(figures | {"peak_gib": peak_gib(task.device)}),
+    )
+
+
+def serve(link: Connection, name: str, task: Task) -> None:
+    """One side's process: a step for every message."""
+    os.dup2(2, 1)  # libraries print; standard output is for the result
+    if name == "trl":
+        serve_trl(link, task)
+    else:
+        serve_learner(link, name, task)
+
+
+def peak_gib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Not getrusage: its maximum includes the process this one was started from.
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**20
