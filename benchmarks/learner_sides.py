@@ -73,7 +73,7 @@ def serve_learner(link: Connection, name: str, task: Task) -> None:
         rank._policy.model.config.vision_config._attn_implementation_internal = vision_attention.NAME
     groups = learner_batch.on_policy(task.groups, rank.logprobs(task.groups))
     for _ in range(task.steps):
-        link.recv()
+        wait(link)
         began = time.perf_counter()
         metrics = rank.train_step([groups]).metrics
         seconds = time.perf_counter() - began
@@ -91,18 +91,25 @@ def serve_trl(link: Connection, task: Task) -> None:
         lr=LR,
         rows=task.rival_rows,
         checkpointing=task.rival_checkpointing,
-        wait=link.recv,
+        wait=lambda: wait(link),
         done=lambda figures: link.send(figures | {"peak_gib": peak_gib(task.device)}),
     )
 
 
+def wait(link: Connection) -> None:
+    """Say that nothing is left to do, then wait for the next step's turn."""
+    link.send(None)
+    link.recv()
+
+
 def serve(link: Connection, name: str, task: Task) -> None:
-    """One side's process: a step for every message."""
+    """One side's process: figures of a step for every message, None whenever it has come to rest."""
     os.dup2(2, 1)  # libraries print; standard output is for the result
     if name == "trl":
         serve_trl(link, task)
     else:
         serve_learner(link, name, task)
+    link.send(None)
 
 
 def peak_gib(device: str) -> float:

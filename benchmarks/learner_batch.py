@@ -1,0 +1,151 @@
+"""The batch of `benchmarks.learner`: a policy of random weights, and groups with random answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from launch import policies
+from launch.prompts import read_policy_spec
+from perception.config import ModelConfig
+from perception.images import content_key
+from perception.types import (
+    Group,
+    ImageHandle,
+    PolicySpec,
+    Prompt,
+    Sample,
+    Target,
+    TrainGroup,
+    Trajectory,
+    Turn,
+    VersionSpan,
+)
+
+TASK = "ground"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchShape:
+    model: str
+    """Of `launch.policies.SHAPES`."""
+    side: int
+    """Of the square images, pixels."""
+    prompt_tokens: int
+    """Expanded: image tokens included."""
+    answer_tokens: int
+    groups: int
+    n: int = 8
+
+
+SHAPES = {
+    "toy": BatchShape(model="mini", side=364, prompt_tokens=192, answer_tokens=64, groups=8),
+    "3b": BatchShape(model="3b", side=840, prompt_tokens=923, answer_tokens=384, groups=4),
+    "7b": BatchShape(model="7b", side=840, prompt_tokens=923, answer_tokens=384, groups=4),
+}
+
+
+def write_policy(shape: BatchShape, folder: Path, dtype: str) -> None:
+    """A policy of random weights in Hugging Face format; its image processor leaves the batch's images as they are."""
+    of_model = dataclasses.replace(policies.SHAPES[shape.model], dtype=getattr(torch, dtype))
+    tokenizer = policies.make_tokenizer(["user\nassistant\n0123456789"])
+    side = max(of_model.max_side, shape.side)
+    policies.save(policies.make_model(of_model, tokenizer, seed=0), tokenizer, folder, side)
+
+
+def read_policy(folder: Path, dtype: str) -> PolicySpec:
+    """No id is banned: a rival's softmax knows of no such thing."""
+    model = ModelConfig(path=str(folder), segmenter="", dtype=dtype)  # type: ignore[arg-type]
+    return dataclasses.replace(read_policy_spec(model), banned_token_ids=())
+
+
+def make_groups(shape: BatchShape, policy: PolicySpec, seed: int = 0) -> list[TrainGroup]:
+    """Groups of `n` answers of equal length: noise for images, digits for questions, ordinary ids for answers.
+
+    Advantages are standardised within the group; log-probs are 0 until `on_policy`.
+    """
+    from transformers import AutoTokenizer
+
+    rng = np.random.default_rng(seed)
+    tokenizer = AutoTokenizer.from_pretrained(policy.path)
+    vocabulary = policies.SHAPES[shape.model].text["vocab_size"]
+    special = tokenizer.convert_tokens_to_ids(list(policies.SPECIAL))
+    ordinary = np.setdiff1d(np.arange(vocabulary), special)
+
+    def encode(question: str) -> tuple[int, ...]:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    image_tokens = (shape.side // (2 * policies.PATCH)) ** 2
+    digits = shape.prompt_tokens - image_tokens - len(encode("")) + 1
+
+    def group(number: int) -> TrainGroup:
+        question = "".join(str(digit) for digit in rng.integers(0, 10, digits))
+        image = _noise(rng, shape.side)
+        prompt = Prompt(
+            sample=_sample(number, shape.side, question),
+            token_ids=encode(question),
+            images=(image,),
+            answer_height=shape.side,
+            answer_width=shape.side,
+            seed=number,
+        )
+        trajectories = tuple(
+            _trajectory(index, prompt, tuple(rng.choice(ordinary, shape.answer_tokens).tolist()))
+            for index in range(shape.n)
+        )
+        rewards = rng.normal(size=shape.n)
+        advantages = (rewards - rewards.mean()) / rewards.std(ddof=1)
+        return TrainGroup(group=Group(prompt=prompt, trajectories=trajectories), advantages=tuple(advantages.tolist()))
+
+    return [group(number) for number in range(shape.groups)]
+
+
+def on_policy(groups: Sequence[TrainGroup], logprobs: Sequence[Sequence[np.ndarray]]) -> list[TrainGroup]:
+    """The same groups as if these log-probs (per group and trajectory) had been the engine's."""
+
+    def filled(trajectory: Trajectory, values: np.ndarray) -> Trajectory:
+        turn = dataclasses.replace(trajectory.turns[0], logprobs=tuple(values.tolist()))
+        return dataclasses.replace(trajectory, turns=(turn,))
+
+    return [
+        TrainGroup(
+            group=Group(prompt=entry.group.prompt, trajectories=tuple(map(filled, entry.group.trajectories, of_group))),
+            advantages=entry.advantages,
+        )
+        for entry, of_group in zip(groups, logprobs, strict=True)
+    ]
+
+
+def _noise(rng: np.random.Generator, side: int) -> ImageHandle:
+    encoded = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(encoded, "png")
+    data = encoded.getvalue()
+    return ImageHandle(key=content_key(data), height=side, width=side, ref=data)
+
+
+def _sample(number: int, side: int, question: str) -> Sample:
+    nothing = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
+    return Sample(id=str(number), image_path="", height=side, width=side, question=question, task=TASK, target=nothing)
+
+
+def _trajectory(index: int, prompt: Prompt, answer: tuple[int, ...]) -> Trajectory:
+    turn = Turn(
+        input_ids=prompt.token_ids,
+        images=prompt.images,
+        token_ids=answer,
+        logprobs=(0.0,) * len(answer),
+        versions=(VersionSpan(version=0, start=0, end=len(answer)),),
+        text="",
+        finish_reason="length",
+    )
+    return Trajectory(index=index, turns=(turn,))
