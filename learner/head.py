@@ -41,7 +41,9 @@ class Head:
 
     def _logprobs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._linear(hidden).float()
-        logits = logits.index_fill(1, self._banned.to(logits.device), BANNED_LOGIT) / self._temperature
+        logits = logits.index_fill_(1, self._banned.to(logits.device), BANNED_LOGIT)
+        if self._temperature != 1.0:
+            logits = logits / self._temperature
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(1, targets[:, None]).squeeze(1) - normaliser
         with torch.set_grad_enabled(self._entropy_gradient and torch.is_grad_enabled()):

@@ -111,6 +111,7 @@ class PackedPolicy(Policy):
         super().__init__(spec, temperature, config, *rest)
         # Not by the loader: it takes a name with "flash" in it, which the tower's form of call needs, for a package.
         self.model.config.vision_config._attn_implementation_internal = vision_attention.NAME
+        model.multiply_patches(self.model)
         self.merge: int = self.model.config.vision_config.spatial_merge_size
         self._row_multiple = row_multiple(config.micro_tokens)
         if config.compile:

@@ -7,6 +7,7 @@ out because nothing follows that it could predict. `packing` and `padding` turn 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -108,7 +109,7 @@ def pieces(groups: Sequence[TrainGroup], layout: Layout, budget: int, padded: bo
     Trajectories without a sampled token take no part. Raises ValueError, naming the sample, where placeholders and
     images do not match or a trajectory does not begin with the prompt.
     """
-    pictures: dict[str, Picture] = {}
+    pictures = _pictures(groups, layout)
     for number, entry in enumerate(groups):
         prompt, name = entry.group.prompt, entry.group.prompt.sample.id
         feeder = _Feeder(layout, pictures, name)
@@ -160,25 +161,31 @@ def to_device(tokens: TokenBatch, device: torch.device) -> TokenBatch:
     return TokenBatch(**{f.name: getattr(tokens, f.name).to(device, non_blocking=True) for f in fields(TokenBatch)})
 
 
+def _pictures(groups: Sequence[TrainGroup], layout: Layout) -> dict[str, Picture]:
+    """Every image of the groups by key, each prepared once, on all cores: decoding leaves Python's lock."""
+    handles: dict[str, ImageHandle] = {}
+    for entry in groups:
+        turns = (turn for trajectory in entry.group.trajectories for turn in trajectory.turns)
+        for images in (entry.group.prompt.images, *(turn.images for turn in turns)):
+            handles |= {handle.key: handle for handle in images}
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(handles, threads.map(layout.picture, handles.values()), strict=True))
+
+
 @dataclass(slots=True)
 class _Feeder:
-    """Expands what is fed to the policy; each image is worked on once."""
+    """Expands what is fed to the policy."""
 
     layout: Layout
     pictures: dict[str, Picture]
     name: str
     """Of the sample, for messages."""
 
-    def picture(self, handle: ImageHandle) -> Picture:
-        if handle.key not in self.pictures:
-            self.pictures[handle.key] = self.layout.picture(handle)
-        return self.pictures[handle.key]
-
     def segment(self, ids: Sequence[int], images: Sequence[ImageHandle]) -> Segment:
         places = [place for place, token in enumerate(ids) if token == self.layout.image_token_id]
         if len(places) != len(images):
             raise ValueError(f"sample {self.name}: {len(places)} image placeholders for {len(images)} images")
-        pictures = tuple(self.picture(handle) for handle in images)
+        pictures = tuple(self.pictures[handle.key] for handle in images)
         parts: list[Tensor] = []
         start = 0
         for place, picture in zip(places, pictures, strict=True):

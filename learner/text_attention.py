@@ -44,9 +44,6 @@ def attend(
     if isinstance(packed, BlockMask):
         out = _flex(query, key, value, block_mask=packed, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     lengths = [span.length for span in packed]
     # Split, not sliced: the gradient of a slice is a whole row of zeros.
     parts = zip(*(x.split([*lengths, x.shape[2] - sum(lengths)], dim=2) for x in (query, key, value)), strict=True)
@@ -68,19 +65,19 @@ def packed_mask(spans: Sequence[Span], length: int, device: torch.device) -> Pac
 
 
 def _piece(query: Tensor, key: Tensor, value: Tensor, span: Span, scaling: float) -> Tensor:
-    """(1, heads, length, dim) each -> (heads, length, dim)."""
+    """(1, heads, length, dim), key and value (1, key heads, length, dim) -> (heads, length, dim)."""
     p = span.prompt
     own = [x.split([p, span.length - p], dim=2) for x in (query, key, value)]
     (q, _), (k, _), (v, _) = own
-    prompt = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)[0]
+    prompt = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)[0]
     present = tuple(length for length in span.tails if length)
     if not present:
         return prompt
     place, inverse, mask = _tail_places(p, present)
     many, (heads, _, dim) = len(place), prompt.shape
     q, tail_k, tail_v = (tail[0][:, place].transpose(0, 1) for _, tail in own)
-    k, v = (torch.cat([shared.expand(many, heads, p, dim), tail], dim=2) for shared, tail in ((k, tail_k), (v, tail_v)))
-    tails = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    k, v = (torch.cat([shared.expand(many, -1, -1, -1), tail], dim=2) for shared, tail in ((k, tail_k), (v, tail_v)))
+    tails = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
     return torch.cat([prompt, tails.transpose(0, 1).reshape(heads, -1, dim)[:, inverse]], dim=1)
 
 
