@@ -6,7 +6,7 @@
 Ours: a `LearnerRank` on packed rows. Rivals: `padded`, the same learner on one row per trajectory with transformers'
 own forward pass; `padded_varlen`, the same rows with our attention in the vision tower; `trl`, TRL's GRPOTrainer
 (`benchmarks.trl_step`). Every step starts with images and sampled ids and ends after AdamW. Each side has a process of
-its own. On the CPU the two take turns, the one that begins alternating; on CUDA, where they share the device's memory,
+its own, both with the allocator settings of our CPU learner. On the CPU the two take turns, the one that begins alternating; on CUDA, where they share the device's memory,
 one follows the other. Medians over the steps after the warm-up. `peak_gib`: device memory, or on the CPU the resident
 memory of the side's process, its libraries included. `mfu` counts only arithmetic that sharing prompts and images
 cannot avoid, the same for both. The run fails if the first step's gradient norms disagree: both must have done the
@@ -32,6 +32,7 @@ from benchmarks import learner_batch, trl_step
 from benchmarks.common import parser, print_result
 from benchmarks.learner_sides import Task, learner_config, serve
 from launch.environment import version_of
+from learner.pool import KEEP_FREED_MEMORY
 
 RIVALS = ("padded", "padded_varlen", "trl")
 RIVAL_ROWS = {"toy": 8, "3b": 4, "7b": 2}
@@ -168,6 +169,7 @@ def main() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(arguments.threads),
+        **KEEP_FREED_MEMORY,
     }
     with tempfile.TemporaryDirectory() as folder:
         ours, rival, settings = compare(arguments, Path(folder))

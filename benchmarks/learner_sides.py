@@ -17,7 +17,11 @@ from perception import names
 from perception.config import AlgorithmConfig, LearnerConfig
 from perception.types import PolicySpec, TrainGroup
 
-OURS: dict[str, dict[str, Any]] = {"toy": {}, "3b": {}, "7b": {"offload_optimizer": True, "checkpointing": "selective"}}
+OURS: dict[str, dict[str, Any]] = {
+    "toy": {},
+    "3b": {"micro_tokens": 8192},
+    "7b": {"offload_optimizer": True, "checkpointing": "selective"},
+}
 LR = 1e-6
 
 

@@ -16,6 +16,13 @@ from perception import names
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, LearnerReport, PolicySpec, TrainGroup, WeightBucket
 
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+"""glibc's malloc would give every large activation back to the kernel, and take its pages anew in the next layer."""
+
 
 @ray.remote
 class _Host:
@@ -52,6 +59,8 @@ class LearnerPool:
     ) -> None:
         self._config, self._algorithm = config, algorithm
         environment = {"DS_ACCELERATOR": placement.device, "TOKENIZERS_PARALLELISM": "false"}
+        if placement.device == "cpu":
+            environment |= KEEP_FREED_MEMORY
         if placement.threads:
             environment["OMP_NUM_THREADS"] = str(placement.threads)
         self._ranks = [

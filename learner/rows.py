@@ -6,6 +6,7 @@ out because nothing follows that it could predict. `packing` and `padding` turn 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -168,7 +169,7 @@ def _pictures(groups: Sequence[TrainGroup], layout: Layout) -> dict[str, Picture
         turns = (turn for trajectory in entry.group.trajectories for turn in trajectory.turns)
         for images in (entry.group.prompt.images, *(turn.images for turn in turns)):
             handles |= {handle.key: handle for handle in images}
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
         return dict(zip(handles, threads.map(layout.picture, handles.values()), strict=True))
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from learner.packing import Span, owners
@@ -73,22 +72,24 @@ def _piece(query: Tensor, key: Tensor, value: Tensor, span: Span, scaling: float
     present = tuple(length for length in span.tails if length)
     if not present:
         return prompt
-    place, inverse, mask = _tail_places(p, present)
-    many, (heads, _, dim) = len(place), prompt.shape
-    q, tail_k, tail_v = (tail[0][:, place].transpose(0, 1) for _, tail in own)
-    k, v = (torch.cat([shared.expand(many, -1, -1, -1), tail], dim=2) for shared, tail in ((k, tail_k), (v, tail_v)))
-    tails = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
-    return torch.cat([prompt, tails.transpose(0, 1).reshape(heads, -1, dim)[:, inverse]], dim=1)
+    width = max(present)
+    q, tail_k, tail_v = (_stack(tails, present, width) for _, tails in own)
+    k, v = (
+        torch.cat([shared.expand(len(present), -1, -1, -1), tail], dim=2) for shared, tail in ((k, tail_k), (v, tail_v))
+    )
+    out = scaled_dot_product_attention(q, k, v, attn_mask=_tail_mask(p, width), scale=scaling, enable_gqa=True)
+    return torch.cat([prompt, *(tail[:, :length] for tail, length in zip(out, present, strict=True))], dim=1)
 
 
-@lru_cache(maxsize=1024)  # every layer asks, forward and recomputed
-def _tail_places(prompt: int, tails: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """(tails, R): where among all tails' tokens each tail's r-th one lies, past its end any; (sum of tails,): where in
-    that, flat, each token lies; (R, prompt + R): what a tail's r-th token sees of [prompt | tail]."""
-    place = pad_sequence(torch.arange(sum(tails)).split(tails), batch_first=True)
-    width = place.shape[1]
-    inverse = torch.cat([torch.arange(length) + i * width for i, length in enumerate(tails)])
-    return place, inverse, torch.ones(width, prompt + width, dtype=torch.bool).tril(prompt)
+def _stack(tails: Tensor, lengths: tuple[int, ...], width: int) -> Tensor:
+    """(1, heads, sum of lengths, dim) -> (tails, heads, width, dim), padded where no real token looks."""
+    return torch.stack([pad(tail, (0, 0, 0, width - tail.shape[1])) for tail in tails[0].split(lengths, dim=1)])
+
+
+@lru_cache(maxsize=64)  # every layer asks, forward and recomputed
+def _tail_mask(prompt: int, width: int) -> Tensor:
+    """(width, prompt + width) bool: what a tail's r-th token sees of [prompt | tail]."""
+    return torch.ones(width, prompt + width, dtype=torch.bool).tril(prompt)
 
 
 AttentionInterface.register(NAME, attend)
