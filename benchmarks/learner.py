@@ -6,11 +6,11 @@
 Ours: a `LearnerRank` on packed rows. Rivals: `padded`, the same learner on one row per trajectory with transformers'
 own forward pass; `padded_varlen`, the same rows with our attention in the vision tower; `trl`, TRL's GRPOTrainer
 (`benchmarks.trl_step`). Every step starts with images and sampled ids and ends after AdamW. Each side has a process of
-its own, both with the allocator settings of our CPU learner. On the CPU the two take turns, the one that begins alternating; on CUDA, where they share the device's memory,
-one follows the other. Medians over the steps after the warm-up. `peak_gib`: device memory, or on the CPU the resident
-memory of the side's process, its libraries included. `mfu` counts only arithmetic that sharing prompts and images
-cannot avoid, the same for both. The run fails if the first step's gradient norms disagree: both must have done the
-same work.
+its own, both with the allocator settings of our CPU learner. On the CPU the two take turns, the one that begins
+alternating; on CUDA, where they share the device's memory, one follows the other. Medians over the steps after the
+warm-up. `peak_gib`: device memory, or on the CPU the resident memory of the side's process, its libraries included.
+`mfu` counts only arithmetic that sharing prompts and images cannot avoid, the same for both. The run fails if the first
+step's gradient norms disagree: both must have done the same work.
 """
 
 from __future__ import annotations
