@@ -93,6 +93,7 @@ class Stepper:
         dist.all_reduce(size)
         tokens, sequences = size.tolist()
         whole = denominator(self._algorithm, tokens=tokens, sequences=sequences, max_new_tokens=self._max_new_tokens)
+        whole = max(whole, 1.0)  # a mini-batch may hold failures only: its step has no gradient
         total = torch.zeros((), device=self._device)
         for number, (work, old_logprobs) in enumerate(zip(plan, old, strict=True)):
             total += self._accumulate(work, old_logprobs, whole, number == len(plan) - 1, totals)

@@ -87,9 +87,8 @@ class LearnerRank:
             self._spec, self._temperature, self._config, _fetch, self._algorithm.entropy_coef > 0
         ).to(self._device)
         reference = make_reference(self._policy, self._algorithm, self._config)
-        self._engine = ZeroEngine(
-            self._policy, self._config, self._spec.dtype, self._device, total_steps=self._algorithm.steps
-        )
+        updates = self._algorithm.steps * self._algorithm.updates * self._algorithm.epochs
+        self._engine = ZeroEngine(self._policy, self._config, self._spec.dtype, self._device, total_steps=updates)
         self._stepper = Stepper(
             self._policy, reference, self._engine, self._config, self._algorithm, self._max_new_tokens, self._device
         )

@@ -198,6 +198,7 @@ class LearnerConfig:
     """Optimizer states and their step in host memory (ZeRO-Offload)."""
     lr: Rate = 1e-6
     warmup_steps: Natural = 0
+    """Optimizer steps."""
     schedule: Literal["constant", "linear"] = "constant"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0

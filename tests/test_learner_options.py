@@ -98,12 +98,12 @@ def start(spec: PolicySpec) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def close(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor]) -> bool:
-    """Both runs moved the weights to the same place, within a thousandth of the way."""
+def apart(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """How far apart two runs brought the weights, over how far they went."""
     assert one.keys() == other.keys() and one
     off = sum((one[name] - other[name]).square().sum() for name in one)
     way = sum((one[name] - start[name]).square().sum() for name in one)
-    return bool(way > 0) and bool(off < 1e-6 * way)
+    return float((off / way) ** 0.5)
 
 
 def test_adapters_train_alike_on_shards_and_leave_merged(
@@ -113,7 +113,7 @@ def test_adapters_train_alike_on_shards_and_leave_merged(
     lora = LoraConfig(rank=4, alpha=8)
     sharded = Run(spec, groups, algorithm=algorithm, lora=lora, ranks=2, zero_stage=3, folder=tmp_path / "policy")
     single = Run(spec, groups, algorithm=algorithm, lora=lora, zero_stage=1)
-    assert close(sharded.weights, single.weights, start)
+    assert apart(sharded.weights, single.weights, start) < 1e-3
     # What is sent: the adapted linear layers, whole; nothing else has changed.
     linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     adapted = [n for n in start if "language_model" in n and n.split(".")[-2] in linear and n.endswith("weight")]
@@ -136,7 +136,7 @@ def test_a_frozen_vision_tower_stays_and_its_features_are_reused(
 ) -> None:
     sharded = Run(spec, groups, freeze_vision=True, ranks=2, zero_stage=3)
     single = Run(spec, groups, freeze_vision=True, zero_stage=2, feature_cache_mb=0)
-    assert close(sharded.weights, single.weights, start)
+    assert apart(sharded.weights, single.weights, start) < 1e-3
     assert set(sharded.weights) == {name for name in start if "visual" not in name}
     assert single.metric(names.FEATURE_HITS) == [0.0, 0.0]
     # Groups are dealt to the same ranks again, so the second step finds every image.
@@ -148,7 +148,7 @@ def test_the_optimizer_steps_alike_in_host_memory(
     spec: PolicySpec, groups: list[TrainGroup], start: dict[str, Tensor]
 ) -> None:
     away = Run(spec, groups, steps=3, offload_optimizer=True, zero_stage=2)
-    assert close(away.weights, Run(spec, groups, steps=3, zero_stage=2).weights, start)
+    assert apart(away.weights, Run(spec, groups, steps=3, zero_stage=2).weights, start) < 1e-3
 
 
 def test_bf16_steps_too_small_for_bf16_add_up_in_the_masters(spec: PolicySpec, groups: list[TrainGroup]) -> None:
@@ -166,31 +166,44 @@ def test_bf16_steps_too_small_for_bf16_add_up_in_the_masters(spec: PolicySpec, g
 def test_several_steps_over_a_batch_follow_the_policy_from_its_beginning(
     spec: PolicySpec, groups: list[TrainGroup], start: dict[str, Tensor]
 ) -> None:
-    """Two mini-batches, twice: the old policy is the learner's before the first of four steps, for all of them."""
-    algorithm = replace(ALGORITHM, updates=2, epochs=2, importance="token", importance_cap=1.5)
-    run = Run(spec, groups, steps=1, algorithm=algorithm)
+    """Two mini-batches, twice: the old policy is the learner's before the first of four steps, for all of them, and the
+    learning rate falls from step to step."""
+    algorithm = replace(ALGORITHM, steps=1, updates=2, epochs=2, importance="token", importance_cap=1.5)
+    run = Run(spec, groups, steps=1, algorithm=algorithm, schedule="linear")
     policy = load_policy(spec, 0.9, LearnerConfig(rows="padded"), lambda ref: ref)
     batches = [policy.collate(list(pieces(part, policy.layout, 1 << 20))) for part in (groups[:1], groups[1:])]
     with torch.no_grad():
         before = [copy.deepcopy(policy)(batch)[0] for batch in batches]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=CONFIG.lr, weight_decay=0.0)
     norms = []
-    for _ in range(2):
-        for batch, old in zip(batches, before, strict=True):
+    for epoch in range(2):
+        for number, (batch, old) in enumerate(zip(batches, before, strict=True)):
+            optimizer.param_groups[0]["lr"] = CONFIG.lr * (1 - (2 * epoch + number) / 4)
             loss = policy_loss(*policy(batch), batch.tokens, algorithm, old_logprobs=old) / len(batch.targets)
             loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)))
             optimizer.step()
             optimizer.zero_grad()
-    assert close(run.weights, {name: p.detach() for name, p in policy.model.named_parameters()}, start)
+    assert apart(run.weights, {name: p.detach() for name, p in policy.model.named_parameters()}, start) < 1e-3
     assert run.metric(names.GRAD_NORM)[0] == pytest.approx(np.mean(norms), rel=1e-3)
+    assert run.metric(names.LR) == [pytest.approx(CONFIG.lr / 4)]
+
+
+def test_a_mini_batch_of_failures_has_no_gradient(spec: PolicySpec, groups: list[TrainGroup]) -> None:
+    failed = tuple(replace(t, turns=()) for t in groups[0].group.trajectories)
+    nothing = replace(groups[0], group=replace(groups[0].group, trajectories=failed))
+    run = Run(spec, [nothing, groups[1]], steps=1, algorithm=replace(ALGORITHM, updates=2))
+    assert np.isfinite(run.metric(names.LOSS)[0]) and run.metric(names.GRAD_NORM)[0] > 0
+    assert all(torch.isfinite(weight).all() for weight in run.weights.values())
 
 
 def test_padded_rows_train_alike_and_say_what_they_waste(
     spec: PolicySpec, groups: list[TrainGroup], start: dict[str, Tensor]
 ) -> None:
     packed, padded = Run(spec, groups), Run(spec, groups, rows="padded", ranks=2)
-    assert close(packed.weights, padded.weights, start)
+    # Adam divides by the gradient's size: where that is all rounding, as where patches are summed in another order, so
+    # is the step.
+    assert apart(packed.weights, padded.weights, start) < 1e-2
     (packing, _), (waste, _) = packed.metric(names.PACKING), padded.metric(names.PACKING)
     assert packing > 1.5 > 1.0 >= waste > 0.5
     assert packed.metric(names.ROW_FILL)[0] == 1.0 > padded.metric(names.ROW_FILL)[0]
