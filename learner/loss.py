@@ -11,7 +11,7 @@ off-policy RL training").
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -33,6 +33,9 @@ class TokenBatch:
     """float32: 1 for a real token, 0 for a filler that only keeps the ranks in step."""
     sequence: Tensor
     """int64, ascending: which trajectory the token belongs to; all its tokens are in this micro-batch."""
+
+    def to(self, device: torch.device) -> TokenBatch:
+        return TokenBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
 def policy_loss(

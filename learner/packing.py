@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from learner.loss import TokenBatch
-from learner.rows import Layout, Picture, Piece, to_device, token_batch
+from learner.rows import Layout, Picture, Piece, token_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         names = ("input_ids", "position_ids", "image_slots", "image_source", "predictors", "targets")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, tokens=to_device(self.tokens, device), **moved)
+        return replace(self, tokens=self.tokens.to(device), **moved)
 
 
 def pack(pieces: Sequence[Piece], layout: Layout, multiple: int = 1) -> PackedBatch:
@@ -73,11 +73,7 @@ def pack(pieces: Sequence[Piece], layout: Layout, multiple: int = 1) -> PackedBa
         prompt, head = piece.prompt, len(piece.prompt.ids)
         ids.append(prompt.ids)
         positions.append(prompt.positions)
-        slots = iter((prompt.ids == layout.image_token_id).nonzero().flatten().tolist())
-        for picture in prompt.pictures:
-            places.append((start + next(slots), picture))
-            for _ in picture.tokens[1:]:
-                next(slots)
+        places += [(start + where, picture) for where, picture in zip(prompt.starts, prompt.pictures, strict=True)]
         place = start + head
         for tail in piece.tails:
             ids.append(torch.cat(tail.ids)[: tail.length])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from learner.loss import TokenBatch
-from learner.rows import Layout, Picture, Piece, to_device, token_batch
+from learner.rows import Layout, Picture, Piece, token_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,7 @@ class PaddedBatch:
     def to(self, device: torch.device) -> PaddedBatch:
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         predictors, targets = self.predictors.to(device), self.targets.to(device)
-        return replace(
-            self, inputs=inputs, predictors=predictors, targets=targets, tokens=to_device(self.tokens, device)
-        )
+        return replace(self, inputs=inputs, predictors=predictors, targets=targets, tokens=self.tokens.to(device))
 
 
 def pad(pieces: Sequence[Piece], layout: Layout) -> PaddedBatch:

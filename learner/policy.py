@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ Fetch = Callable[[object], bytes]
 """An `ImageHandle.ref` -> the encoded bytes."""
 
 
-class Policy(nn.Module):
+class Policy(nn.Module, ABC):
     """An image-text model whose forward pass maps a micro-batch to log-probs and entropies of its N sampled tokens."""
 
     attention: ClassVar[Any] = "sdpa"
@@ -69,9 +70,9 @@ class Policy(nn.Module):
             positions=None if self.padded else self.positions,
         )
 
+    @abstractmethod
     def collate(self, pieces: Sequence[Piece]) -> PackedBatch | PaddedBatch:
         """The micro-batch of these pieces; of none, that of a rank without work."""
-        raise NotImplementedError
 
     def use_adapters(self, used: bool) -> None:
         """Without them, a policy with LoRA is the one it started from."""

@@ -108,7 +108,7 @@ class LearnerPool:
 
         Mean and maximum of |difference|, and the mean importance ratio learner / engine: 1 up to rounding.
         """
-        learner = [tokens for group in await self._logprobs(groups) for tokens in group]
+        learner = [tokens for group in await self._of_groups("logprobs", groups) for tokens in group]
         engine = [turn.logprobs for group in groups for one in group.trajectories for turn in one.turns]
         difference = np.concatenate(learner) - np.concatenate([np.asarray(logprobs) for logprobs in engine])
         return {
@@ -119,17 +119,13 @@ class LearnerPool:
 
     async def kl(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
         """Per group and trajectory: `algorithm.kl` of the current policy to the starting one, summed over tokens."""
-        current, start = await self._logprobs(groups), await self._logprobs(groups, reference=True)
-        return [
-            tuple(_kl_sum(*pair, self._algorithm.kl) for pair in zip(*group, strict=True))
-            for group in zip(current, start, strict=True)
-        ]
+        return await self._of_groups("kl", groups)
 
-    async def _logprobs(self, groups: Sequence[Group], reference: bool = False) -> list[list[np.ndarray]]:
-        """In the order of `groups` and their trajectories: (sampled tokens,) float32."""
+    async def _of_groups(self, method: str, groups: Sequence[Group]) -> list[Any]:
+        """What the ranks' method says of each group, in the order of `groups`."""
         entries = [TrainGroup(group=group, advantages=(0.0,) * len(group.trajectories)) for group in groups]
         shares = deal(entries, len(self._ranks))
-        answers = await self._each("logprobs", shares, reference)
+        answers = await self._each(method, shares)
         found = {
             id(entry): values
             for share, answer in zip(shares, answers, strict=True)
@@ -178,8 +174,8 @@ class LearnerPool:
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
         return await self._wait(method, self._submit(method, *arguments))
 
-    async def _each(self, method: str, shares: Sequence[Any], *arguments: Any) -> list[Any]:
-        refs = [rank.call.remote(method, share, *arguments) for rank, share in zip(self._ranks, shares, strict=True)]
+    async def _each(self, method: str, shares: Sequence[Any]) -> list[Any]:
+        refs = [rank.call.remote(method, share) for rank, share in zip(self._ranks, shares, strict=True)]
         return await self._wait(method, refs)
 
     async def _wait(self, method: str, refs: Sequence[ray.ObjectRef]) -> list[Any]:
@@ -215,9 +211,3 @@ def _tokens(entry: TrainGroup) -> int:
         + sum(map(len, later))
         + sum(t.sampled_tokens for t in entry.group.trajectories)
     )
-
-
-def _kl_sum(current: np.ndarray, start: np.ndarray, form: str) -> float:
-    """k1 or k3 (see `learner.loss.kl`) over a trajectory's tokens."""
-    delta = start.astype(np.float64) - current
-    return float(-delta.sum() if form == "k1" else (np.expm1(delta) - delta).sum())

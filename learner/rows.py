@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class Segment:
     pictures: tuple[Picture, ...]
     positions: Tensor
     """(3, T) int64 from 0; (3, 0) where the policy makes its own."""
+    starts: tuple[int, ...] = ()
+    """Where in `ids` each picture's tokens begin."""
 
     @property
     def end(self) -> int:
@@ -158,10 +160,6 @@ def token_batch(tails: Sequence[Tail]) -> TokenBatch:
     )
 
 
-def to_device(tokens: TokenBatch, device: torch.device) -> TokenBatch:
-    return TokenBatch(**{f.name: getattr(tokens, f.name).to(device, non_blocking=True) for f in fields(TokenBatch)})
-
-
 def _pictures(groups: Sequence[TrainGroup], layout: Layout) -> dict[str, Picture]:
     """Every image of the groups by key, each prepared once, on all cores: decoding leaves Python's lock."""
     handles: dict[str, ImageHandle] = {}
@@ -188,12 +186,15 @@ class _Feeder:
             raise ValueError(f"sample {self.name}: {len(places)} image placeholders for {len(images)} images")
         pictures = tuple(self.pictures[handle.key] for handle in images)
         parts: list[Tensor] = []
-        start = 0
+        starts: list[int] = []
+        start = longer = 0
         for place, picture in zip(places, pictures, strict=True):
             parts += [torch.tensor(ids[start:place], dtype=torch.int64), picture.tokens]
-            start = place + 1
+            starts.append(place + longer)
+            start, longer = place + 1, longer + len(picture.tokens) - 1
         expanded = torch.cat([*parts, torch.tensor(ids[start:], dtype=torch.int64)])
-        return Segment(ids=expanded, pictures=pictures, positions=self._positions(expanded, pictures))
+        positions = self._positions(expanded, pictures)
+        return Segment(ids=expanded, pictures=pictures, positions=positions, starts=tuple(starts))
 
     def _positions(self, ids: Tensor, pictures: Sequence[Picture]) -> Tensor:
         if self.layout.positions is None or not len(ids):
@@ -209,7 +210,10 @@ def _tail(
     for number, turn in enumerate(trajectory.turns):
         if number:
             fed = feeder.segment(turn.input_ids, turn.images)
-            _feed(tail, fed, next_position, feeder.layout.image_token_id)
+            tail.pictures += [(tail.length + start, one) for start, one in zip(fed.starts, fed.pictures, strict=True)]
+            tail.ids.append(fed.ids)
+            tail.positions.append(fed.positions + next_position)
+            tail.length += len(fed.ids)
             next_position += fed.end
         tail.sampled.append(torch.arange(len(turn.token_ids)) + tail.length)
         tail.ids.append(torch.tensor(turn.token_ids, dtype=torch.int64))
@@ -222,13 +226,3 @@ def _tail(
     tail.length = int(torch.cat(tail.sampled)[-1])
     tail.pictures = [(start, picture) for start, picture in tail.pictures if start < tail.length]
     return tail
-
-
-def _feed(tail: Tail, segment: Segment, position: int, image_token_id: int) -> None:
-    slots = (segment.ids == image_token_id).nonzero().flatten().tolist()
-    for picture in segment.pictures:
-        tail.pictures.append((tail.length + slots[0], picture))
-        slots = slots[int((picture.tokens == image_token_id).sum()) :]
-    tail.ids.append(segment.ids)
-    tail.positions.append(segment.positions + position)
-    tail.length += len(segment.ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from transformers.utils.logging import disable_progress_bar
 from learner import checkpoint
 from learner.engine import ZeroEngine
 from learner.flops import MatrixRate
+from learner.loss import kl
 from learner.policy import load_policy
-from learner.step import Stepper, Totals, make_reference
+from learner.step import Plan, Stepper, Totals, make_reference
 from learner.sync import WeightSender
 from learner.weights import weights
 from perception import names
@@ -140,17 +141,18 @@ class LearnerRank:
             metrics[names.FEATURE_HITS] = whole["known"] / whole["images"]
         return metrics
 
-    def logprobs(self, groups: Sequence[TrainGroup], reference: bool = False) -> list[list[np.ndarray]]:
-        """Per group and trajectory: (sampled tokens,) float32 log-probs under the current weights, or under those of
-        the policy the run started from. Collective."""
-        result = [[np.zeros(0, np.float32) for _ in entry.group.trajectories] for entry in groups]
+    def logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
+        """Per group and trajectory: (sampled tokens,) float32 log-probs under the current weights. Collective."""
         plan = self._stepper.plan(groups)
-        for work, values in zip(plan, self._stepper.logprobs(plan, reference), strict=True):
-            tails = [tail for piece in work for tail in piece.tails]
-            ends = np.cumsum([len(tail.targets) for tail in tails])
-            for tail, part in zip(tails, np.split(values.cpu().numpy(), ends[:-1] if tails else []), strict=False):
-                result[tail.group][tail.trajectory] = part
-        return result
+        return _by_trajectory(groups, plan, self._stepper.logprobs(plan))
+
+    def kl(self, groups: Sequence[TrainGroup]) -> list[tuple[float, ...]]:
+        """Per group and trajectory: `algorithm.kl` to the starting policy, summed over tokens. Collective."""
+        plan = self._stepper.plan(groups)
+        current = list(self._stepper.logprobs(plan))
+        pairs = zip(current, self._stepper.logprobs(plan, reference=True), strict=True)
+        values = (kl(now.double(), start.double(), self._algorithm.kl) for now, start in pairs)
+        return [tuple(float(one.sum()) for one in group) for group in _by_trajectory(groups, plan, values)]
 
     def sender(self, method: str, *arguments: Any) -> Any:
         """The door to the rank's `WeightSender`."""
@@ -174,6 +176,17 @@ class LearnerRank:
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
         dist.all_reduce(total, operation)
         return dict(zip(values, total.tolist(), strict=True))
+
+
+def _by_trajectory(groups: Sequence[TrainGroup], plan: Plan, values: Iterable[Tensor]) -> list[list[np.ndarray]]:
+    """(N,) values of each micro-batch -> per group and trajectory (sampled tokens,)."""
+    result = [[np.zeros(0, np.float32) for _ in entry.group.trajectories] for entry in groups]
+    for work, of_work in zip(plan, values, strict=True):
+        tails = [tail for piece in work for tail in piece.tails]
+        ends = np.cumsum([len(tail.targets) for tail in tails])
+        for tail, part in zip(tails, np.split(of_work.cpu().numpy(), ends[:-1] if tails else []), strict=False):
+            result[tail.group][tail.trajectory] = part
+    return result
 
 
 def _peak_bytes(device: torch.device) -> float:

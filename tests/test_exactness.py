@@ -13,15 +13,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from learner.model import multiply_patches
 from learner.policy import PackedPolicy, PaddedPolicy, Policy, load_policy
-from learner.rows import bins, pieces
 from perception.config import LearnerConfig
 from perception.types import PolicySpec, TrainGroup, Trajectory
 from tests import tiny_families
+from tests.gradients import distance, evaluate
 from tests.train_groups import train_group
 
 TEMPERATURE = 0.8
@@ -92,30 +90,6 @@ CASES = (
     "empty answers",
     "one prompt in two groups",
 )
-
-
-def evaluate(
-    policy: Policy, groups: Sequence[TrainGroup], budget: int
-) -> tuple[dict[tuple[int, int], Tensor], dict[str, Tensor]]:
-    """Log-probs by (group, trajectory), and the gradient of sum over tokens of advantage * log-prob."""
-    found: dict[tuple[int, int], Tensor] = {}
-    for work in bins(list(pieces(groups, policy.layout, budget)), budget):
-        batch = policy.collate(work)
-        logprobs, _ = policy(batch)
-        (logprobs * batch.tokens.advantages).sum().backward()
-        tails = [tail for piece in work for tail in piece.tails]
-        parts = logprobs.detach().split([len(tail.targets) for tail in tails])
-        found |= {(tail.group, tail.trajectory): part for tail, part in zip(tails, parts, strict=True)}
-    gradient = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
-    policy.zero_grad(set_to_none=True)
-    return found, gradient
-
-
-def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Norm of the difference of two gradients over the second one's norm."""
-    zero = torch.zeros(())
-    squares = sum((one.get(name, zero) - value).square().sum().double() for name, value in other.items())
-    return float((squares / sum(value.square().sum().double() for value in other.values())) ** 0.5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,11 +15,12 @@ from torch._dynamo.utils import counters
 from launch.cluster import ROOT
 from learner.policy import ROW_BUCKETS, Policy, load_policy, row_multiple
 from learner.pool import LearnerPool
-from learner.rows import bins, pieces
+from learner.rows import pieces
 from perception import names
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import PolicySpec, TrainGroup
 from tests import tiny_families
+from tests.gradients import distance, evaluate
 from tests.train_groups import train_group
 
 pytestmark = pytest.mark.gpu
@@ -31,24 +32,10 @@ def load(spec: PolicySpec, dtype: str = "float32", **settings: object) -> Policy
     return load_policy(replace(spec, dtype=dtype), 0.8, config, lambda ref: ref).to("cuda")
 
 
-def evaluate(policy: Policy, groups: list[TrainGroup]) -> tuple[Tensor, dict[str, Tensor]]:
+def in_order(policy: Policy, groups: list[TrainGroup]) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs in the order of groups and trajectories, and the gradient of sum(advantage * log-prob)."""
-    found: dict[tuple[int, int], Tensor] = {}
-    for work in bins(list(pieces(groups, policy.layout, BUDGET)), BUDGET):
-        batch = policy.collate(work).to(torch.device("cuda"))
-        logprobs, _ = policy(batch)
-        (logprobs * batch.tokens.advantages).sum().backward()
-        tails = [tail for piece in work for tail in piece.tails]
-        parts = logprobs.detach().split([len(tail.targets) for tail in tails])
-        found |= {(tail.group, tail.trajectory): part for tail, part in zip(tails, parts, strict=True)}
-    gradient = {name: p.grad.float() for name, p in policy.model.named_parameters() if p.grad is not None}
-    policy.zero_grad(set_to_none=True)
+    found, gradient = evaluate(policy, groups, BUDGET)
     return torch.cat([found[key] for key in sorted(found)]), gradient
-
-
-def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    off = sum((one[name] - other[name]).square().sum() for name in other)
-    return float((off / sum(value.square().sum() for value in other.values())) ** 0.5)
 
 
 @pytest.fixture
@@ -64,15 +51,15 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path) -> PolicySpec:
 
 def test_packed_rows_on_cuda_equal_padded_ones(spec: PolicySpec, groups: list[TrainGroup]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    ours, our_gradient = evaluate(load(spec), groups)
-    theirs, their_gradient = evaluate(load(spec, rows="padded"), groups)
+    ours, our_gradient = in_order(load(spec), groups)
+    theirs, their_gradient = in_order(load(spec, rows="padded"), groups)
     assert (ours - theirs).abs().max() < 1e-3
     assert distance(our_gradient, their_gradient) < 1e-2
 
 
 def test_bf16_packed_rows_with_the_varlen_kernel_stay_close(spec: PolicySpec, groups: list[TrainGroup]) -> None:
-    ours, _ = evaluate(load(spec, "bfloat16"), groups)
-    theirs, _ = evaluate(load(spec, rows="padded"), groups)
+    ours, _ = in_order(load(spec, "bfloat16"), groups)
+    theirs, _ = in_order(load(spec, rows="padded"), groups)
     assert (ours - theirs).abs().mean() < 0.05
 
 
@@ -87,11 +74,11 @@ def test_compilations_are_bounded_whatever_the_lengths(tmp_path: Path) -> None:
     before = counters["stats"]["unique_graphs"]
     plain = load(spec)
     for groups in batches:
-        assert (evaluate(policy, groups)[0] - evaluate(plain, groups)[0]).abs().max() < 1e-3
+        assert (in_order(policy, groups)[0] - in_order(plain, groups)[0]).abs().max() < 1e-3
     made = counters["stats"]["unique_graphs"] - before
     assert made <= 3 * len(lengths) + 8  # text layers, attention in and outside them by length; few for vision and head
     for groups in batches:
-        evaluate(policy, groups)
+        in_order(policy, groups)
     assert counters["stats"]["unique_graphs"] - before == made
 
 

@@ -1,0 +1,36 @@
+"""What a policy makes of groups, for comparing one way of computing it with another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from learner.policy import Policy
+from learner.rows import bins, pieces
+from perception.types import TrainGroup
+
+
+def evaluate(
+    policy: Policy, groups: Sequence[TrainGroup], budget: int
+) -> tuple[dict[tuple[int, int], Tensor], dict[str, Tensor]]:
+    """Log-probs by (group, trajectory), and the gradient of sum over tokens of advantage * log-prob."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for work in bins(list(pieces(groups, policy.layout, budget)), budget):
+        batch = policy.collate(work).to(policy.model.device)
+        logprobs, _ = policy(batch)
+        (logprobs * batch.tokens.advantages).sum().backward()
+        tails = [tail for piece in work for tail in piece.tails]
+        parts = logprobs.detach().split([len(tail.targets) for tail in tails])
+        found |= {(tail.group, tail.trajectory): part for tail, part in zip(tails, parts, strict=True)}
+    gradient = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    policy.zero_grad(set_to_none=True)
+    return found, gradient
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Norm of the difference of two gradients over the second one's norm."""
+    zero = torch.zeros(())
+    squares = sum((one.get(name, zero) - value).square().sum().double() for name, value in other.items())
+    return float((squares / sum(value.square().sum().double() for value in other.values())) ** 0.5)
