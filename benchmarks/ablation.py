@@ -28,11 +28,12 @@ from pydantic import TypeAdapter
 
 from benchmarks import ablation_table as table
 from benchmarks.common import parser, print_result
-from launch import rundir
-from launch.config import compose
-from launch.errors import UserError, told
-from launch.prepare import prepare
+from launch.record import run_directory
+from launch.run.command_line import told
+from launch.run.config import compose
+from launch.run.prepare import prepare
 from perception.config import Config
+from perception.errors import UserError
 
 ARMS = {
     "binary": ("reward=vision_reasoner", "look=none"),
@@ -90,8 +91,8 @@ def plan(arm: str, seed: int, steps: int, out: Path, extra: Sequence[str]) -> Pl
 
 def finished(planned: Planned) -> bool:
     """The run has its summary and the planned settings; neither the warm start nor the data changed since it began."""
-    config = planned.run_dir / rundir.CONFIG
-    if not (planned.run_dir / rundir.SUMMARY).is_file() or not config.is_file():
+    config = planned.run_dir / run_directory.CONFIG
+    if not (planned.run_dir / run_directory.SUMMARY).is_file() or not config.is_file():
         return False
     wanted = TypeAdapter(Config).dump_python(planned.config, mode="json")
     if yaml.safe_load(config.read_text(encoding="utf-8")) != wanted:
@@ -176,7 +177,7 @@ def train(wanted: Sequence[tuple[str, int]], arguments: argparse.Namespace, comm
     _say(f"{len(ready)} of {len(plans)} runs are there; training {len(missing)}, {arguments.jobs} at a time")
 
     def done(name: str) -> None:
-        if not (out / name / rundir.SUMMARY).is_file():
+        if not (out / name / run_directory.SUMMARY).is_file():
             raise RunError(f"{name} was stopped before its end; {_tail(_log(out, name))}")
         ready.append(name)
         write_results(out, [(plans[name].arm, plans[name].seed) for name in ready], command)
@@ -196,10 +197,10 @@ def write_results(out: Path, wanted: Sequence[tuple[str, int]], command: str) ->
         for arm, by_seed in runs.items()
         for seed, run in by_seed.items()
     ]
-    rundir.write_text(out / "ablation.md", table.page(runs, command, ARMS))
-    rundir.write_text(out / "ablation.svg", table.plot(runs))
+    run_directory.write_text(out / "ablation.md", table.page(runs, command, ARMS))
+    run_directory.write_text(out / "ablation.svg", table.plot(runs))
     written = {"command": command, "arms": figures, "runs": every}
-    rundir.write_text(out / RESULTS, json.dumps(written, indent=2) + "\n")
+    run_directory.write_text(out / RESULTS, json.dumps(written, indent=2) + "\n")
     return figures
 
 
@@ -219,7 +220,7 @@ def _ablate(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     if not arguments.table_only:
         train(wanted, arguments, command)
         return write_results(out, wanted, command)
-    there = [pair for pair in wanted if (out / run_name(*pair) / rundir.SUMMARY).is_file()]
+    there = [pair for pair in wanted if (out / run_name(*pair) / run_directory.SUMMARY).is_file()]
     if not there:
         raise UserError(f"no finished run under {out}: run this without --table-only")
     trained_by = json.loads((out / RESULTS).read_text())["command"] if (out / RESULTS).is_file() else command

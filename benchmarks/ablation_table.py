@@ -15,25 +15,25 @@ import jinja2
 import yaml
 from scipy import stats
 
-from launch import rundir
-from launch.errors import UserError
+from launch.record import run_directory
 from launch.report import charts
-from perception import names
+from perception import metric_catalog as catalog
+from perception.errors import UserError
 
 BASE = "binary"
 SHIFTED = "shifted"
 LABELS = {"binary": "binary", "look": "+look", "rank": "+rank", "both": "+both", "raw": "raw sum", "relook": "relook"}
 SETS = {"in domain": "", "out of domain": SHIFTED}
-WAYS = {"sampled": names.GIOU_SAMPLED, "greedy": names.GIOU_GREEDY}
+WAYS = {"sampled": catalog.GIOU_SAMPLED, "greedy": catalog.GIOU_GREEDY}
 EDGE = 5
 """Steps at either end of a run that its entropy there is the mean of."""
 TRAINING: Mapping[str, tuple[str, Callable[[Sequence[float]], float]]] = {
-    "reward_std": (names.REWARD_STD, fmean),
-    "zero_variance": (names.ZERO_VARIANCE, fmean),
-    "entropy_start": (names.ENTROPY, lambda values: fmean(values[:EDGE])),
-    "entropy_end": (names.ENTROPY, lambda values: fmean(values[-EDGE:])),
-    "response_tokens": (names.RESPONSE_TOKENS, fmean),
-    "step_s": (names.SECONDS_STEP, median),
+    "reward_std": (catalog.REWARD_STD, fmean),
+    "zero_variance": (catalog.ZERO_VARIANCE, fmean),
+    "entropy_start": (catalog.ENTROPY, lambda values: fmean(values[:EDGE])),
+    "entropy_end": (catalog.ENTROPY, lambda values: fmean(values[-EDGE:])),
+    "response_tokens": (catalog.RESPONSE_TOKENS, fmean),
+    "step_s": (catalog.SECONDS_STEP, median),
 }
 """A run's figures over its steps. Seconds: a median, since the first steps warm everything up."""
 PUBLISHED_SETS = ("RefCOCO", "RefCOCO+", "RefCOCOg", "ReasonSeg val")
@@ -105,23 +105,27 @@ class Change:
 
 def read(run_dir: Path) -> Run:
     """A finished run. Raises UserError when it lacks a figure the tables need."""
-    summary = json.loads((run_dir / rundir.SUMMARY).read_text(encoding="utf-8"))
+    summary = json.loads((run_dir / run_directory.SUMMARY).read_text(encoding="utf-8"))
     for name in (metric(way, held_out) for way in WAYS for held_out in SETS):
         if any(summary[when].get(name) is None for when in ("before", "after")):
-            raise UserError(f"{run_dir / rundir.SUMMARY} has no {name}: not a run of this ablation; move it away")
-    rows, over_steps = rundir.read_lines(run_dir / rundir.METRICS), {}
+            raise UserError(
+                f"{run_dir / run_directory.SUMMARY} has no {name}: not a run of this ablation; move it away"
+            )
+    rows, over_steps = run_directory.read_lines(run_dir / run_directory.METRICS), {}
     for figure, (name, summarise) in TRAINING.items():
         values = [row[name] for row in rows if row.get(name) is not None]
         if not values:
-            raise UserError(f"{run_dir / rundir.METRICS} has no {name}: not a run of this ablation; move it away")
+            raise UserError(
+                f"{run_dir / run_directory.METRICS} has no {name}: not a run of this ablation; move it away"
+            )
         over_steps[figure] = summarise(values)
-    config = yaml.safe_load((run_dir / rundir.CONFIG).read_text(encoding="utf-8"))
+    config = yaml.safe_load((run_dir / run_directory.CONFIG).read_text(encoding="utf-8"))
     return Run(summary["before"], summary["after"], over_steps, config)
 
 
 def metric(way: str, held_out: str) -> str:
     """As evaluations name it."""
-    return names.held_out(WAYS[way], SETS[held_out])
+    return catalog.held_out(WAYS[way], SETS[held_out])
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -174,7 +178,9 @@ def page(runs: Runs, command: str, overrides: Mapping[str, Sequence[str]]) -> st
         overrides=overrides,
         seeds=list(dict.fromkeys(seed for by_seed in runs.values() for seed in by_seed)),
         config=first.config,
-        samples={name: f"{first.after[names.held_out(names.HELD_OUT_SAMPLES, name)]:.0f}" for name in SETS.values()},
+        samples={
+            name: f"{first.after[catalog.held_out(catalog.HELD_OUT_SAMPLES, name)]:.0f}" for name in SETS.values()
+        },
         runs=runs,
         labels={arm: LABELS[arm] for arm in runs},
         ways=WAYS,

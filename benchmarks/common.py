@@ -9,7 +9,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-from launch.environment import versions
+from launch.record.environment import versions
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

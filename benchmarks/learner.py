@@ -31,7 +31,7 @@ import torch
 from benchmarks import learner_batch, trl_step
 from benchmarks.common import parser, print_result
 from benchmarks.learner_sides import Task, learner_config, serve
-from launch.environment import version_of
+from launch.record.environment import version_of
 from learner.pool import KEEP_FREED_MEMORY
 
 RIVALS = ("padded", "padded_varlen", "trl")

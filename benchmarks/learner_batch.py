@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from launch import policies
-from launch.prompts import read_policy_spec
+from launch.run.prompts import read_policy_spec
+from launch.warm_start import policies
 from perception.config import ModelConfig
 from perception.images import content_key
 from perception.types import (

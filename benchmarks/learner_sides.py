@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import learner_batch, trl_step
-from perception import names
+from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig
 from perception.types import PolicySpec, TrainGroup
 
@@ -54,7 +54,7 @@ def learner_config(name: str, task: Task) -> LearnerConfig:
 
 def serve_learner(link: Connection, name: str, task: Task) -> None:
     from learner import vision_attention
-    from learner.worker import LearnerRank
+    from learner.rank import LearnerRank
 
     shape = learner_batch.SHAPES[task.shape]
     algorithm = AlgorithmConfig(steps=task.steps, prompts_per_step=shape.groups, group_size=shape.n, importance="none")
@@ -81,7 +81,11 @@ def serve_learner(link: Connection, name: str, task: Task) -> None:
         began = time.perf_counter()
         metrics = rank.train_step([groups]).metrics
         seconds = time.perf_counter() - began
-        figures = {"seconds": seconds, "grad_norm": metrics[names.GRAD_NORM], "mfu": metrics[names.MFU]}
+        figures = {
+            "seconds": seconds,
+            "grad_norm": metrics[catalog.GRAD_NORM],
+            "mfu": metrics[catalog.MFU],
+        }
         link.send(figures | {"peak_gib": peak_gib(task.device)})
 
 

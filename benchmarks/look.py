@@ -21,18 +21,18 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.common import options, print_result
-from launch import cluster
-from launch.calibrate import calibrate
-from launch.config import compose
-from launch.errors import told
-from launch.metrics import look_metrics
-from launch.preflight import MAIN, check
-from launch.prepare import prepare
-from launch.prompts import PromptMaker
-from launch.system import System
-from perception import names
+from launch.run.calibrate import calibrate
+from launch.run.checks import MAIN, check
+from launch.run.command_line import told
+from launch.run.config import compose
+from launch.run.prepare import prepare
+from launch.run.prompts import PromptMaker
+from launch.run.step_metrics import look_metrics
+from launch.run.system import System
+from perception import metric_catalog as catalog
 from perception.config import Config, LookMode
 from perception.types import Sample, SamplingSpec, Trajectory
+from runtime import cluster
 
 MODES: tuple[LookMode, ...] = get_args(LookMode)
 
@@ -100,7 +100,7 @@ async def _round(
     into.sampled.append(float(np.mean([t.sampled_tokens for t in trajectories])))
     if mode == "relook":
         looks = look_metrics(scored)
-        into.relook_rate, into.prefix_hit = looks[names.RELOOK_RATE], looks[names.PREFIX_HITS]
+        into.relook_rate, into.prefix_hit = looks[catalog.RELOOK_RATE], looks[catalog.PREFIX_HITS]
 
 
 def _row_tokens(trajectory: Trajectory, prompts: PromptMaker) -> int:

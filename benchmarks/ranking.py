@@ -23,7 +23,7 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks.common import options, print_result
-from launch.config import CONF
+from launch.run.config import CONF
 from perception.config import EcdfConfig
 from reward_workers.ranking import RankStore
 

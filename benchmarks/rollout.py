@@ -171,7 +171,7 @@ def main() -> None:
     made.add_argument("--threads", type=int, default=1)
     arguments = made.parse_args()
     os.environ.update(environment(arguments.device, arguments.threads))
-    from launch.prompts import read_policy_spec
+    from launch.run.prompts import read_policy_spec
 
     policy = read_policy_spec(
         ModelConfig(path=str(Path(arguments.policy).resolve()), segmenter="", dtype=arguments.dtype)

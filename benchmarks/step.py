@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.common import options, print_result
-from launch import rundir
-from perception import names
+from launch.record import run_directory
+from perception import metric_catalog as catalog
 
 WARM_UP = 2
 
@@ -28,20 +28,20 @@ def measure(recipe: str, steps: int, overrides: list[str]) -> dict[str, float]:
         settings = [f"recipe={recipe}", f"algorithm.steps={steps}", f"run.output={output}", "run.name=step"]
         command = [sys.executable, "-m", "launch.train", *settings, "data.eval_samples=8", *overrides]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        rows = rundir.read_lines(Path(output) / "step" / rundir.METRICS)[WARM_UP:]
+        rows = run_directory.read_lines(Path(output) / "step" / run_directory.METRICS)[WARM_UP:]
     return {name: median([row[name] for row in rows]) for name in rows[0] if name != "step"}
 
 
 def main() -> None:
     arguments = options(__doc__, overrides=True, recipe=("quickstart", "of conf/recipe"), steps=(12, "of training"))
     metrics = measure(arguments.recipe, arguments.steps, arguments.overrides)
-    seconds = {name.partition("/")[2]: round(metrics[name], 4) for name in names.STAGES}
-    share = metrics[names.SECONDS_CONTROLLER] / metrics[names.SECONDS_STEP]
+    seconds = {name.partition("/")[2]: round(metrics[name], 4) for name in catalog.STAGES}
+    share = metrics[catalog.SECONDS_CONTROLLER] / metrics[catalog.SECONDS_STEP]
     ours = {
         "seconds": seconds,
-        "step_s": round(metrics[names.SECONDS_STEP], 4),
-        "samples_per_s": round(metrics[names.SAMPLES_PER_S], 2),
-        "tokens_per_s": round(metrics[names.TOKENS_PER_S], 1),
+        "step_s": round(metrics[catalog.SECONDS_STEP], 4),
+        "samples_per_s": round(metrics[catalog.SAMPLES_PER_S], 2),
+        "tokens_per_s": round(metrics[catalog.TOKENS_PER_S], 1),
     }
     print_result("step", ours, None, None, vars(arguments), controller_share=round(share, 4))
 

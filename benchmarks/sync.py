@@ -27,15 +27,15 @@ import ray
 import torch
 
 from benchmarks.common import options, print_result
-from launch import cluster
-from launch.config import compose
-from launch.errors import told
-from launch.prepare import prepare
-from launch.prompts import read_policy_spec
+from launch.run.command_line import told
+from launch.run.config import compose
+from launch.run.prepare import prepare
+from launch.run.prompts import read_policy_spec
 from learner.pool import LearnerPool
 from perception.config import Config
 from rollout import pool as rollout_pool
 from rollout.engine import RolloutEngine
+from runtime import cluster
 
 
 class CopyingEngine(RolloutEngine):

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.environment import PACKAGES, cpus, gpus, version_of
+from launch.record.environment import PACKAGES, gpus, version_of
+from runtime.cluster import cpus
 
 _ROOT = Path(__file__).resolve().parents[1]
 _GIB = 1 << 30

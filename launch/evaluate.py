@@ -18,16 +18,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from launch import cluster
-from launch.calibrate import calibrate
-from launch.config import entry
-from launch.metrics import look_metrics
-from launch.preflight import MAIN, check
-from launch.prepare import prepare
-from launch.system import System
-from perception import names
+from launch.run.calibrate import calibrate
+from launch.run.checks import MAIN, check
+from launch.run.config import entry
+from launch.run.prepare import prepare
+from launch.run.step_metrics import look_metrics
+from launch.run.system import System
+from perception import metric_catalog as catalog
 from perception.config import Config
 from perception.types import Sample, SamplingSpec, ScoredGroup
+from runtime import cluster
 
 EVALUATION_SEED_STEP = 0
 """Training steps count from 1, so evaluation draws from seeds of its own."""
@@ -50,15 +50,15 @@ async def evaluate(
     )
     greedy, sampled = [await system.answer(prompts, way, masks=pictures, metrics=HELD_OUT) for way in ways]
     metrics = {
-        names.GIOU_GREEDY: _mean_iou(greedy),
-        names.GIOU_SAMPLED: _mean_iou(sampled),
-        names.HELD_OUT_PARSE_OK: float(np.mean([s.answer.failure is None for one in sampled for s in one.scores])),
-        names.HELD_OUT_SAMPLES: len(samples),
+        catalog.GIOU_GREEDY: _mean_iou(greedy),
+        catalog.GIOU_SAMPLED: _mean_iou(sampled),
+        catalog.HELD_OUT_PARSE_OK: float(np.mean([s.answer.failure is None for one in sampled for s in one.scores])),
+        catalog.HELD_OUT_SAMPLES: len(samples),
     }
     if system.config.look.mode == "relook":
         looks = look_metrics(sampled)
-        metrics[names.HELD_OUT_RELOOK_RATE] = looks[names.RELOOK_RATE]
-        metrics[names.HELD_OUT_LOOK_GAIN] = looks[names.RELOOK_GAIN] * looks[names.RELOOK_RATE]
+        metrics[catalog.HELD_OUT_RELOOK_RATE] = looks[catalog.RELOOK_RATE]
+        metrics[catalog.HELD_OUT_LOOK_GAIN] = looks[catalog.RELOOK_GAIN] * looks[catalog.RELOOK_RATE]
     return metrics, tuple(greedy)
 
 
@@ -67,7 +67,7 @@ async def evaluate_all(
 ) -> tuple[dict[str, float], tuple[ScoredGroup, ...]]:
     """Metrics of every held-out set by `names.held_out`, and the groups of the first one for pictures."""
     done = {name: await evaluate(system, samples, 0 if name else pictures) for name, samples in held_out.items()}
-    metrics = {names.held_out(metric, name): v for name, (own, _) in done.items() for metric, v in own.items()}
+    metrics = {catalog.held_out(metric, name): v for name, (own, _) in done.items() for metric, v in own.items()}
     return metrics, done[MAIN][1]
 
 

@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 
-from launch.arguments import call
-from launch.config import read_tasks
-from launch.warm_start import SEED_BASE, SEEDS_PER_RUN, WarmStart, train_policy
+from launch.run.command_line import call
+from launch.run.config import read_tasks
+from launch.warm_start.policy import SEED_BASE, SEEDS_PER_RUN, WarmStart, train_policy
+from launch.warm_start.segmenter import TOOL_STYLE, train_tool
 from perception.scenes import stream
-from reward_workers.training import TOOL_STYLE, train_tool
 
 
 def sft(

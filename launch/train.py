@@ -13,26 +13,26 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launch import cluster
-from launch.calibrate import calibrate
-from launch.config import entry
-from launch.dynamic import StepBatch, reward_kl
 from launch.evaluate import evaluate_all
-from launch.failures import check_failures
-from launch.metrics import StageClock, step_metrics
-from launch.parity import parity_gate
-from launch.preflight import check
-from launch.prepare import prepare
-from launch.progress import Progress
-from launch.recorder import Recorder
+from launch.record.progress import Progress
+from launch.record.recorder import Recorder
+from launch.record.summary import show
 from launch.report import write_report
-from launch.runstate import RunState
-from launch.summary import show
-from launch.system import System
-from perception import names
+from launch.run.batch import StepBatch, reward_kl
+from launch.run.calibrate import calibrate
+from launch.run.checks import check
+from launch.run.config import entry
+from launch.run.failures import check_failures
+from launch.run.parity import parity_gate
+from launch.run.prepare import prepare
+from launch.run.state import RunState
+from launch.run.step_metrics import StageClock, step_metrics
+from launch.run.system import System
+from perception import metric_catalog as catalog
 from perception.config import Config
 from perception.types import Sample, SamplingSpec
 from reward_workers.combine import combine
+from runtime import cluster
 
 
 async def train(run: Session) -> None:
@@ -53,18 +53,18 @@ async def train(run: Session) -> None:
             with clock.generate_and_score() as sampled:
                 scored = await system.answer(prompts, sampling, explore=True, masks=masks, on_sampled=sampled)
             check_failures([*batch.scored, *scored], config.reward.max_failure_rate)
-            with clock.stage(names.SECONDS_LEARN):
+            with clock.stage(catalog.SECONDS_LEARN):
                 kl = await reward_kl(system.learner, scored, algorithm)
             batch.add(scored, combine(scored, config.reward, state.ranks), kl)
         advantages = batch.advantages()
         groups = batch.train_groups(advantages)
         if step == first:
             await parity_gate(system, batch.scored, run.progress)
-        with clock.stage(names.SECONDS_LEARN):
+        with clock.stage(catalog.SECONDS_LEARN):
             report = await system.learner.train_step(groups)
         if state.ranks is not None:
             state.ranks.flush()
-        with clock.stage(names.SECONDS_SYNC):
+        with clock.stage(catalog.SECONDS_SYNC):
             updates = await system.sync_weights(version=step)
         state.step = step
         metrics = step_metrics(batch.scored, batch.rewards, advantages, report, updates, clock)

@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from launch.arguments import call
+from launch.run.command_line import call
 from perception import masks
 from perception.datasets import coco
 from perception.datasets.objects import TrueObject

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.engine import ZeroEngine
 from learner.policy import Policy
+from learner.zero import ZeroEngine
 
 TAG = "learner"
 TOKENIZER_AND_PROCESSOR = (".json", ".jinja", ".txt", ".model")

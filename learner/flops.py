@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from learner.engine import full_shape
 from learner.model import vision_tower
 from learner.rows import Picture, Piece
+from learner.zero import full_shape
 
 _SQUARE = {"cuda": 8192, "cpu": 768}
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from perception import names
+from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig
 
 
@@ -115,16 +115,16 @@ def token_sums(
     weight = _importance(old, batch, config)
     either = config.loss == "cispo"
     values = {
-        names.RATIO: torch.exp(logprobs - batch.engine_logprobs),
-        names.LOGPROB_MISMATCH: (logprobs - batch.engine_logprobs).abs(),
-        names.ENTROPY: entropy,
-        names.CLIP_LOW: (ratio < 1.0 - config.clip_low) & ((batch.advantages < 0) | either),
-        names.CLIP_HIGH: (ratio > 1.0 + config.clip_high) & ((batch.advantages > 0) | either),
-        names.IMPORTANCE: weight.clamp(max=config.importance_cap),
-        names.IMPORTANCE_CAPPED: weight > config.importance_cap,
+        catalog.RATIO: torch.exp(logprobs - batch.engine_logprobs),
+        catalog.LOGPROB_MISMATCH: (logprobs - batch.engine_logprobs).abs(),
+        catalog.ENTROPY: entropy,
+        catalog.CLIP_LOW: (ratio < 1.0 - config.clip_low) & ((batch.advantages < 0) | either),
+        catalog.CLIP_HIGH: (ratio > 1.0 + config.clip_high) & ((batch.advantages > 0) | either),
+        catalog.IMPORTANCE: weight.clamp(max=config.importance_cap),
+        catalog.IMPORTANCE_CAPPED: weight > config.importance_cap,
     }
     if reference_logprobs is not None:
-        values[names.KL] = kl(logprobs, reference_logprobs, config.kl)
+        values[catalog.KL] = kl(logprobs, reference_logprobs, config.kl)
     return {name: (value * batch.real).sum() for name, value in values.items()}
 
 

@@ -12,7 +12,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from perception import names
+from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, LearnerReport, PolicySpec, TrainGroup, WeightBucket
 
@@ -29,7 +29,7 @@ class _Host:
     """Makes the rank inside its own process: torch and DeepSpeed stay out of the controller's."""
 
     def __init__(self, rank: int, world: int, **settings: Any) -> None:
-        from learner.worker import LearnerRank
+        from learner.rank import LearnerRank
 
         self._rank = LearnerRank(rank, world, **settings)
 
@@ -112,9 +112,9 @@ class LearnerPool:
         engine = [turn.logprobs for group in groups for one in group.trajectories for turn in one.turns]
         difference = np.concatenate(learner) - np.concatenate([np.asarray(logprobs) for logprobs in engine])
         return {
-            names.LOGPROB_MISMATCH: float(np.abs(difference).mean()),
-            names.LOGPROB_MISMATCH_MAX: float(np.abs(difference).max()),
-            names.RATIO: float(np.exp(difference).mean()),
+            catalog.LOGPROB_MISMATCH: float(np.abs(difference).mean()),
+            catalog.LOGPROB_MISMATCH_MAX: float(np.abs(difference).max()),
+            catalog.RATIO: float(np.exp(difference).mean()),
         }
 
     async def kl(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:

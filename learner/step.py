@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.engine import ZeroEngine
 from learner.flops import FlopCounter
 from learner.loss import denominator, policy_loss, token_sums
 from learner.policy import PACKED_FAMILIES, Policy
 from learner.rows import Piece, bins, pieces
+from learner.zero import ZeroEngine
 from perception.config import AlgorithmConfig, LearnerConfig
 from perception.types import TrainGroup
 

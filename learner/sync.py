@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from learner.engine import gathered
 from learner.weights import Weight
+from learner.zero import gathered
 from perception.checksum import tensor_sum, total
 from perception.config import LearnerConfig
 from perception.types import TensorSlot, WeightBucket

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from learner.engine import full_shape
+from learner.zero import full_shape
 
 _BASE, _UP, _DOWN = ".base_layer.", ".lora_B.", ".lora_A."
 

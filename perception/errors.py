@@ -1,6 +1,10 @@
-"""What is wrong with the user's data, as one line."""
+"""What the user can mend, as one line: what is wrong, where, and how to mend it."""
 
 from __future__ import annotations
+
+
+class UserError(Exception):
+    """Settings, files or a machine that cannot be used. The message is one line; the program ends with status 2."""
 
 
 class DataError(ValueError):

@@ -14,8 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from launch.recorder import Recorder
-from perception import images, masks, names, scenes, views
+from launch.record.recorder import Recorder
+from perception import images, masks, scenes, views
+from perception import metric_catalog as catalog
 from perception.config import (
     AlgorithmConfig,
     Config,
@@ -114,14 +115,17 @@ def write_run(output: Path, steps: int = 60, image_dir: Path | None = None, look
 
 def evaluation(progress: float, look: LookConfig | None = None) -> dict[str, float]:
     found = {
-        names.GIOU_GREEDY: 0.561 + 0.037 * progress,
-        names.GIOU_SAMPLED: 0.482 + 0.079 * progress,
-        names.HELD_OUT_PARSE_OK: 0.991 + 0.007 * progress,
-        names.HELD_OUT_SAMPLES: 128,
+        catalog.GIOU_GREEDY: 0.561 + 0.037 * progress,
+        catalog.GIOU_SAMPLED: 0.482 + 0.079 * progress,
+        catalog.HELD_OUT_PARSE_OK: 0.991 + 0.007 * progress,
+        catalog.HELD_OUT_SAMPLES: 128,
     }
     if look is None:
         return found
-    looked = {names.HELD_OUT_RELOOK_RATE: 0.92 - 0.5 * progress, names.HELD_OUT_LOOK_GAIN: 0.012 + 0.05 * progress}
+    looked = {
+        catalog.HELD_OUT_RELOOK_RATE: 0.92 - 0.5 * progress,
+        catalog.HELD_OUT_LOOK_GAIN: 0.012 + 0.05 * progress,
+    }
     shifted = {f"{name}/shifted": value - 0.15 for name, value in found.items() if name.startswith("giou")}
     return found | looked | shifted
 
@@ -129,46 +133,46 @@ def evaluation(progress: float, look: LookConfig | None = None) -> dict[str, flo
 def metrics(step: int, progress: float, rng: np.random.Generator, look: LookConfig | None = None) -> dict[str, float]:
     noise = rng.normal(size=8)
     seconds = {
-        names.SECONDS_GENERATE: 2.1 + 0.2 * noise[0] ** 2,
-        names.SECONDS_SCORE: 1.3 + 0.1 * noise[1],
-        names.SECONDS_LEARN: 2.4 + 0.15 * noise[2],
-        names.SECONDS_SYNC: 0.12 + 0.01 * noise[3],
-        names.SECONDS_CONTROLLER: 0.11,
+        catalog.SECONDS_GENERATE: 2.1 + 0.2 * noise[0] ** 2,
+        catalog.SECONDS_SCORE: 1.3 + 0.1 * noise[1],
+        catalog.SECONDS_LEARN: 2.4 + 0.15 * noise[2],
+        catalog.SECONDS_SYNC: 0.12 + 0.01 * noise[3],
+        catalog.SECONDS_CONTROLLER: 0.11,
     }
     looked = {
-        names.LOOK_PASSES: 1.9 - 0.5 * progress,
-        names.RELOOK_RATE: 0.9 - 0.5 * progress + 0.02 * noise[0],
-        names.RELOOK_CHANGED: 0.4 + 0.2 * progress + 0.02 * noise[1],
-        names.RELOOK_GAIN: 0.06 * progress + 0.02 * noise[2],
-        names.CONFIDENCE: 0.5 + 0.1 * progress + 0.01 * noise[3],
-        names.THRESHOLD: 1.0 if progress < 0.1 else 0.74 + 0.01 * noise[4],
-        names.CALIBRATION_ERROR: 0.12 - 0.08 * progress + 0.01 * noise[5] ** 2,
-        names.PREFIX_HITS: 0.93,
+        catalog.LOOK_PASSES: 1.9 - 0.5 * progress,
+        catalog.RELOOK_RATE: 0.9 - 0.5 * progress + 0.02 * noise[0],
+        catalog.RELOOK_CHANGED: 0.4 + 0.2 * progress + 0.02 * noise[1],
+        catalog.RELOOK_GAIN: 0.06 * progress + 0.02 * noise[2],
+        catalog.CONFIDENCE: 0.5 + 0.1 * progress + 0.01 * noise[3],
+        catalog.THRESHOLD: 1.0 if progress < 0.1 else 0.74 + 0.01 * noise[4],
+        catalog.CALIBRATION_ERROR: 0.12 - 0.08 * progress + 0.01 * noise[5] ** 2,
+        catalog.PREFIX_HITS: 0.93,
     }
     return seconds | (looked if look else {}) | {
-        names.SECONDS_STEP: sum(seconds.values()),
-        names.REWARD_MEAN: 0.62 + 0.12 * progress + 0.03 * noise[4],
-        names.REWARD_STD: 0.24 - 0.05 * progress,
-        names.ZERO_VARIANCE: 0.03,
-        names.PARSE_OK: min(1.0, 0.99 + 0.003 * noise[5]),
-        names.GIOU: 0.48 + 0.08 * progress + 0.03 * noise[4],
-        names.ENTROPY: math.nan if step == 7 else 0.81 - 0.2 * progress + 0.02 * noise[6],
-        names.RATIO: 1.0 + 0.0004 * noise[7],
-        names.CLIP_LOW: 0.004, names.CLIP_HIGH: 0.006,
-        names.LOGPROB_MISMATCH: 4e-7 + 1e-8 * noise[3], names.SYNC_PAUSE: 0.11, names.SYNC_TRANSFER: 0.06,
-        names.GRAD_NORM: 0.8 + 0.2 * noise[2] ** 2,
-        names.LR: 2e-5,
-        names.RESPONSE_TOKENS: 31 - 2 * progress + 0.4 * noise[1],
-        names.TOKENS_PER_S: 1250 + 40 * noise[0],
-        names.SAMPLES_PER_S: 42.0 + noise[0],
-        names.SAM_CACHE_HITS: 0.0,
-        names.BOXES_ANSWERED: 1.21, names.BOXES_TRUE: 1.18,
-        names.component("mask_iou"): 0.48 + 0.08 * progress,
-        names.component("parsed"): 0.99,
-        names.component("point_score"): 0.6,
-        names.failure(FailureKind.UNPARSED): max(0.0, 0.01 - 0.008 * progress),
-        names.failure(FailureKind.TRUNCATED): 0.004,
-        names.POLICY_VERSION: float(step - 1),
+        catalog.SECONDS_STEP: sum(seconds.values()),
+        catalog.REWARD_MEAN: 0.62 + 0.12 * progress + 0.03 * noise[4],
+        catalog.REWARD_STD: 0.24 - 0.05 * progress,
+        catalog.ZERO_VARIANCE: 0.03,
+        catalog.PARSE_OK: min(1.0, 0.99 + 0.003 * noise[5]),
+        catalog.GIOU: 0.48 + 0.08 * progress + 0.03 * noise[4],
+        catalog.ENTROPY: math.nan if step == 7 else 0.81 - 0.2 * progress + 0.02 * noise[6],
+        catalog.RATIO: 1.0 + 0.0004 * noise[7],
+        catalog.CLIP_LOW: 0.004, catalog.CLIP_HIGH: 0.006,
+        catalog.LOGPROB_MISMATCH: 4e-7 + 1e-8 * noise[3], catalog.SYNC_PAUSE: 0.11, catalog.SYNC_TRANSFER: 0.06,
+        catalog.GRAD_NORM: 0.8 + 0.2 * noise[2] ** 2,
+        catalog.LR: 2e-5,
+        catalog.RESPONSE_TOKENS: 31 - 2 * progress + 0.4 * noise[1],
+        catalog.TOKENS_PER_S: 1250 + 40 * noise[0],
+        catalog.SAMPLES_PER_S: 42.0 + noise[0],
+        catalog.SAM_CACHE_HITS: 0.0,
+        catalog.BOXES_ANSWERED: 1.21, catalog.BOXES_TRUE: 1.18,
+        catalog.component("mask_iou"): 0.48 + 0.08 * progress,
+        catalog.component("parsed"): 0.99,
+        catalog.component("point_score"): 0.6,
+        catalog.failure(FailureKind.UNPARSED): max(0.0, 0.01 - 0.008 * progress),
+        catalog.failure(FailureKind.TRUNCATED): 0.004,
+        catalog.POLICY_VERSION: float(step - 1),
     }  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from launch import policies
-from launch.policies import CHAT_TEMPLATE, SPECIAL
+from launch.warm_start import policies
+from launch.warm_start.policies import CHAT_TEMPLATE, SPECIAL
 from perception.types import PolicySpec
 
 IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"

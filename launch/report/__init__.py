@@ -18,13 +18,13 @@ from typing import Any
 import jinja2
 import yaml
 
-from launch import rollouts, rundir
-from launch.errors import UserError
+from launch.record import rollouts, run_directory
+from launch.record.summary import changes
 from launch.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from launch.report.curves import curves
 from launch.report.gallery import Picture, Row, pictures
-from launch.summary import changes
-from perception import names
+from perception import metric_catalog as catalog
+from perception.errors import UserError
 from perception.types import FailureKind
 
 Record = Mapping[str, Any]
@@ -53,13 +53,13 @@ def write_report(run_dir: Path) -> Path:
     Raises UserError if the directory holds no run.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / rundir.CONFIG).is_file():
+    if not (run_dir / run_directory.CONFIG).is_file():
         raise UserError(
-            f"{run_dir}: no run there ({rundir.CONFIG} missing); give the directory of a run, as in runs/quickstart"
+            f"{run_dir}: no run there ({run_directory.CONFIG} missing); name a run's directory, as runs/quickstart"
         )
-    config = yaml.safe_load((run_dir / rundir.CONFIG).read_text(encoding="utf-8"))
-    metrics = rundir.read_lines(run_dir / rundir.METRICS)
-    evaluations = rundir.read_lines(run_dir / rundir.EVALUATIONS)
+    config = yaml.safe_load((run_dir / run_directory.CONFIG).read_text(encoding="utf-8"))
+    metrics = run_directory.read_lines(run_dir / run_directory.METRICS)
+    evaluations = run_directory.read_lines(run_dir / run_directory.EVALUATIONS)
     failures = _failure_shares(metrics)
     reward = config["reward"]
     draw: Draw = partial(pictures, reward=reward, pixels=config["look"]["pixels"])
@@ -69,10 +69,10 @@ def write_report(run_dir: Path) -> Path:
     page = _template().render(
         run=run_dir.resolve().name,
         config=dict(_flat(config)),
-        environment=dict(_flat(_json(run_dir / rundir.ENVIRONMENT))),
-        summary=_json(run_dir / rundir.SUMMARY),
+        environment=dict(_flat(_json(run_dir / run_directory.ENVIRONMENT))),
+        summary=_json(run_dir / run_directory.SUMMARY),
         steps=len(metrics),
-        seconds=sum(record.get(names.SECONDS_STEP) or 0.0 for record in metrics),
+        seconds=sum(record.get(catalog.SECONDS_STEP) or 0.0 for record in metrics),
         changes=changes(evaluations[0], evaluations[-1]) if len(evaluations) > 1 else [],
         eval_steps=[record["step"] for record in evaluations],
         charts=curves(metrics, evaluations, (*reward["components"], *reward["ranked"]), failures),
@@ -86,8 +86,8 @@ def write_report(run_dir: Path) -> Path:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
-    path = run_dir / rundir.REPORT
-    rundir.write_text(path, page)
+    path = run_dir / run_directory.REPORT
+    run_directory.write_text(path, page)
     return path
 
 
@@ -117,7 +117,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _files(run_dir: Path, phase: str) -> list[Path]:
-    return sorted((run_dir / rundir.ROLLOUTS).glob(f"{phase}-*.parquet"))
+    return sorted((run_dir / run_directory.ROLLOUTS).glob(f"{phase}-*.parquet"))
 
 
 def _pairs(run_dir: Path, draw: Draw) -> list[Pair]:
@@ -142,7 +142,7 @@ def _failure_shares(metrics: Sequence[Record]) -> dict[str, tuple[float, float]]
     recent = metrics[-max(1, len(metrics) // 10) :]
     shares = {}
     for kind in FailureKind:
-        name = names.failure(kind)
+        name = catalog.failure(kind)
         overall, late = ([record.get(name) or 0.0 for record in part] for part in (metrics, recent))
         if any(overall):
             shares[kind.value] = (sum(overall) / len(overall), sum(late) / len(late))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.errors import told
 from launch.report import write_report
+from launch.run.command_line import told
 
 
 def main() -> None:

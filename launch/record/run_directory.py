@@ -1,0 +1,122 @@
+"""The directory of a run: made whole or not at all, never written by two runs at once, never overwritten.
+
+    config.yaml  environment.json  metrics.jsonl  evaluations.jsonl  summary.json  report.html  rollouts/  wandb/
+
+A new run takes the name `runs/<name>`; an older one of that name is moved aside to `<name>.1`, `<name>.2`, ...
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from perception.config import RunConfig
+from perception.errors import UserError
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+ROLLOUTS = "rollouts"
+LOCK = ".lock"
+
+
+def resume_dir(run: RunConfig) -> Path:
+    """The directory that `run.resume` names: a path, or a run under `run.output`. Raises UserError if there is none."""
+    if run.resume is None:
+        raise ValueError("run.resume is not set")
+    candidates = (Path(run.resume), Path(run.output) / run.resume)
+    for candidate in candidates:
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise UserError(
+        f"run.resume={run.resume}: no run there ({' and '.join(f'{c}/{CONFIG}' for c in candidates)} missing)"
+    )
+
+
+def create(run: RunConfig) -> Path:
+    """The directory for a new run. An older run of that name is moved aside if it recorded anything.
+
+    Raises UserError if the directory cannot be made, is in use, or holds something that is no run.
+    """
+    path = Path(run.output) / run.name
+    try:
+        if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            if not (path / CONFIG).is_file():
+                raise UserError(f"{path} holds files that are not a run; choose another run.name or run.output")
+            lock(path).close()
+            if _recorded(path):
+                path.rename(_free_name(path))
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path}: {error.strerror}; choose another run.output") from error
+    return path
+
+
+def lock(path: Path) -> IO[str]:
+    """Hold the run for this process until the file is closed or the process ends. Raises UserError if it is held."""
+    handle = (path / LOCK).open("a")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise UserError(f"{path} is being written by another run; choose another run.name or stop that run") from error
+    return handle
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader sees the old text or the new one, never half of it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """NaN and infinities are not JSON: they become null, which a chart shows as a gap."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every record of a JSONL file; a last line cut short by a killed process is left out. Raises UserError."""
+    if not path.is_file():
+        return []
+    records: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}:{number}: not JSON ({error.msg}); mend or delete the line") from error
+    return records
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Drop what was recorded after `step`, which a resumed run is about to record again."""
+    for name in (METRICS, EVALUATIONS):
+        kept = [record for record in read_lines(run_dir / name) if record["step"] <= step]
+        write_text(run_dir / name, "".join(json.dumps(record) + "\n" for record in kept))
+    for path in (run_dir / ROLLOUTS).glob("*.parquet"):
+        if int(path.stem.rpartition("-")[2]) > step:
+            path.unlink()
+
+
+def _recorded(path: Path) -> bool:
+    return any(file.is_file() and file.stat().st_size > 0 for file in (path / METRICS, path / EVALUATIONS))
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return aside

@@ -1,0 +1,1 @@
+"""A run: its settings, checks, system of workers, pipeline, batches and state."""

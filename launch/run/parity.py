@@ -1,0 +1,28 @@
+"""The parity gate: engine and learner must agree on the first batch's log-probs, or nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launch.record.progress import Progress
+from launch.run.system import System
+from perception import metric_catalog as catalog
+from perception.errors import UserError
+from perception.types import ScoredGroup
+
+
+async def parity_gate(system: System, scored: Sequence[ScoredGroup], progress: Progress) -> None:
+    """Print mean importance ratio and mismatch. Raises UserError beyond `learner.parity_limit`."""
+    measured = await system.learner.parity([entry.group for entry in scored])
+    limit = system.config.learner.parity_limit
+    mismatch, ratio = measured[catalog.LOGPROB_MISMATCH], measured[catalog.RATIO]
+    progress.say(
+        f"parity: mean importance ratio {ratio:.6f}, mean |log-prob difference| {mismatch:.2e} "
+        f"(largest {measured[catalog.LOGPROB_MISMATCH_MAX]:.2e}, limit {limit:g})"
+    )
+    if not mismatch <= limit:
+        raise UserError(
+            f"engine and learner disagree: mean |log-prob difference| {mismatch:.3g} > learner.parity_limit={limit:g}. "
+            "Usual causes: other weights in the two, another image processor or resize, temperature or token masks "
+            "that differ, or a dtype coarser than the limit allows (bfloat16 wants about 0.05)"
+        )

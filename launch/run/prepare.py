@@ -1,0 +1,54 @@
+"""What a recipe may ask to be made first: the synthetic world, a random-weight policy. Made once, and whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from launch.run.config import read_tasks
+from perception.config import Config, DataConfig, ModelConfig
+from perception.errors import UserError
+
+
+def prepare(config: Config, say: Callable[[str], None]) -> None:
+    """Raises UserError for an unknown shape or a world that would stand in two folders."""
+    if config.data.world_side is not None and not Path(config.data.train).exists():
+        _world(config.data, config.data.world_side, say)
+    if config.model.shape is not None and not Path(config.model.path).exists():
+        _random_policy(config.model, config.model.shape, say)
+
+
+def _world(data: DataConfig, side: int, say: Callable[[str], None]) -> None:
+    from launch import world
+
+    out = Path(data.train).parent
+    if (Path(data.train), Path(data.eval)) != (out / "train.json", out / "eval.json"):
+        raise UserError(
+            f"data.world_side writes train.json and eval.json into one folder, not {data.train} and {data.eval}"
+        )
+    say(f"writing the synthetic world to {out}")
+    _whole(out, lambda folder: world.write(folder, train=data.world_train, side=side))
+
+
+def _random_policy(model: ModelConfig, shape: str, say: Callable[[str], None]) -> None:
+    from launch.warm_start import policies
+    from launch.warm_start.policy import corpus
+    from perception.scenes import SceneStyle
+
+    if shape not in policies.SHAPES:
+        raise UserError(f"model.shape={shape}: unknown; there are {', '.join(policies.SHAPES)}")
+    say(f"writing a random-weight policy of shape {shape} to {model.path}")
+    wanted = policies.SHAPES[shape]
+    tokenizer = policies.make_tokenizer(corpus(SceneStyle(), read_tasks("brief")))
+    random = policies.make_model(wanted, tokenizer, seed=0)
+    _whole(Path(model.path), lambda folder: policies.save(random, tokenizer, folder, wanted.max_side))
+
+
+def _whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Write beside the target, then rename: an interrupted write leaves nothing that looks finished."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    partial.rename(target)

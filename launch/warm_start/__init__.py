@@ -1,0 +1,1 @@
+"""Small models trained from random weights on the synthetic world."""

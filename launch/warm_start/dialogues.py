@@ -1,0 +1,136 @@
+"""Ideal dialogues about synthetic scenes: one look, or a first answer that is a little wrong and a second look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from launch.run.prompts import PromptMaker
+from perception import views
+from perception.config import LookConfig
+from perception.dialogue import ideal_completion
+from perception.frames import image_to_view
+from perception.scenes import Scene, SceneObject, SceneStyle, ask, extent, generate
+from perception.types import Answer, AnswerObject, View
+
+_WRONG_OBJECT = 0.15
+"""Share of first answers that are about another object."""
+_LARGEST_SHIFT = 0.6
+"""Of a first answer's box, in sides."""
+_STRETCH = 0.3
+_VISIBLE = 0.5
+"""A target of which less than this share lies in the view is not in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialogue:
+    images: tuple[np.ndarray, ...]
+    """(H, W, 3) uint8: the scene, and the closer view where there is a second look."""
+    fed: tuple[tuple[int, ...], ...]
+    """Per turn the ids fed before it, image placeholders unexpanded."""
+    said: tuple[str, ...]
+    """Per turn the completion; only the last one is to be learned."""
+
+
+def one_look(seed: int, style: SceneStyle, prompts: PromptMaker, inline: bool) -> Dialogue:
+    scene = generate(seed, style)
+    question = ask(scene, np.random.default_rng(seed), style)
+    truth = [_exact(scene.objects[i]) for i in question.targets]
+    said = _completion(truth, _whole(scene, prompts), inline)
+    return Dialogue(images=(scene.image,), fed=(prompts.tokens(question.text, question.task, inline),), said=(said,))
+
+
+def two_looks(seed: int, style: SceneStyle, prompts: PromptMaker, look: LookConfig) -> Dialogue:
+    """A first answer drawn around the truth, the view it leads to, and the right answer in the view's frame.
+
+    A scene whose first answer covers too much for a closer view makes way for the next one.
+    """
+    scene = generate(seed, style)
+    rng = np.random.default_rng(seed)
+    question = ask(scene, rng, style)
+    first = [_near(scene, index, rng) for index in question.targets or _anything(scene, rng)]
+    rect = views.closer_look(first, style.side, style.side, look.margin, look.smallest, look.min_zoom)
+    if rect is None:
+        return two_looks(seed + 1, style, prompts, look)
+    outline = _provisional_mask(scene, first, rng)
+    left, top, right, bottom = rect
+    height, width = prompts.answer_frame(*views.picture_size(rect, look.pixels))
+    view = View(left=left, top=top, right=right, bottom=bottom, height=height, width=width)
+    truth = [seen for i in question.targets if (seen := _seen(scene.objects[i], rect))]
+    return Dialogue(
+        images=(scene.image, views.picture(scene.image, rect, outline, look.pixels)),
+        fed=(prompts.tokens(question.text, question.task), prompts.again(question.task)),
+        said=(_completion(first, _whole(scene, prompts)), _completion(truth, view)),
+    )
+
+
+def _exact(target: SceneObject) -> AnswerObject:
+    x1, y1, x2, y2 = target.box
+    return AnswerObject(box=(x1, y1, x2, y2), point=(target.point[0], target.point[1]))
+
+
+def _anything(scene: Scene, rng: np.random.Generator) -> tuple[int, ...]:
+    """What a policy may see where nothing is."""
+    return (int(rng.integers(len(scene.objects))),)
+
+
+def _near(scene: Scene, index: int, rng: np.random.Generator) -> AnswerObject:
+    """The object's box moved and stretched, or another object's."""
+    if rng.random() < _WRONG_OBJECT:
+        index = int(rng.integers(len(scene.objects)))
+    x1, y1, x2, y2 = scene.objects[index].box
+    size = np.array([x2 - x1, y2 - y1])
+    centre = np.array([x1 + x2, y1 + y2]) / 2 + rng.normal(0, rng.uniform(0.05, _LARGEST_SHIFT), 2) * size
+    half = size * np.exp(rng.normal(0, _STRETCH, 2)) / 2
+    box = np.clip(np.concatenate([centre - half, centre + half]), 0, len(scene.image) - 1).tolist()
+    point = np.clip(centre + rng.normal(0, 0.1, 2) * size, 0, len(scene.image) - 1).tolist()
+    return AnswerObject(box=(box[0], box[1], box[2], box[3]), point=(point[0], point[1]))
+
+
+def _provisional_mask(scene: Scene, first: Sequence[AnswerObject], rng: np.random.Generator) -> np.ndarray:
+    """Roughly what a segmenter makes of the first answer: the object under it, cut or swollen, or just the box."""
+    mask = np.zeros(scene.image.shape[:2], np.uint8)
+    for item in first:
+        assert item.box is not None
+        left, top, right, bottom = (round(value) for value in item.box)
+        area = np.zeros_like(mask)
+        area[top : bottom + 1, left : right + 1] = 1
+        under = max(scene.objects, key=lambda candidate: int((candidate.mask & (area > 0)).sum()))
+        found = under.mask.astype(np.uint8)
+        if not (found & area).any() or rng.random() < 0.15:
+            cv2.ellipse(mask, ((left + right) // 2, (top + bottom) // 2),
+                        (max(1, (right - left) // 2), max(1, (bottom - top) // 2)), 0, 0, 360, 1, -1)  # fmt: skip
+            continue
+        if rng.random() < 0.3:
+            found &= cv2.dilate(area, np.ones((9, 9), np.uint8))
+        kernel = np.ones((int(rng.integers(1, 6)),) * 2, np.uint8)
+        mask |= cv2.dilate(found, kernel) if rng.random() < 0.5 else cv2.erode(found, kernel)
+    return mask.astype(bool)
+
+
+def _seen(target: SceneObject, rect: views.Rect) -> AnswerObject | None:
+    """The part of the object inside the view, if enough of it is."""
+    left, top, right, bottom = rect
+    part = target.mask[top:bottom, left:right]
+    if part.sum() < _VISIBLE * target.mask.sum():
+        return None
+    (x1, y1, x2, y2), (x, y) = extent(part)
+    return AnswerObject(box=(left + x1, top + y1, left + x2, top + y2), point=(left + x, top + y))
+
+
+def _whole(scene: Scene, prompts: PromptMaker) -> View:
+    height, width = scene.image.shape[:2]
+    tall, wide = prompts.answer_frame(height, width)
+    return View(left=0, top=0, right=width, bottom=height, height=tall, width=wide)
+
+
+def _completion(objects: Sequence[AnswerObject], view: View, inline: bool = False) -> str:
+    """The objects (original pixels) as the policy is to write them about the view, in whole pixels of its frame."""
+    inside = image_to_view(Answer(objects=tuple(objects)), view).objects
+    limit = np.array([view.width, view.height])
+    boxes = np.rint(np.array([item.box for item in inside]).reshape(-1, 4)).clip(0, np.tile(limit, 2)).astype(int)
+    points = np.rint(np.array([item.point for item in inside]).reshape(-1, 2)).clip(0, limit - 1).astype(int)
+    return ideal_completion(boxes.tolist(), points.tolist(), view.height, view.width, inline)

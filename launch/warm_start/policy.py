@@ -1,0 +1,142 @@
+"""Supervised warm start of a mini policy, from random weights, on the synthetic world.
+
+Fresh scenes are drawn as they are needed, from seeds that no data set on disk uses; only the answer's tokens are
+trained on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Qwen2VLImageProcessor
+
+from launch.run.prompts import PromptMaker
+from launch.warm_start import policies
+from launch.warm_start.dialogues import Dialogue, one_look, two_looks
+from learner import vision_attention
+from perception.config import LookConfig, ModelConfig, TaskConfig
+from perception.dialogue import ideal_completion
+from perception.scenes import WORLD, SceneStyle, ask, generate
+
+SEED_BASE = 1_000_000_000
+"""First scene seed of supervised training; data sets on disk use small seeds."""
+SEEDS_PER_RUN = 100_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmStart:
+    steps: int = 3000
+    batch: int = 64
+    lr: float = 2e-3
+    warmup: int = 200
+    seed: int = 0
+    save_every: int = 250
+    style: SceneStyle = WORLD
+    second_looks: int = 22
+    """Dialogues of a batch that are about a second look; of the others, half have the form of `look=inline`."""
+
+
+def train_policy(out: Path, config: WarmStart, tasks: dict[str, TaskConfig], log: Callable[[str], None]) -> None:
+    """Train a mini policy and save it, tokenizer and processor included, under `out`."""
+    tokenizer = policies.make_tokenizer(corpus(config.style, tasks))
+    shape = policies.SHAPES["mini"]
+    model = policies.make_model(shape, tokenizer, config.seed)
+    policies.save(model, tokenizer, out, shape.max_side)
+    model.model.visual.config._attn_implementation_internal = vision_attention.NAME
+    prompts = PromptMaker(ModelConfig(path=str(out), segmenter=""), tasks)
+    batches = iter(DataLoader(_Batches(out, config, prompts), batch_size=None, num_workers=1, prefetch_factor=8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+    started, losses = time.monotonic(), []
+    for step in range(1, config.steps + 1):
+        loss = 0.0
+        for half in next(batches):
+            part = model(**half).loss * (len(half["input_ids"]) / config.batch)
+            part.backward()
+            loss += part.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss)
+        if step % 100 == 0:
+            rate = step * config.batch / (time.monotonic() - started)
+            log(f"step {step}/{config.steps}  loss {np.mean(losses[-100:]):.4f}  {rate:.0f} samples/s")
+        if step % config.save_every == 0 or step == config.steps:
+            model.save_pretrained(out)
+
+
+def _rate(step: int, config: WarmStart) -> float:
+    """Linear warm-up, then a cosine to a twentieth."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def corpus(style: SceneStyle, tasks: dict[str, TaskConfig]) -> Iterator[str]:
+    """Texts a tokenizer for the synthetic world is trained on."""
+    for form in tasks.values():
+        yield from [f"system\n{form.system}\nuser\nassistant\n{form.template}{form.inline}{form.again}"] * 50
+    for seed in range(SEED_BASE - 4000, SEED_BASE):
+        scene = generate(seed, style)
+        question = ask(scene, np.random.default_rng(seed), style)
+        targets = [scene.objects[i] for i in question.targets]
+        answer = ideal_completion([t.box for t in targets], [t.point for t in targets], style.side, style.side)
+        yield tasks[question.task].template.replace("{question}", question.text) + answer
+
+
+class _Batches(IterableDataset):
+    """Pairs of half-batches, one look and two looks: rows of like length, so that little is padding."""
+
+    def __init__(self, policy: Path, config: WarmStart, prompts: PromptMaker) -> None:
+        self._config, self._prompts = config, prompts
+        self._processor = Qwen2VLImageProcessor.from_pretrained(policy)
+
+    def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        torch.set_num_threads(1)
+        config, look = self._config, LookConfig()
+        first = SEED_BASE + config.seed * SEEDS_PER_RUN
+        for start in count(first, config.batch):
+            second, end = start + config.second_looks, start + config.batch
+            once = [one_look(s, config.style, self._prompts, bool(s % 2)) for s in range(second, end)]
+            twice = [two_looks(s, config.style, self._prompts, look) for s in range(start, second)]
+            yield [self._collate(half) for half in (once, twice) if half]
+
+    def _collate(self, dialogues: Sequence[Dialogue]) -> dict[str, torch.Tensor]:
+        """Right-padded rows, labels on the last completion only."""
+        tokenizer = self._prompts.tokenizer
+        image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        pixels = self._processor(images=[image for d in dialogues for image in d.images], return_tensors="pt")
+        sizes = iter((pixels["image_grid_thw"].prod(-1) // self._processor.merge_size**2).tolist())
+        rows, answers = [], []
+        for dialogue in dialogues:
+            row: list[int] = []
+            for fed, said in zip(dialogue.fed, dialogue.said, strict=True):
+                for token in fed:
+                    row += [token] * (next(sizes) if token == image_id else 1)
+                start = len(row)
+                row += [*tokenizer.encode(said, add_special_tokens=False), tokenizer.eos_token_id]
+            rows.append(torch.tensor(row))
+            answers.append(start)
+        ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        place = torch.arange(ids.shape[1])
+        mask = place < torch.tensor([len(row) for row in rows])[:, None]
+        learned = mask & (place >= torch.tensor(answers)[:, None])
+        return {
+            "input_ids": ids,
+            "labels": ids.masked_fill(~learned, -100),
+            "attention_mask": mask.long(),
+            "mm_token_type_ids": (ids == image_id).int(),
+            "pixel_values": pixels["pixel_values"],
+            "image_grid_thw": pixels["image_grid_thw"],
+        }

@@ -1,0 +1,1 @@
+"""What needs Ray or torch and is shared by rollout, reward workers and learner."""

@@ -1,0 +1,91 @@
+"""What only a CUDA device can show: the varlen kernel, weights by CUDA IPC, and the whole path on one GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from learner import sync, vision_attention
+from learner.weights import weights
+from perception.config import LearnerConfig
+from runtime.cluster import ROOT
+
+pytestmark = pytest.mark.gpu
+
+
+def test_windows_attend_as_on_the_cpu() -> None:
+    torch.manual_seed(0)
+    lengths = [64, 16, 64, 36]
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    query, key, value = torch.randn(3, 1, 4, sum(lengths), 64).unbind(0)
+    module: Any = torch.nn.Identity()
+
+    def attend(device: str, dtype: torch.dtype) -> torch.Tensor:
+        parts = (x.to(device, dtype) for x in (query, key, value))
+        out, _ = vision_attention.attend(
+            module, *parts, None, cu_seq_lens_q=starts.to(device), max_length_q=64, scaling=64**-0.5
+        )
+        return out.float().cpu()
+
+    assert torch.allclose(attend("cuda", torch.bfloat16), attend("cpu", torch.float32), atol=3e-2)
+
+
+@ray.remote(num_gpus=0.1)
+class _Receiver:
+    def read(self, handle: bytes) -> list[int]:
+        import pickle
+
+        rebuild, arguments = pickle.loads(handle)
+        return rebuild(*arguments).cpu().tolist()
+
+
+def test_all_buckets_are_read_in_another_process_without_a_copy() -> None:
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False)
+    try:
+        model = torch.nn.Sequential(*(torch.nn.Linear(300, 600) for _ in range(4))).to("cuda", torch.bfloat16)
+        config = LearnerConfig(bucket_mb=1)
+        sender = sync.WeightSender(weights(model), config, rank=0, device=torch.device("cuda"), transport="ipc")
+        buckets = [sender.pack_bucket(index) for index in range(sender.open(("engine",)))]
+        assert len(buckets) == 2
+        receiver, received = _Receiver.remote(), {}
+        for bucket in buckets:
+            assert bucket is not None
+            flat = torch.tensor(ray.get(receiver.read.remote(bucket.payload), timeout=60), dtype=torch.uint8)
+            received |= {slot.name: sync.view(flat, slot) for slot in bucket.slots}
+        sender.release()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(received[name], parameter.cpu()), name
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (
+            "recipe=quickstart",
+            "placement=one_gpu",
+            "learner.ranks=1",
+            "model.dtype=bfloat16",
+            "learner.parity_limit=0.05",
+        ),
+        ("recipe=shape_3b", "algorithm.prompts_per_step=4", "data.eval_samples=2"),
+    ],
+    ids=["mini", "3b"],
+)
+@pytest.mark.timeout(600)
+def test_two_steps_on_one_gpu(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    settings = (*overrides, "algorithm.steps=2", f"run.output={tmp_path}", "run.name=gpu")
+    command = [sys.executable, "-m", "launch.train", *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "gpu" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(abs(row["policy/ratio"] - 1) < 0.05 for row in rows)

@@ -1,0 +1,173 @@
+"""Guards the cluster's door: a run submitted to a real two-node Ray cluster joins it and is spread over it as reserved;
+without a cluster it starts its own; what cannot fit is refused in one line before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from launch import world
+from perception.config import (
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    LearnerConfig,
+    LookConfig,
+    ModelConfig,
+    PlacementConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from perception.errors import UserError
+from runtime import cluster
+from tests.ray_cluster import RayCluster, two_nodes
+
+pytestmark = pytest.mark.timeout(660)  # starting two raylets counts towards the first test
+
+HALF = PlacementConfig(name="cpu", device="cpu", engine_cpus=0.5, reward_cpus=0.5, learner_cpus=0.5)
+
+
+def settings(placement: PlacementConfig = HALF, ranks: int = 2) -> Config:
+    """One engine, one reward worker and `ranks` learner ranks."""
+    return Config(
+        run=RunConfig(name="test"),
+        model=ModelConfig(path="policy", segmenter="sam2"),
+        data=DataConfig(format="jsonl", train="train.jsonl", eval="eval.jsonl"),
+        task={},
+        look=LookConfig(),
+        reward=RewardConfig(name="test", components={}),
+        algorithm=AlgorithmConfig(steps=1, prompts_per_step=2, group_size=2),
+        learner=LearnerConfig(ranks=ranks),
+        rollout=RolloutConfig(),
+        placement=placement,
+    )
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayCluster]:
+    with two_nodes(cpus=(1, 1)) as running:
+        yield running
+
+
+@pytest.fixture
+def joined(nodes: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    cluster.connect(HALF)
+    yield
+    ray.shutdown()
+
+
+def test_a_submitted_program_joins_the_cluster_with_the_repository_on_every_node(nodes: RayCluster) -> None:
+    program = "; ".join(  # in single quotes: the shell has the double ones
+        [
+            "import ray",
+            "from launch import cluster",
+            "from perception.config import PlacementConfig",
+            "cluster.connect(PlacementConfig(name='cpu', device='cpu'))",
+            "where = lambda: (__import__('perception').__path__[0], ray.get_runtime_context().get_node_id())",
+            "task = ray.remote(num_cpus=1, scheduling_strategy='SPREAD')(where)",
+            "seen = ray.get([task.remote() for _ in range(4)], timeout=60)",
+            "print('nodes', len(ray.nodes()), 'cpus', ray.cluster_resources()['CPU'], 'uploaded', "
+            "all('working_dir_files' in path for path, _ in seen))",
+        ]
+    )
+    job = nodes.submit("python", "-c", program, timeout_s=120)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "nodes 2 cpus 2.0 uploaded True" in job.stdout
+
+
+def test_a_training_run_submitted_as_a_job_writes_where_it_was_told(nodes: RayCluster, tmp_path: Path) -> None:
+    world.write(tmp_path / "world", train=16, eval=4)
+    job = nodes.submit(
+        *("python", "-m", "launch.train", "recipe=quickstart"),
+        *("algorithm.steps=2", "algorithm.prompts_per_step=4", "algorithm.group_size=4", "learner.lr=2e-5"),
+        *(f"data.{split}={tmp_path}/world/{split}.json" for split in ("train", "eval")),
+        *("data.eval_samples=4", f"run.output={tmp_path}/runs"),
+        timeout_s=400,
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    run = tmp_path / "runs" / "quickstart"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert {"giou_greedy", "giou_sampled"} <= set(summary["after"])
+    assert (run / "report.html").stat().st_size > 0
+    assert (run / "policy" / "model.safetensors").is_file()
+
+
+def test_a_reservation_spreads_over_the_nodes_and_is_given_back(joined: None) -> None:
+    reservation = cluster.reserve(settings())
+    assert (reservation.engines, reservation.reward_workers, reservation.learners) == ((0,), (1,), (2, 3))
+    placed = ray.util.placement_group_table(reservation.group)["bundles_to_node_id"]
+    assert sorted(placed) == [0, 1, 2, 3]
+    assert len(set(placed.values())) == 2  # four halves do not fit on a node of one CPU
+    with pytest.raises(UserError, match=r"asks for 2 CPUs, the cluster has 2 CPUs \(0 CPUs free\)"):
+        cluster.reserve(settings(dataclasses.replace(HALF, start_timeout_s=0.5)))
+    reservation.free()
+    cluster.reserve(settings(dataclasses.replace(HALF, start_timeout_s=30.0))).free()
+
+
+def test_a_shared_bundle_seats_everyone_together(joined: None) -> None:
+    quarter = dataclasses.replace(HALF, engine_cpus=0.25, reward_cpus=0.25, learner_cpus=0.25, transport="ipc")
+    reservation = cluster.reserve(settings(quarter))
+    assert (reservation.engines, reservation.reward_workers, reservation.learners) == ((0,), (0,), (0, 0))
+    assert reservation.group.bundle_specs == [{"CPU": 1.0}]
+    reservation.free()
+
+
+def test_what_the_cluster_can_never_hold_is_refused_in_one_line(joined: None) -> None:
+    with pytest.raises(UserError) as refused:
+        cluster.reserve(settings(dataclasses.replace(HALF, engine_cpus=7, start_timeout_s=0.5)))
+    assert str(refused.value).startswith("placement=cpu asks for 8.5 CPUs, the cluster has 2 CPUs")
+    assert "\n" not in str(refused.value)
+
+
+def test_without_a_cluster_a_local_one_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster.connect(dataclasses.replace(HALF, threads=3))
+    try:
+        environment = ray.remote(num_cpus=0.1)(lambda: dict(os.environ)).remote()
+        seen = ray.get(environment, timeout=60)
+        assert (seen["OMP_NUM_THREADS"], seen["HF_HUB_OFFLINE"]) == ("3", "1")
+        assert seen["PYTHONPATH"].split(os.pathsep)[0] == str(cluster.ROOT)
+        assert ray.cluster_resources()["CPU"] == len(os.sched_getaffinity(0))
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("placement", "ranks", "message"),
+    [
+        (dataclasses.replace(HALF, learner_cpus=1.0), 1000, r"asks for 1001 CPUs, this machine has \d+ CPUs"),
+        (dataclasses.replace(HALF, name="one_gpu", device="cuda", engine_gpus=0.5), 1, "needs a CUDA GPU"),
+        (dataclasses.replace(HALF, engine_gpus=0.5), 1, "placement.device=cpu asks for GPU shares"),
+        (dataclasses.replace(HALF, reward_cpus=0.0), 1, "placement.reward_cpus and placement.reward_gpus are both 0"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(
+    placement: PlacementConfig, ranks: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=message):
+        cluster.check_resources(settings(placement, ranks))
+
+
+def test_cuda_ipc_wants_everyone_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_local_gpus", lambda: 2)
+    shared = dataclasses.replace(HALF, device="cuda", learner_gpus=0.6, transport="ipc")
+    with pytest.raises(UserError, match=r"add up to 1\.2"):
+        cluster.check_resources(settings(shared, ranks=2))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
+def test_a_cluster_that_is_not_there_is_named_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"RAY_ADDRESS={address}"):
+        cluster.connect(HALF)

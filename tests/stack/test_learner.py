@@ -1,0 +1,246 @@
+"""Guards the learner as the loop uses it: DeepSpeed ranks in Ray actors, against a plain PyTorch loop in this process.
+
+For each ZeRO stage two ranks start once, and everything is asked of them: steps, weights out, checkpoint, export. The
+ranks' micro-batches are small and not equally many: one rank has a filler. The plain loop takes padded rows, all at
+once, so that packing, bins, sharding and the sum over ranks are all held against the textbook.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from learner.loss import policy_loss
+from learner.policy import load_policy
+from learner.pool import LearnerPool, deal, mini_batches
+from learner.rows import pieces
+from learner.sync import view
+from learner.zero import learning_rate
+from perception import metric_catalog as catalog
+from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
+from perception.types import LearnerReport, PolicySpec, TrainGroup
+from tests import tiny_policy
+from tests.train_groups import train_group
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 5
+CONFIG = LearnerConfig(
+    ranks=2, lr=1e-3, warmup_steps=2, schedule="linear", timeout_s=600.0, bucket_mb=1, micro_tokens=90
+)
+ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, clip_low=0.3, clip_high=5.0, kl_coef=0.2)
+PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    parity: dict[str, float]
+    reports: list[LearnerReport]
+    weights: dict[str, Tensor]
+    """After STEPS steps."""
+    exported: Path
+    next_weights: dict[str, Tensor]
+    """One step later."""
+    again: tuple[dict, dict[str, Tensor]]
+    """Client state loaded back, and the weights after the same step again."""
+    fresh: dict[str, Tensor]
+    """The same from new processes; ZeRO-2 only, to save time."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> PolicySpec:
+    return tiny_policy.build(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def groups(spec: PolicySpec) -> list[TrainGroup]:
+    rng = np.random.default_rng(1)
+    return [train_group(spec, rng, n=3, turns=turns) for turns in (1, 2, 1)]
+
+
+def make_pool(spec: PolicySpec, stage: int, algorithm: AlgorithmConfig = ALGORITHM, **changes: Any) -> LearnerPool:
+    config = replace(CONFIG, zero_stage=stage, **changes)  # type: ignore[arg-type]
+    return LearnerPool(
+        spec, config, algorithm, PLACEMENT, temperature=0.9, max_new_tokens=16, seed=3, deterministic=True
+    )
+
+
+async def receive(pool: LearnerPool) -> dict[str, Tensor]:
+    received: dict[str, Tensor] = {}
+    async for bucket in pool.buckets(()):
+        assert bucket.transport == "store"
+        flat = torch.tensor(ray.get(bucket.payload))
+        assert flat.shape == (bucket.nbytes,)
+        received |= {slot.name: view(flat, slot) for slot in bucket.slots}
+    return received
+
+
+async def resume(spec: PolicySpec, stage: int, groups: list[TrainGroup], checkpoint: Path) -> dict[str, Tensor]:
+    pool = make_pool(spec, stage)
+    await pool.start()
+    await pool.load_checkpoint(str(checkpoint))
+    await pool.train_step(groups)
+    weights = await receive(pool)
+    pool.shutdown()
+    return weights
+
+
+async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[TrainGroup], folder: Path) -> Outcome:
+    pool = make_pool(spec, stage, ranks=ranks)
+    await pool.start()
+    parity = await pool.parity([entry.group for entry in groups])
+    reports = [await pool.train_step(groups) for _ in range(STEPS)]
+    weights = await receive(pool)
+    await pool.export(str(folder / "policy"))
+    await pool.save_checkpoint(str(folder / "checkpoint"), {"cursor": 7})
+    await pool.train_step(groups)
+    next_weights = await receive(pool)
+    client_state = await pool.load_checkpoint(str(folder / "checkpoint"))
+    await pool.train_step(groups)
+    again = client_state, await receive(pool)
+    pool.shutdown()
+    fresh = await resume(spec, stage, groups, folder / "checkpoint") if (stage, ranks) == (2, 2) else {}
+    return Outcome(
+        parity=parity,
+        reports=reports,
+        weights=weights,
+        exported=folder / "policy",
+        next_weights=next_weights,
+        again=again,
+        fresh=fresh,
+    )
+
+
+@pytest.fixture(scope="module", params=[(1, 2), (2, 2), (3, 2), (2, 1)], ids="zero{0[0]}-ranks{0[1]}".format)
+def outcome(
+    request: pytest.FixtureRequest, spec: PolicySpec, groups: list[TrainGroup], tmp_path_factory: pytest.TempPathFactory
+) -> Outcome:
+    return asyncio.run(exercise(spec, *request.param, groups, tmp_path_factory.mktemp("run")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    mismatch: Tensor
+    """Log-prob differences to the engine's before the first step."""
+    losses: list[float]
+    grad_norms: list[float]
+    rates: list[float]
+    start: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def plain(spec: PolicySpec, groups: list[TrainGroup]) -> Plain:
+    """The same steps in one process: one batch, torch's AdamW, no DeepSpeed."""
+    policy = load_policy(spec, 0.9, LearnerConfig(rows="padded"), lambda ref: ref)
+    reference = copy.deepcopy(policy)
+    batch = policy.collate(list(pieces(groups, policy.layout, 1 << 20, padded=True)))
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=CONFIG.betas, weight_decay=CONFIG.weight_decay)
+    start = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    losses, norms = [], []
+    rates = [5e-4, 1e-3, 1e-3, 0.875e-3, 0.75e-3]
+    with torch.no_grad():
+        mismatch = policy(batch)[0] - batch.tokens.engine_logprobs
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        with torch.no_grad():
+            reference_logprobs, _ = reference(batch)
+        loss = policy_loss(*policy(batch), batch.tokens, ALGORITHM, reference_logprobs=reference_logprobs)
+        loss = loss / len(batch.targets)
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), CONFIG.grad_clip).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    return Plain(mismatch=mismatch, losses=losses, grad_norms=norms, rates=rates, start=start, weights=weights)
+
+
+def test_sharded_steps_equal_a_plain_loop(outcome: Outcome, plain: Plain) -> None:
+    metrics = [report.metrics for report in outcome.reports]
+    assert [m[catalog.LOSS] for m in metrics] == pytest.approx(plain.losses, rel=1e-4)
+    assert [m[catalog.GRAD_NORM] for m in metrics] == pytest.approx(plain.grad_norms, rel=1e-3)
+    assert [m[catalog.LR] for m in metrics] == pytest.approx(plain.rates)
+    assert metrics[0][catalog.KL] == 0.0 < metrics[1][catalog.KL]
+    moved = {name: plain.weights[name] - plain.start[name] for name in plain.start}
+    error = sum((outcome.weights[name] - plain.weights[name]).square().sum() for name in moved)
+    # Adam divides by the gradient's size: where that is all rounding, so is the step.
+    assert error.sqrt() < 1e-3 * torch.stack([m.square().sum() for m in moved.values()]).sum().sqrt()
+
+
+def test_buckets_hold_every_parameter_once_and_no_tied_head(outcome: Outcome, plain: Plain) -> None:
+    assert list(outcome.weights) == list(plain.start)
+    assert "lm_head.weight" not in outcome.weights
+    assert {name: w.shape for name, w in outcome.weights.items()} == {n: w.shape for n, w in plain.start.items()}
+
+
+def test_parity_measures_the_difference_to_the_engine(outcome: Outcome, plain: Plain) -> None:
+    expected = plain.mismatch.numpy()
+    assert outcome.parity[catalog.LOGPROB_MISMATCH] == pytest.approx(np.abs(expected).mean(), rel=1e-4)
+    assert outcome.parity[catalog.LOGPROB_MISMATCH_MAX] == pytest.approx(np.abs(expected).max(), rel=1e-4)
+    assert outcome.parity[catalog.RATIO] == pytest.approx(np.exp(expected).mean(), rel=1e-4)
+
+
+def test_a_checkpoint_goes_on_bit_for_bit(outcome: Outcome) -> None:
+    client_state, weights = outcome.again
+    assert client_state == {"cursor": 7}
+    assert any(not torch.equal(outcome.weights[name], w) for name, w in outcome.next_weights.items())
+    for name, weight in outcome.next_weights.items():
+        assert torch.equal(weights[name], weight), name
+    for name, weight in outcome.fresh.items():
+        assert torch.equal(weights[name], weight), name
+
+
+def test_the_export_loads_in_transformers(outcome: Outcome) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(outcome.exported, dtype=torch.float32)
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == outcome.weights.keys()
+    for name, weight in outcome.weights.items():
+        assert torch.equal(loaded[name], weight), name
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert AutoProcessor.from_pretrained(outcome.exported).tokenizer.eos_token == "<|im_end|>"
+
+
+def test_a_wait_ends_with_the_name_of_what_it_waited_for(spec: PolicySpec) -> None:
+    pool = make_pool(spec, stage=2, timeout_s=0.01)
+    with pytest.raises(TimeoutError, match=r"learner: open_store on 1 rank\(s\) took longer than 0.01 s"):
+        asyncio.run(pool.start())
+    pool.shutdown()
+
+
+def test_groups_are_dealt_out_evenly(spec: PolicySpec) -> None:
+    rng = np.random.default_rng(0)
+    entries = [train_group(spec, rng, n=2, images=0, prompt_tokens=10 * i) for i in range(1, 8)]
+    shares = deal(entries, 3)
+    assert sorted(id(entry) for share in shares for entry in share) == sorted(map(id, entries))
+    lengths = [sum(len(e.group.prompt.token_ids) for e in share) for share in shares]
+    assert max(lengths) < 1.3 * min(lengths)
+    assert [len(share) for share in deal(entries[:2], 3)] == [1, 1, 0]
+
+
+def test_mini_batches_keep_the_order_and_are_never_empty() -> None:
+    assert [list(part) for part in mini_batches([*range(7)], 3)] == [[0, 1], [2, 3], [4, 5, 6]]  # type: ignore[list-item]
+    assert [list(part) for part in mini_batches([0, 1], 4)] == [[0], [1]]  # type: ignore[list-item]
+
+
+def test_learning_rate_by_hand() -> None:
+    config = LearnerConfig(lr=1.0, warmup_steps=2, schedule="linear")
+    assert [learning_rate(config, step, 6) for step in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert learning_rate(LearnerConfig(lr=0.3), 1000, 10) == 0.3

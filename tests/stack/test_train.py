@@ -1,0 +1,130 @@
+"""The whole path for real: train, stop on Ctrl-C with a checkpoint, go on, finish, and leave what was promised."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from runtime.cluster import ROOT
+
+START_S = 240.0
+STEPS = 6
+SMALL = (
+    "recipe=quickstart",
+    "algorithm.prompts_per_step=4",
+    "algorithm.group_size=4",
+    "learner.micro_tokens=1024",
+    "learner.schedule=constant",
+    "data.eval_samples=4",
+    "reward=dr_seg",
+    "look=relook",
+    "look.calibration=16",
+    "run.deterministic=true",
+    "run.name=small",
+)
+
+
+def launch(output: Path, *overrides: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "launch.train", *SMALL, f"run.output={output}", *overrides]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def steps(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 1000 steps that was told to stop during its first ones."""
+    output = tmp_path_factory.mktemp("runs")
+    process = launch(output, "algorithm.steps=1000")
+    deadline = time.monotonic() + START_S
+    try:
+        while not steps(output / "small") and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert "parity: mean importance ratio 1.0000" in out
+    return output / "small"
+
+
+def test_ctrl_c_ends_the_run_after_the_step_with_a_checkpoint(stopped: Path) -> None:
+    done = steps(stopped)
+    assert done == list(range(1, len(done) + 1)) and 1 <= len(done) < 100
+    assert json.loads((stopped / f"checkpoints/step-{done[-1]:06d}/state.json").read_text())["step"] == done[-1]
+    assert not (stopped / "summary.json").exists()
+
+
+def finish(output: Path, *overrides: str) -> None:
+    process = launch(output, f"algorithm.steps={STEPS}", *overrides)
+    try:
+        _, err = process.communicate(timeout=START_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+
+
+@pytest.fixture(scope="module")
+def finished(stopped: Path) -> Path:
+    finish(stopped.parent, "resume=small")
+    return stopped
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """Metrics by step, without what a clock or the machine measured."""
+    measured = ("time/", "throughput/", "learner/")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(measured)} for line in lines]
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(finished: Path, tmp_path: Path) -> None:
+    """Bit for bit: model, optimizer, data order, sampling, rank store and versions all go on."""
+    finish(tmp_path)
+    assert [row["step"] for row in rows(finished)] == list(range(1, STEPS + 1))
+    assert [row["policy/version"] for row in rows(finished)] == list(range(STEPS))
+    assert rows(finished) == rows(tmp_path / "small")
+
+
+def test_a_finished_run_leaves_what_was_promised(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {"before", "after", "steps", "seconds", "parse_ok"} <= summary.keys()
+    assert {"giou_greedy", "giou_sampled"} <= summary["before"].keys() & summary["after"].keys()
+    assert summary["steps"] == steps(finished)[-1]
+    page = (finished / "report.html").read_text()
+    assert "<svg" in page and "data:image/" in page and "http://" not in page.replace("http://www.w3.org", "")
+    rollouts = pq.read_table(sorted((finished / "rollouts").glob("train-*.parquet"))[-1]).to_pylist()
+    assert len(rollouts) == 16 and {"reward", "question", "text"} <= rollouts[0].keys()
+
+
+def test_the_exported_policy_has_moved_and_loads_in_transformers(finished: Path) -> None:
+    before = AutoModelForImageTextToText.from_pretrained(ROOT / "assets/policy")
+    after = AutoModelForImageTextToText.from_pretrained(finished / "policy")
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert np.mean(moved) > 0.9
+    assert len(AutoTokenizer.from_pretrained(finished / "policy")) == len(
+        AutoTokenizer.from_pretrained(ROOT / "assets/policy")
+    )

@@ -1,0 +1,94 @@
+"""Settings: every key of the typed config can be set from the command line, and every mistake names what was meant."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from launch.run.config import CONF, compose, valid_keys
+from perception.config import Config
+from perception.errors import UserError
+
+
+def config(*overrides: str) -> Config:
+    return compose(["run.name=test", *overrides])
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
+def test_every_recipe_is_valid(recipe: str) -> None:
+    assert config(f"recipe={recipe}").run.name == "test"
+
+
+@pytest.mark.parametrize("group", ["reward", "placement", "task"])
+def test_every_choice_of_a_group_is_valid(group: str) -> None:
+    for path in (CONF / group).glob("*.yaml"):
+        if path.stem != "base":
+            config(f"{group}={path.stem}")
+
+
+def test_every_typed_setting_stands_in_the_yaml_so_that_it_can_be_overridden() -> None:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        tree = OmegaConf.to_container(hydra.compose("config", ["run.name=test"]), resolve=True)
+
+    def stands(key: str) -> bool:
+        here = tree
+        for part in key.split("."):
+            if here is None:  # an optional part that is switched off as a whole
+                return True
+            if part not in here:
+                return False
+            here = here[part]
+        return True
+
+    assert [key for key in valid_keys() if not stands(key)] == []
+
+
+def test_the_recipe_yields_to_the_command_line() -> None:
+    learner = config("learner.lr=2e-5", "learner.zero_stage=3").learner
+    assert (learner.lr, learner.zero_stage, learner.ranks) == (2e-5, 3, 2)
+
+
+def test_the_look_modes_components_join_the_rewards_own_which_win() -> None:
+    look = [f"++look.components.{given}" for given in ("look=0.3", "mask_iou=9", "point_score=9")]
+    own = config("reward=quickstart", "look=none").reward.components
+    reward = config("reward=quickstart", "look=none", *look, "++reward.ranked.point_score=0.5").reward
+    assert reward.components == own | {"look": 0.3} and reward.ranked == {"point_score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("learner.lr=abc", "learner.lr='abc'"),
+        ("learner.lr=-1", "greater than 0"),
+        ("learner.ranks=2.5", "learner.ranks=2.5"),
+        ("+learner.foo=1", "unknown key 'learner.foo'"),
+        ("learner.foo=1", "config: Could not override 'learner.foo'"),
+        ("reward=none_such", "config: In 'config': Could not find 'reward/none_such'"),
+        ("algorithm.group_size=1", "greater than or equal to 2"),
+        ("rollout.temperature=3", "less than or equal to 2"),
+        ("placement.device=tpu", "'cpu' or 'cuda'"),
+    ],
+)
+def test_an_ill_typed_value_is_one_line_that_names_it(override: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config(override)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("learner.lrr=1", "error: config: unknown key 'learner.lrr'; did you mean 'learner.lr'?"),
+        ("recipe=nope", "Available options in 'recipe'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_exits_2_with_one_line(argument: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", argument], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,191 @@
+"""Guards that what can be known to go wrong is said in one line, with place and remedy, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from launch import doctor
+from launch.run import checks as preflight
+from launch.run.prompts import PromptMaker
+from perception.config import Config, DataConfig, ModelConfig
+from perception.errors import UserError
+from perception.types import Sample, Target
+from tests.fake_run import config
+
+EMPTY = np.zeros((0, 4), np.float32)
+
+
+def sample(i: int, question: str = "the red circle", task: str = "segment", side: int = 112) -> Sample:
+    target = Target(boxes=EMPTY, points=EMPTY[:, :2])
+    return Sample(id=f"s{i}", image_path="x.png", height=side, width=side, question=question, task=task, target=target)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ModelConfig:
+    """Directories that hold what a policy and a segmenter must hold, and nothing else."""
+    policy, segmenter = tmp_path / "policy", tmp_path / "segmenter"
+    policy.mkdir()
+    segmenter.mkdir()
+    processor = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 3136, "longest_edge": 50176}}
+    for name, content in (
+        ("config.json", {"image_token_id": 5}),
+        ("tokenizer.json", {}),
+        ("tokenizer_config.json", {}),
+        ("preprocessor_config.json", processor),
+    ):
+        (policy / name).write_text(json.dumps(content))
+    save_file({"w": np.zeros(3, np.float32)}, policy / "model.safetensors")
+    (segmenter / "config.yaml").write_text("model: {}")
+    save_file({"w": np.zeros(3, np.float32)}, segmenter / "model.safetensors")
+    return ModelConfig(path=str(policy), segmenter=str(segmenter))
+
+
+def test_whole_models_pass(model: ModelConfig) -> None:
+    preflight.check_model(model)
+    preflight.check_segmenter(model)
+    preflight.check_segmenter(replace(model, segmenter="random:tiny"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "model.safetensors"],
+)
+def test_a_missing_policy_file_is_named(model: ModelConfig, name: str) -> None:
+    (Path(model.path) / name).unlink()
+    with pytest.raises(UserError, match=name.replace("model.", r"\*?\.?")):
+        preflight.check_model(model)
+
+
+def test_weights_cut_short_are_found(model: ModelConfig) -> None:
+    weights = Path(model.path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        preflight.check_model(model)
+
+
+def test_a_shard_that_the_index_names_must_be_there(model: ModelConfig) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (Path(model.path) / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="00002-of-00002"):
+        preflight.check_model(model)
+
+
+def test_other_damage_to_a_model(model: ModelConfig) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        preflight.check_model(replace(model, path="absent"))
+    (Path(model.path) / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        preflight.check_model(model)
+    (Path(model.path) / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="not a vision-language model"):
+        preflight.check_model(model)
+
+
+def test_a_damaged_segmenter(model: ModelConfig) -> None:
+    (Path(model.segmenter) / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"config\.yaml is missing"):
+        preflight.check_segmenter(model)
+
+
+def changed(base: Config, room: str, **values: object) -> Config:
+    return replace(base, **{room: replace(getattr(base, room), **values)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: changed(c, "learner", ranks=33), "learner.ranks=33"),
+        (lambda c: changed(c, "algorithm", updates=33), "algorithm.updates=33"),
+        (lambda c: changed(c, "learner", compile=True), "learner.compile=true with placement.device=cpu"),
+        (lambda c: changed(c, "rollout", max_new_tokens=512), "max_new_tokens=512"),
+        (lambda c: changed(c, "reward", components={}, ranked={}), "neither components nor ranked"),
+        (lambda c: changed(c, "reward", components={"mask_io": 1.0}), "mask_io"),
+        (lambda c: changed(c, "wandb", mode="online"), "wandb login"),
+    ],
+)
+def test_settings_that_contradict(
+    change: Callable[[Config], Config],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    good = changed(config(tmp_path), "reward", components={"mask_iou": 1.0}, ranked={})
+    preflight.check_settings(good)
+    with pytest.raises(UserError, match=words) as raised:
+        preflight.check_settings(change(good))
+    assert "\n" not in str(raised.value)
+
+
+def test_output_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preflight.check_output(config(tmp_path / "new" / "place"))
+    assert not (tmp_path / "new").exists(), "checking makes nothing"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        preflight.check_output(config(tmp_path / "file" / "runs"))
+    with pytest.raises(UserError, match="no run there"):
+        preflight.check_output(config(tmp_path, resume="absent"))
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UserError, match="cannot write"):
+        preflight.check_output(config(tmp_path))
+
+
+def test_data_must_fill_a_step_and_have_templates(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    enough = [sample(i) for i in range(32)]
+    preflight.check_data(settings, enough, {"": enough[:1]})
+    with pytest.raises(UserError, match="holds 31 samples"):
+        preflight.check_data(settings, enough[:31], {"": enough})
+    with pytest.raises(UserError, match="sample s40 has the task 'count'"):
+        preflight.check_data(settings, enough, {"": [sample(40, task="count")]})
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny_policy import build
+
+    return Path(build(tmp_path_factory.mktemp("tiny")).path)
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(112, 16), (224, 64), (28, 4), (2000, 64)])
+def test_image_tokens(tiny: Path, side: int, tokens: int) -> None:
+    assert PromptMaker(ModelConfig(path=str(tiny), segmenter=""), {}).image_tokens(side, side) == tokens
+
+
+def test_the_longest_prompt_must_fit(tiny: Path, tmp_path: Path) -> None:
+    settings = changed(config(tmp_path), "model", path=str(tiny))
+    samples = [sample(0), sample(1, question="x" * 100), sample(2, side=224)]
+    # One token per byte: system 15, user 5, question 106, assistant 10, two line ends, seven chat tokens.
+    text = 15 + 5 + 106 + 10 + 2 + 7
+    needed = text + 64 + 64  # the 224 px image, max_new_tokens
+    preflight.check_lengths(changed(settings, "rollout", max_model_len=needed), samples)
+    with pytest.raises(UserError, match=rf"raise it to {needed} = {text} text tokens \(s1\) \+ 64 image tokens"):
+        preflight.check_lengths(changed(settings, "rollout", max_model_len=needed - 1), samples)
+
+
+def test_check_stops_at_missing_data(model: ModelConfig, tmp_path: Path) -> None:
+    from perception.errors import DataError
+
+    settings = changed(replace(config(tmp_path), model=model), "reward", components={"mask_iou": 1.0}, ranked={})
+    absent = DataConfig(format="jsonl", train=str(tmp_path / "absent.jsonl"), eval=str(tmp_path / "absent.jsonl"))
+    small = {"engine_cpus": 0.1, "reward_cpus": 0.1, "learner_cpus": 0.1}
+    with pytest.raises(DataError, match=r"absent\.jsonl"):
+        preflight.check(changed(replace(settings, data=absent), "placement", **small))
+
+
+def test_doctor_compares_with_the_pinned_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    pins = doctor.tested_versions()
+    assert pins["ray"] == "2.55.1" and pins["deepspeed"] == "0.19.8"
+    installed = {"ray": "2.55.1", "wandb": "0.1", "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(doctor, "version_of", installed.get)
+    found = {finding.subject: finding.verdict for finding in doctor._versions()}
+    assert found["ray"] == "ok" and found["torch"] == "ok"
+    assert found["wandb"] == "warn" and found["deepspeed"] == "fail"

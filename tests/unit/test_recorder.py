@@ -1,0 +1,187 @@
+"""Guards what a run leaves on disk: nothing lost, nothing half written, nothing written by two; resume is exact."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from launch.record import rollouts, run_directory, wandb_sink
+from launch.record.recorder import Recorder
+from launch.record.wandb_sink import logged_in, resolved_mode
+from perception import metric_catalog as catalog
+from perception.config import RunConfig, WandbConfig
+from perception.errors import UserError
+from tests.fake_run import LOOK, N, config, reward, scored_group, write_run
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    return [record["step"] for record in run_directory.read_lines(run_dir / run_directory.METRICS)]
+
+
+def record(recorder: Recorder, *steps: int) -> None:
+    for step in steps:
+        recorder.step(step, {catalog.REWARD_MEAN: 0.1 * step}, [], [], [])
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, steps=20)
+    assert steps_in(run_dir) == list(range(1, 21))
+    metrics = run_directory.read_lines(run_dir / run_directory.METRICS)
+    assert metrics[6][catalog.ENTROPY] is None, "NaN is not JSON: it must be null"
+    assert [e["step"] for e in run_directory.read_lines(run_dir / run_directory.EVALUATIONS)] == [0, 20]
+    assert json.loads((run_dir / run_directory.SUMMARY).read_text())["before"]["giou_greedy"] == 0.561
+    assert len(list((run_dir / run_directory.ROLLOUTS).glob("train-*.parquet"))) == 20
+    assert not [path for path in run_dir.rglob(".*") if path.name != run_directory.LOCK], "scratch files left behind"
+
+
+def test_rollouts_round_trip(tmp_path: Path) -> None:
+    groups = [scored_group(tmp_path, seed, 5.0, np.random.default_rng(seed)) for seed in range(3)]
+    rewards = [[reward(score) for score in entry.scores] for entry in groups]
+    advantages = [[float(i) for i in range(N)] for _ in groups]
+    path = tmp_path / "train-000001.parquet"
+    rollouts.write(path, 1, groups, rewards, advantages)
+    rows = rollouts.read(path)
+    assert len(rows) == 3 * N
+    for row, (entry, i) in zip(rows, ((entry, i) for entry in groups for i in range(N)), strict=True):
+        trajectory, score = entry.group.trajectories[i], entry.scores[i]
+        assert row["text"] == trajectory.text and row["turns"] == [trajectory.text]
+        assert row["reward"] == reward(score) and row["advantage"] == float(i)
+        assert row["metrics"] == dict(score.metrics)
+        assert row["boxes"] == [pytest.approx(answered.box) for answered in score.answer.objects]
+        assert row["failure"] == (score.answer.failure.kind if score.answer.failure else None)
+        assert row["image"]["bytes"] == Path(entry.group.prompt.sample.image_path).read_bytes()
+        assert row["truth_masks"] == [mask.counts.decode() for mask in entry.group.prompt.sample.target.masks]
+
+
+def test_every_pass_is_kept_and_the_columns_describe_the_most_confident_one(tmp_path: Path) -> None:
+    entry = scored_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
+    path = tmp_path / "train-000001.parquet"
+    rollouts.write(path, 1, [entry])
+    for row, trajectory, score in zip(rollouts.read(path), entry.group.trajectories, entry.scores, strict=True):
+        assert [one["text"] for one in row["passes"]] == row["turns"] == [turn.text for turn in trajectory.turns]
+        for one, turn, candidate in zip(row["passes"], trajectory.turns, score.candidates, strict=True):
+            view = turn.view
+            assert one["view"] == ([view.left, view.top, view.right, view.bottom] if view else None)
+            assert (one["confidence"], one["mask_iou"]) == (candidate.confidence, candidate.mask_iou)
+            assert one["boxes"] == [pytest.approx(answered.box) for answered in candidate.answer.objects]
+            assert one["points"] == [pytest.approx(answered.point) for answered in candidate.answer.objects]
+            assert one["mask"] == (candidate.mask.counts.decode() if candidate.mask else None)
+        assert [i for i, one in enumerate(row["passes"]) if one["kept"]] == [score.kept]
+        described = ("text", "confidence", "boxes", "points", "mask")
+        assert [row["passes"][score.kept][name] for name in described] == [row[name] for name in described]
+    assert {score.kept for score in entry.scores} == {0, 1}, "the scene was chosen to have both"
+
+
+def test_image_bytes_lie_in_the_file_once(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).bytes(2_000_000)
+    entry = scored_group(tmp_path, 5, 5.0, np.random.default_rng(0))
+    Path(entry.group.prompt.sample.image_path).write_bytes(noise)
+    path = tmp_path / "train-000001.parquet"
+    rollouts.write(path, 1, [entry])
+    assert pq.read_metadata(path).num_rows == N
+    assert len(noise) < path.stat().st_size < len(noise) + 100_000
+
+
+def test_only_the_kept_groups_are_written(tmp_path: Path) -> None:
+    groups = [scored_group(tmp_path, seed, 5.0, np.random.default_rng(seed)) for seed in range(6)]
+    flat = [[0.0] * N for _ in groups]
+    with Recorder(config(tmp_path)) as recorder:  # keeps 4
+        recorder.step(1, {}, groups, flat, flat)
+    rows = rollouts.read(recorder.run_dir / run_directory.ROLLOUTS / "train-000001.parquet")
+    assert [row["sample_id"] for row in rows[::N]] == [f"scene-{seed}" for seed in range(4)]
+
+
+def test_an_older_run_is_moved_aside_whole(tmp_path: Path) -> None:
+    for mark in range(3):
+        with Recorder(config(tmp_path)) as recorder:
+            record(recorder, *range(1, mark + 2))
+    assert steps_in(tmp_path / "quickstart") == [1, 2, 3]
+    assert steps_in(tmp_path / "quickstart.1") == [1]
+    assert steps_in(tmp_path / "quickstart.2") == [1, 2]
+
+
+def test_a_run_that_recorded_nothing_leaves_no_trace(tmp_path: Path) -> None:
+    for _ in range(2):
+        Recorder(config(tmp_path)).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart"]
+
+
+def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="not a run"):
+        Recorder(config(tmp_path))
+    assert (tmp_path / "quickstart" / "thesis.tex").is_file()
+
+
+def test_two_runs_never_share_a_directory(tmp_path: Path) -> None:
+    with Recorder(config(tmp_path)) as recorder:
+        record(recorder, 1)
+        with pytest.raises(UserError, match="being written by another run"):
+            Recorder(config(tmp_path))
+        with pytest.raises(UserError, match="being written by another run"):
+            Recorder(config(tmp_path, resume="quickstart"), resume_step=1)
+        record(recorder, 2)
+    assert steps_in(tmp_path / "quickstart") == [1, 2]
+
+
+def test_resume_records_again_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, steps=20)
+    with (run_dir / run_directory.METRICS).open("a") as file:
+        file.write('{"step": 21, "rew')  # killed while writing
+    with Recorder(config(tmp_path, resume="quickstart", steps=30), resume_step=12) as recorder:
+        assert recorder.run_dir == run_dir
+        assert steps_in(run_dir) == list(range(1, 13))
+        record(recorder, 13, 14)
+    assert steps_in(run_dir) == list(range(1, 15))
+    assert [e["step"] for e in run_directory.read_lines(run_dir / run_directory.EVALUATIONS)] == [0]
+    kept = {path.name for path in (run_dir / run_directory.ROLLOUTS).iterdir()}
+    assert "train-000012.parquet" in kept and "train-000013.parquet" not in kept and "eval-000020.parquet" not in kept
+    assert "steps: 20" in (run_dir / "config.until-000012.yaml").read_text()
+    assert "steps: 30" in (run_dir / run_directory.CONFIG).read_text()
+
+
+def test_a_run_to_resume_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run there"):
+        run_directory.resume_dir(RunConfig(name="x", output=str(tmp_path), resume="absent"))
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / run_directory.METRICS
+    path.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
+        run_directory.read_lines(path)
+
+
+def test_output_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.output"):
+        run_directory.create(RunConfig(name="x", output=str(tmp_path / "file")))
+
+
+def test_wandb_is_offline_unless_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not logged_in() and resolved_mode(WandbConfig()) == "offline"
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert logged_in() and resolved_mode(WandbConfig()) == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolved_mode(WandbConfig()) == "disabled"
+    assert resolved_mode(WandbConfig(mode="offline")) == "offline"
+
+
+def test_wandb_writes_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_sink, "CLOSE_TIMEOUT_S", 180.0)  # a busy machine starts W&B slowly
+    sink = wandb_sink.WandbSink(WandbConfig(mode="offline"), tmp_path, {"lr": 1e-5})
+    for step in range(1, 4):
+        sink.log(step, {catalog.REWARD_MEAN: 0.1 * step, catalog.ENTROPY: math.nan})
+    sink.close()
+    written = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(written) == 1 and catalog.REWARD_MEAN.encode() in written[0].read_bytes()

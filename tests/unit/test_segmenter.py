@@ -1,0 +1,204 @@
+"""Guards the SAM2 tool: equal to sam2's own predictor, batched, cached, and harmless to the program's Hydra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from launch.warm_start.segmenter import mini_config, train_tool
+from perception.scenes import generate
+from reward_workers.segmenter import Segmentation, Segmenter, build, official_config
+
+BOXES = np.array([[10, 12, 60, 70], [30, 5, 100, 90], [5, 60, 50, 108]], np.float32)
+POINTS = np.array([[30, 40], [60, 50], [20, 80]], np.float32)
+NONE_2, NONE_4 = np.full((3, 2), np.nan, np.float32), np.full((3, 4), np.nan, np.float32)
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return Segmenter(build(mini_config()), "cpu")
+
+
+def image(seed: int = 0, height: int = 90, width: int = 112) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize(("boxes", "points"), [(BOXES, NONE_2), (BOXES, POINTS), (NONE_4, POINTS)])
+def test_equals_sam2s_own_predictor(
+    segmenter: Segmenter, boxes: np.ndarray, points: np.ndarray, multimask: bool
+) -> None:
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+    predictor = SAM2ImagePredictor(segmenter.model)
+    side = segmenter.side
+    predictor._bb_feat_sizes = [(side // n, side // n) for n in (4, 8, 16)]
+    predictor.set_image(image())
+    given = {}
+    if not np.isnan(boxes).any():
+        given["box"] = boxes
+    if not np.isnan(points).any():
+        given |= {"point_coords": points[:, None], "point_labels": np.ones((3, 1), np.int32)}
+    expected, scores, _ = predictor.predict(**given, multimask_output=multimask, return_logits=True)
+    best = scores.argmax(1)
+    embedding = segmenter.encode([image()])[0]
+    logits, iou = segmenter.decode(embedding, boxes, points, multimask)
+    np.testing.assert_allclose(iou.numpy(), scores[np.arange(3), best], atol=1e-5)
+    full = torch.nn.functional.interpolate(logits[None], image().shape[:2], mode="bilinear", align_corners=False)[0]
+    np.testing.assert_allclose(full.numpy(), expected[np.arange(3), best], atol=1e-4)
+
+
+def test_batches_equal_single_calls(segmenter: Segmenter) -> None:
+    """Images of different sizes in one call; prompts of all kinds in one call."""
+    pictures = [image(1), image(2, 64, 200), image(3, 30, 20)]
+    for one, many in zip([segmenter.encode([p])[0] for p in pictures], segmenter.encode(pictures), strict=True):
+        assert (one.height, one.width) == (many.height, many.width)
+        for a, b in zip(one.maps, many.maps, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    embedding = segmenter.encode([image()])[0]
+    boxes, points = BOXES.copy(), POINTS.copy()
+    boxes[0], points[1] = np.nan, np.nan
+    logits, iou = segmenter.decode(embedding, boxes, points)
+    for i in range(3):
+        alone, score = segmenter.decode(embedding, boxes[i : i + 1], points[i : i + 1])
+        torch.testing.assert_close(alone[0], logits[i], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(score[0], iou[i], atol=1e-5, rtol=1e-4)
+
+
+def test_many_prompts_span_several_calls(segmenter: Segmenter) -> None:
+    embedding = segmenter.encode([image()])[0]
+    boxes = np.tile(BOXES[:1], (300, 1))
+    logits, _ = segmenter.decode(embedding, boxes, np.full((300, 2), np.nan))
+    torch.testing.assert_close(logits[299], logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_union_is_of_each_answers_own_masks(segmenter: Segmenter) -> None:
+    embedding = segmenter.encode([image()])[0]
+    each = segmenter.segment(embedding, BOXES, POINTS, np.arange(3), 3)
+    joint = segmenter.segment(embedding, BOXES, POINTS, np.array([0, 2, 0]), 3)
+    assert joint.masks.shape == (3, 90, 112)
+    assert (joint.mask(0) == (each.mask(0) | each.mask(2))).all()
+    assert (joint.mask(2) == each.mask(1)).all()
+    assert not joint.mask(1).any() and joint.features[1].tolist() == [0, 0, 0]
+    assert joint.features[0] == pytest.approx((each.features[0] + each.features[2]) / 2)
+
+
+def test_nothing_to_segment_is_an_empty_mask(segmenter: Segmenter) -> None:
+    embedding = segmenter.encode([image()])[0]
+    empty = segmenter.segment(embedding, np.zeros((0, 4)), np.zeros((0, 2)), np.zeros(0), 2)
+    assert not empty.masks.any() and not empty.features.any()
+
+
+def test_a_prompt_without_box_and_point_is_refused(segmenter: Segmenter) -> None:
+    with pytest.raises(ValueError, match="box or a point"):
+        segmenter.decode(segmenter.encode([image()])[0], NONE_4, NONE_2)
+
+
+def test_overlaps_by_hand() -> None:
+    masks = torch.zeros(4, 4, 4, dtype=torch.bool)
+    masks[0, :2, :2] = True  # 4 pixels, 2 of them true
+    masks[1, 0, :2] = True  # exactly the truth
+    masks[2, 3, 3] = True  # misses
+    truth = np.zeros((4, 4), bool)
+    truth[0, :2] = True
+    segmentation = Segmentation(masks, np.zeros(4))
+    np.testing.assert_allclose(segmentation.overlaps(truth), [[0.5, 2 / 3], [1, 1], [0, 0], [0, 0]])
+    nothing = segmentation.overlaps(np.zeros((4, 4), bool))
+    np.testing.assert_allclose(nothing, [[0, 0], [0, 0], [0, 0], [1, 1]])
+
+
+def test_cache_keeps_the_most_recent(segmenter: Segmenter) -> None:
+    cached = Segmenter(segmenter.model, "cpu", capacity=2)
+    seen = []
+
+    def source(key: str) -> np.ndarray:
+        seen.append(key)
+        return image(ord(key))
+
+    flags = [cached.embed(key, lambda key=key: source(key))[1] for key in "abacab"]  # type: ignore[misc]
+    assert flags == [False, False, True, False, True, False]
+    assert seen == ["a", "b", "c", "b"]
+    assert (cached.embeddings.hits, cached.embeddings.misses) == (2, 4)
+
+
+def test_bfloat16_agrees_with_float32(segmenter: Segmenter) -> None:
+    torch.manual_seed(0)
+    half = Segmenter(build(mini_config()), "cpu", torch.bfloat16)
+    half.model.load_state_dict(segmenter.model.state_dict())
+    exact, _ = segmenter.decode(segmenter.encode([image()])[0], BOXES, POINTS)
+    rough, iou = half.decode(half.encode([image()])[0], BOXES, POINTS)
+    assert rough.dtype == iou.dtype == torch.float32
+    assert (exact - rough).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_hydra_is_left_as_it_was(tmp_path: Path) -> None:
+    GlobalHydra.instance().clear()
+    official_config("tiny")
+    assert not GlobalHydra.instance().is_initialized()
+    (tmp_path / "mine.yaml").write_text("a: 1\n")
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        build(mini_config())
+        assert compose("mine").a == 1
+
+
+def test_a_configuration_cannot_name_foreign_code() -> None:
+    config = mini_config()
+    config.model.memory_encoder._target_ = "os.system"
+    with pytest.raises(ValueError, match="not os"):
+        build(config)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "base_plus", "large"])
+def test_official_configurations_are_found(name: str) -> None:
+    assert official_config(name).model.image_size == 1024
+
+
+def test_unknown_names_and_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="known: tiny, small"):
+        Segmenter.load("random:huge")
+    with pytest.raises(FileNotFoundError, match="yaml"):
+        Segmenter.load(str(tmp_path))
+    OmegaConf.save(mini_config(), tmp_path / "config.yaml")
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        Segmenter.load(str(tmp_path))
+
+
+def test_official_checkpoint_layout_loads(segmenter: Segmenter, tmp_path: Path) -> None:
+    OmegaConf.save(mini_config(), tmp_path / "sam2.1_hiera_x.yaml")
+    torch.save({"model": segmenter.model.state_dict()}, tmp_path / "sam2.1_hiera_x.pt")
+    loaded = Segmenter.load(str(tmp_path))
+    embedding = segmenter.encode([image()])[0]
+    torch.testing.assert_close(loaded.decode(embedding, BOXES, POINTS), segmenter.decode(embedding, BOXES, POINTS))
+
+
+def test_training_lowers_the_loss_and_reaches_every_used_part(tmp_path: Path) -> None:
+    scenes = [generate(seed) for seed in range(4)]
+    lines: list[str] = []
+    train_tool(tmp_path, iter(scenes * 8), steps=8, batch=4, lr=3e-3, seed=0, device="cpu", log=lines.append)
+    trained = Segmenter.load(str(tmp_path))
+    assert [line.split("  ")[0] for line in lines] == ["128 px, step 4/4", "192 px, step 4/4"]
+    assert (tmp_path / "model.safetensors").stat().st_size < 6e6
+    torch.manual_seed(0)
+    before = build(mini_config()).state_dict()
+    after = trained.model.state_dict()
+    for name in ("image_encoder.trunk.patch_embed.proj.weight", "sam_prompt_encoder.point_embeddings.2.weight"):
+        assert not torch.allclose(before[name], after[name], atol=1e-3), name
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_cpu(segmenter: Segmenter, tmp_path: Path) -> None:
+    OmegaConf.save(mini_config(), tmp_path / "config.yaml")
+    save_file({k: v.contiguous() for k, v in segmenter.model.state_dict().items()}, tmp_path / "model.safetensors")
+    cuda = Segmenter.load(str(tmp_path), "cuda")
+    exact, _ = segmenter.decode(segmenter.encode([image()])[0], BOXES, POINTS)
+    other, _ = cuda.decode(cuda.encode([image()])[0], BOXES, POINTS)
+    torch.testing.assert_close(other.cpu(), exact, atol=1e-2, rtol=1e-2)
