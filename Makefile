@@ -25,7 +25,7 @@ test: setup
 	.venv/bin/python -m pytest -m "not gpu" --durations=15
 
 test-gpu: setup
-	.venv/bin/python -m pytest -m gpu --durations=15
+	.venv/bin/python -m pytest -m gpu tests/gpu --durations=15
 
 lint: setup
 	.venv/bin/ruff check .

@@ -1,12 +1,13 @@
-"""Held-out evaluation: gIoU of greedy and of sampled answers, on the same fixed samples every time.
+"""Held-out evaluation: every task's own metrics, of greedy and of sampled answers, always on the same samples.
 
     python -m launch.evaluate recipe=quickstart model.path=runs/quickstart/policy
 
-gIoU is the mean over samples of the IoU between the union of the predicted masks and the union of the true ones; an
-answer that does not parse counts 0, no target rightly answered counts 1. `giou_greedy` is at temperature 0,
-`giou_sampled` at the rollout temperature, the mean over several answers per sample (Dr. Seg evaluates one sample at
-temperature 1, unseeded). Under `look=relook` the policy looks again as it does in training, without exploring, by the
-calibration saved with it (`look.json`), and the answer it is most confident of counts; no truth is used for that.
+A task names what it is measured by (`perception.tasks`): gIoU for segment, the mean over samples of the IoU between the
+union of the predicted masks and the union of the true ones; Acc@0.5 for ground; exact counts for count. An answer that
+does not parse counts 0. `greedy` is at temperature 0, `sampled` at the rollout temperature, the mean over several
+answers per sample (Dr. Seg evaluates one sample at temperature 1, unseeded). Under `look=relook` the policy looks again
+as it does in training, without exploring, by the calibration saved with it (`look.json`), and the answer it is most
+confident of counts; no truth is used for that.
 """
 
 from __future__ import annotations
@@ -26,57 +27,73 @@ from launch.run.step_metrics import look_metrics
 from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.config import Config
-from perception.types import Sample, SamplingSpec, ScoredGroup
+from perception.types import Group, Sample, SamplingSpec, Score
 from runtime import cluster
 
 EVALUATION_SEED_STEP = 0
 """Training steps count from 1, so evaluation draws from seeds of its own."""
 SAMPLED_ANSWERS = 4
-HELD_OUT = ("mask_iou",)
 
 
 async def evaluate(
-    system: System, samples: Sequence[Sample], pictures: int = 0
-) -> tuple[dict[str, float], tuple[ScoredGroup, ...]]:
-    """Metrics of both ways of answering over all samples, and the greedy answers for pictures.
+    system: System, samples: Sequence[Sample], held_out: str = MAIN, pictures: int = 0
+) -> tuple[dict[str, float], list[Group]]:
+    """Metrics by `catalog.HeldOut.name`, and the greedy answers for pictures.
 
     Scorer failures raise RuntimeError: a held-out number is whole or absent.
     """
     prompts = system.prompts(samples, EVALUATION_SEED_STEP)
     rollout = system.config.rollout
-    ways = (
-        SamplingSpec(n=1, temperature=0.0, max_new_tokens=rollout.max_new_tokens),
-        SamplingSpec(n=SAMPLED_ANSWERS, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens),
-    )
-    greedy, sampled = [await system.answer(prompts, way, masks=pictures, metrics=HELD_OUT) for way in ways]
-    metrics = {
-        catalog.GIOU_GREEDY: _mean_iou(greedy),
-        catalog.GIOU_SAMPLED: _mean_iou(sampled),
-        catalog.HELD_OUT_PARSE_OK: float(np.mean([s.answer.failure is None for one in sampled for s in one.scores])),
-        catalog.HELD_OUT_SAMPLES: len(samples),
+    ways = {
+        catalog.GREEDY: SamplingSpec(n=1, temperature=0.0, max_new_tokens=rollout.max_new_tokens),
+        catalog.SAMPLED: SamplingSpec(
+            n=SAMPLED_ANSWERS, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
+        ),
     }
-    if system.config.look.mode == "relook":
-        looks = look_metrics(sampled)
-        metrics[catalog.HELD_OUT_RELOOK_RATE] = looks[catalog.RELOOK_RATE]
-        metrics[catalog.HELD_OUT_LOOK_GAIN] = looks[catalog.RELOOK_GAIN] * looks[catalog.RELOOK_RATE]
-    return metrics, tuple(greedy)
+    answered = {way: await system.answer(prompts, spec, masks=pictures, held_out=True) for way, spec in ways.items()}
+    metrics: dict[str, float] = {}
+    for task in sorted({sample.task for sample in samples}):
+        of_task = {
+            way: [group for group in groups if group.prompt.sample.task == task] for way, groups in answered.items()
+        }
+        measured = _of_task(of_task, relooks=system.config.look.mode == "relook")
+        metrics |= {catalog.HeldOut(task, *key, held_out).name: value for key, value in measured.items()}
+    return metrics, answered[catalog.GREEDY]
 
 
 async def evaluate_all(
     system: System, held_out: Mapping[str, Sequence[Sample]], pictures: int = 0
-) -> tuple[dict[str, float], tuple[ScoredGroup, ...]]:
-    """Metrics of every held-out set by `names.held_out`, and the groups of the first one for pictures."""
-    done = {name: await evaluate(system, samples, 0 if name else pictures) for name, samples in held_out.items()}
-    metrics = {catalog.held_out(metric, name): v for name, (own, _) in done.items() for metric, v in own.items()}
+) -> tuple[dict[str, float], list[Group]]:
+    """Metrics of every held-out set, and the groups of the first one for pictures."""
+    done = {name: await evaluate(system, samples, name, 0 if name else pictures) for name, samples in held_out.items()}
+    metrics = {name: value for own, _ in done.values() for name, value in own.items()}
     return metrics, done[MAIN][1]
 
 
-def _mean_iou(scored: Sequence[ScoredGroup]) -> float:
-    for one in scored:
-        for score in one.scores:
-            if score.failure is not None and "mask_iou" not in score.metrics:
-                raise RuntimeError(f"evaluation of {one.group.prompt.sample.id}: {score.failure.detail}")
-    return float(np.mean([score.metrics["mask_iou"] for one in scored for score in one.scores]))
+def _of_task(groups: Mapping[str, Sequence[Group]], relooks: bool) -> dict[tuple[str, str], float]:
+    """(measure, way) -> mean over all answers."""
+    found: dict[tuple[str, str], float] = {}
+    for way, answered in groups.items():
+        scores = [_score(group, place) for group in answered for place in range(len(group.trajectories))]
+        for name in scores[0].metrics:
+            found[name, way] = float(np.mean([score.metrics[name] for score in scores]))
+    sampled = groups[catalog.SAMPLED]
+    scores = [_score(group, place) for group in sampled for place in range(len(group.trajectories))]
+    found[catalog.PARSED, catalog.SAMPLED] = float(np.mean([s.best.answer.failure is None for s in scores]))
+    if relooks:
+        looks = look_metrics(sampled)
+        found[catalog.LOOK_RATE, catalog.SAMPLED] = looks[catalog.RELOOK_RATE]
+        if any(candidate.mask_iou is not None for score in scores for candidate in score.candidates):
+            found[catalog.LOOK_GAIN, catalog.SAMPLED] = looks[catalog.RELOOK_GAIN] * looks[catalog.RELOOK_RATE]
+    return found | {(catalog.SAMPLES, catalog.SAMPLED): float(len(sampled))}
+
+
+def _score(group: Group, place: int) -> Score:
+    trajectory = group.trajectories[place]
+    if trajectory.score is None:
+        why = trajectory.failure.detail if trajectory.failure else "it was not scored"
+        raise RuntimeError(f"evaluation of {group.prompt.sample.id}: {why}")
+    return trajectory.score
 
 
 async def _evaluate_once(
@@ -95,7 +112,7 @@ async def _evaluate_once(
 def run(config: Config) -> None:
     prepare(config, say=print)
     train, held_out = check(config)
-    cluster.connect(config.placement)
+    cluster.connect(config.placement, config.plugins)
     print(json.dumps(asyncio.run(_evaluate_once(config, train, held_out))))
 
 

@@ -1,4 +1,4 @@
-"""Rewards of a group -> advantages.
+"""Advantages: rewards of a group, centred and scaled.
 
 Scaled by the group (GRPO, arXiv 2402.03300), by the batch (Lite PPO, arXiv 2508.08221, and TRL's
 `scale_rewards="batch"`) or not at all (Dr. GRPO, arXiv 2503.20783).
@@ -7,13 +7,12 @@ Scaled by the group (GRPO, arXiv 2402.03300), by the batch (Lite PPO, arXiv 2508
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import compress
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from perception.types import INFRASTRUCTURE, Failure, ScoredGroup
+from perception.types import Group
 
 Scale = Literal["group", "batch", "none"]
 EPSILON = 1e-6
@@ -21,52 +20,34 @@ ROUNDING = 1e-9
 """Rewards closer than this are equal: sums of the same components in another order."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Advantages:
-    values: tuple[tuple[float, ...], ...]
-    """One tuple per group, one advantage per trajectory."""
-    zero_variance: int
-    """Groups whose counted rewards are all equal: they teach nothing."""
-    excluded: int
-    """Trajectories left out because the infrastructure failed."""
+def with_advantages(groups: Sequence[Group], scale: Scale) -> list[Group]:
+    """The groups of a whole step with an advantage on every trajectory, 0 where it has no reward."""
+    batch = [one.reward for group in groups for one in group.trajectories if one.reward is not None]
+    return [_advantaged(group, scale, batch) for group in groups]
 
 
-def step_advantages(scored: Sequence[ScoredGroup], rewards: Sequence[Sequence[float]], scale: Scale) -> Advantages:
-    """Advantages of a whole step; `rewards` runs parallel to `scored`: one per group and trajectory."""
-    counted = [
-        [not _excluded(t.failure, s.failure) for t, s in zip(entry.group.trajectories, entry.scores, strict=True)]
-        for entry in scored
-    ]
-    batch = [r for group, c in zip(rewards, counted, strict=True) for r in compress(group, c)]
-    values = [group_advantages(r, c, scale, batch) for r, c in zip(rewards, counted, strict=True)]
-    return Advantages(
-        values=tuple(tuple(v.tolist()) for v in values),
-        zero_variance=sum(not v.any() for v in values),
-        excluded=sum(c.count(False) for c in counted),
-    )
-
-
-def group_advantages(
-    rewards: Sequence[float], counted: Sequence[bool], scale: Scale = "group", batch: Sequence[float] = ()
-) -> np.ndarray:
+def advantages(rewards: Sequence[float], scale: Scale = "group", batch: Sequence[float] = ()) -> np.ndarray:
     """(n,) float64: (r - mean) / (std + 1e-6), or r - mean without scale.
 
-    Mean and unbiased std (n - 1) are taken over the counted trajectories, the std with scale=batch over `batch`: all
-    counted rewards of the step. The others get 0. Where all counted rewards are equal, or fewer than two are counted,
-    all get 0.
+    The std is unbiased (n - 1) and taken over `rewards`, or with scale=batch over `batch`: all rewards of the step.
+    Where all rewards are equal, or there are fewer than two, all advantages are 0.
     """
     values = np.asarray(rewards, dtype=np.float64)
-    mask = np.asarray(counted, dtype=bool)
-    advantages = np.zeros_like(values)
-    kept = values[mask]
-    if kept.size < 2 or np.ptp(kept) <= ROUNDING:
-        return advantages
-    centred = kept - kept.mean()
+    if values.size < 2 or np.ptp(values) <= ROUNDING:
+        return np.zeros_like(values)
+    centred = values - values.mean()
     if scale != "none":
-        centred /= np.std(kept if scale == "group" else batch, ddof=1) + EPSILON
-    advantages[mask] = centred
-    return advantages
+        centred /= np.std(values if scale == "group" else batch, ddof=1) + EPSILON
+    return centred
 
 
-def _excluded(*failures: Failure | None) -> bool:
-    return any(failure is not None and failure.kind in INFRASTRUCTURE for failure in failures)
+def _advantaged(group: Group, scale: Scale, batch: Sequence[float]) -> Group:
+    found = iter(
+        advantages([one.reward for one in group.trajectories if one.reward is not None], scale, batch).tolist()
+    )
+    return replace(
+        group,
+        trajectories=tuple(
+            replace(one, advantage=next(found) if one.reward is not None else 0.0) for one in group.trajectories
+        ),
+    )

@@ -1,8 +1,9 @@
-"""Stop and go on, bit for bit: model, optimizer and random state; and the policy in Hugging Face format."""
+"""Checkpoint of the learner: model, optimizer and random state, bit for bit; and the policy in Hugging Face format."""
 
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from learner.policy import Policy
-from learner.zero import ZeroEngine
+from learner.zero import Zero
+from perception.files import replacing, scratch_path
 
 TAG = "learner"
 TOKENIZER_AND_PROCESSOR = (".json", ".jinja", ".txt", ".model")
@@ -19,33 +21,29 @@ WRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.jso
 """Files of the same kinds that `save_pretrained` writes itself."""
 
 
-def save(engine: ZeroEngine, folder: Path, client_state: dict[str, Any]) -> None:
+def save(zero: Zero, folder: Path) -> None:
     """Write to `folder`, on a file system all ranks share; it appears whole or not at all. An old one is replaced."""
-    scratch = folder.with_name(f".{folder.name}.partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    dist.barrier()
-    engine.save(str(scratch), TAG, client_state)
-    torch.save(_random_state(), scratch / f"random-{dist.get_rank()}.pt")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+    rank = dist.get_rank()
+    with replacing(folder) if rank == 0 else nullcontext(scratch_path(folder)) as scratch:
+        if rank == 0:
+            scratch.mkdir(parents=True)
+        dist.barrier()
+        zero.save(str(scratch), TAG)
+        torch.save(_random_state(), scratch / f"random-{rank}.pt")
+        dist.barrier()
     dist.barrier()
 
 
-def load(engine: ZeroEngine, folder: Path) -> dict[str, Any]:
-    """Restore what `save` wrote, with the same number of ranks and ZeRO stage; returns its client state.
+def load(zero: Zero, folder: Path) -> None:
+    """Restore what `save` wrote, with the same number of ranks and ZeRO stage.
 
     Raises FileNotFoundError when this rank's part is missing.
     """
     mine = folder / f"random-{dist.get_rank()}.pt"
     if not mine.is_file():
         raise FileNotFoundError(f"{mine}: missing; a checkpoint is loaded with as many learner ranks as saved it")
-    client_state = engine.load(str(folder), TAG)
+    zero.load(str(folder), TAG)
     _restore_random_state(torch.load(mine, weights_only=True))
-    return client_state
 
 
 def export(policy: Policy, weights: dict[str, Tensor], source: Path, folder: Path) -> None:

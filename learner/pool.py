@@ -1,47 +1,27 @@
-"""The controller's side of the learner: starts the ranks, deals groups out to them, waits with a limit."""
+"""The learner's ranks as one pool: deals groups out to them and takes their collective calls, each with a limit."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-import ray
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from learner.rank import LearnerRank
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
-from perception.types import Group, LearnerReport, PolicySpec, TrainGroup, WeightBucket
+from perception.types import Group, LearnerReport, PolicySpec, Trajectory, WeightBucket
+from runtime.actors import ActorPool, Call, Limit, call
+from runtime.placement import Seat
 
-KEEP_FREED_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
-"""glibc's malloc would give every large activation back to the kernel, and take its pages anew in the next layer."""
-
-
-@ray.remote
-class _Host:
-    """Makes the rank inside its own process: torch and DeepSpeed stay out of the controller's."""
-
-    def __init__(self, rank: int, world: int, **settings: Any) -> None:
-        from learner.rank import LearnerRank
-
-        self._rank = LearnerRank(rank, world, **settings)
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._rank, method)(*arguments)
+R = TypeVar("R")
 
 
 class LearnerPool:
-    """`config.ranks` DeepSpeed ranks, one Ray actor each, on the given bundles of a placement group (or anywhere).
-
-    Every wait ends after `config.timeout_s` with a TimeoutError that names the call.
-    """
+    """One DeepSpeed rank per seat. Every failure and every wait that is too long is an ActorError."""
 
     def __init__(
         self,
@@ -49,58 +29,41 @@ class LearnerPool:
         config: LearnerConfig,
         algorithm: AlgorithmConfig,
         placement: PlacementConfig,
+        seats: Sequence[Seat],
         *,
         temperature: float,
         max_new_tokens: int,
         seed: int,
         deterministic: bool = False,
-        group: PlacementGroup | None = None,
-        bundles: Sequence[int] = (),
     ) -> None:
-        self._config, self._algorithm = config, algorithm
-        environment = {"DS_ACCELERATOR": placement.device, "TOKENIZERS_PARALLELISM": "false"}
-        if placement.device == "cpu":
-            environment |= KEEP_FREED_MEMORY
-        if placement.threads:
-            environment["OMP_NUM_THREADS"] = str(placement.threads)
-        self._ranks = [
-            _Host.options(  # type: ignore[attr-defined]
-                num_cpus=placement.learner_cpus,
-                num_gpus=placement.learner_gpus,
-                runtime_env={"env_vars": environment},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundles[rank]) if group else "DEFAULT",
-            ).remote(
-                rank,
-                config.ranks,
-                policy=policy,
-                config=config,
-                algorithm=algorithm,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                device=placement.device,
-                transport=placement.transport,
-                threads=placement.threads,
-                seed=seed,
-                deterministic=deterministic,
-            )
-            for rank in range(config.ranks)
-        ]
+        self._algorithm, self._limit = algorithm, Limit(config.timeout_s, "learner.timeout_s")
+        settings = (temperature, max_new_tokens, placement.device, placement.transport, placement.threads)
+        self.actors: ActorPool[LearnerRank] = ActorPool(
+            "learner rank",
+            LearnerRank,
+            lambda rank: (rank, len(seats), policy, config, algorithm, *settings, seed, deterministic),
+            seats,
+            start=self._limit,
+        )
 
     async def start(self) -> float:
         """Load the policy on every rank; returns the seconds of the slowest."""
-        address, port = (await self._wait("open_store", [self._ranks[0].call.remote("open_store")]))[0]
-        return max(await self._all("start", address, port))
+        self.actors.make()
+        first = self.actors.slots[:1]
+        ((address, port),) = await self.actors.each([call(LearnerRank.open_store)], self._limit, first)
+        return max(await self.actors.start(address, port))
 
-    async def train_step(self, groups: Sequence[TrainGroup]) -> LearnerReport:
+    async def update(self, groups: Sequence[Group]) -> LearnerReport:
         """`algorithm.updates` optimizer steps over all groups, cut in the order they come, `algorithm.epochs` times.
 
         Raises ValueError when no trajectory holds a sampled token.
         """
-        if not any(t.sampled_tokens for entry in groups for t in entry.group.trajectories):
+        if not any(one.sampled_tokens for group in groups for one in group.trajectories if not one.excluded):
             raise ValueError(f"nothing to learn from: none of the step's {len(groups)} groups holds a sampled token")
-        batches = [deal(batch, len(self._ranks)) for batch in mini_batches(groups, self._algorithm.updates)]
-        shares = [[batch[rank] for batch in batches] for rank in range(len(self._ranks))]
-        reports: list[LearnerReport] = await self._each("train_step", shares)
+        ranks = len(self.actors.slots)
+        batches = [deal(batch, ranks) for batch in mini_batches([*map(_bare, groups)], self._algorithm.updates)]
+        calls = [call(LearnerRank.update, [batch[rank] for batch in batches]) for rank in range(ranks)]
+        reports = await self.actors.each(calls, self._limit)
         return LearnerReport(metrics=reports[0].metrics, seconds=max(report.seconds for report in reports))
 
     async def parity(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -108,106 +71,114 @@ class LearnerPool:
 
         Mean and maximum of |difference|, and the mean importance ratio learner / engine: 1 up to rounding.
         """
-        learner = [tokens for group in await self._of_groups("logprobs", groups) for tokens in group]
-        engine = [turn.logprobs for group in groups for one in group.trajectories for turn in one.turns]
-        difference = np.concatenate(learner) - np.concatenate([np.asarray(logprobs) for logprobs in engine])
+        learner = [tokens for found in await self._of_groups(LearnerRank.logprobs, groups) for tokens in found]
+        engine = [_logprobs(one) for group in groups for one in group.trajectories]
+        difference = np.concatenate(learner) - np.concatenate(engine)
         return {
             catalog.LOGPROB_MISMATCH: float(np.abs(difference).mean()),
             catalog.LOGPROB_MISMATCH_MAX: float(np.abs(difference).max()),
             catalog.RATIO: float(np.exp(difference).mean()),
         }
 
-    async def kl(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
-        """Per group and trajectory: `algorithm.kl` of the current policy to the starting one, summed over tokens."""
-        return await self._of_groups("kl", groups)
+    async def with_kl(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with `algorithm.kl` of the current policy to the starting one on every trajectory that counts."""
+        return list(map(_with_kl, groups, await self._of_groups(LearnerRank.kl, groups)))
 
-    async def _of_groups(self, method: str, groups: Sequence[Group]) -> list[Any]:
-        """What the ranks' method says of each group, in the order of `groups`."""
-        entries = [TrainGroup(group=group, advantages=(0.0,) * len(group.trajectories)) for group in groups]
-        shares = deal(entries, len(self._ranks))
-        answers = await self._each(method, shares)
+    async def _of_groups(
+        self, method: Callable[[LearnerRank, Sequence[Group]], list[R]], groups: Sequence[Group]
+    ) -> list[R]:
+        """What the ranks' method finds for each group, in the order of `groups`."""
+        bare = [_bare(group) for group in groups]
+        shares = deal(bare, len(self.actors.slots))
+        answers = await self.actors.each([call(method, share) for share in shares], self._limit)
         found = {
-            id(entry): values
+            id(group): values
             for share, answer in zip(shares, answers, strict=True)
-            for entry, values in zip(share, answer, strict=True)
+            for group, values in zip(share, answer, strict=True)
         }
-        return [found[id(entry)] for entry in entries]
+        return [found[id(group)] for group in bare]
 
     async def buckets(self, receivers: tuple[str, ...] = ()) -> AsyncIterator[WeightBucket]:
-        """The current weights, bucket by bucket. The next one is packed while the caller is busy with this one.
+        """The current weights, bucket by bucket. The next one is filled while the caller is busy with this one.
 
         `receivers` are the engines that will take them (`RolloutPool.begin_update`). When the last bucket has been
         asked for, all have left the learner; `release_buckets` once the engines have loaded them.
         """
-        opened = self._submit("sender", "open", receivers, ranks=1)
-        (count,) = await self._wait("opening the weight sync", opened)
-        pending = self._submit("sender", "pack_bucket", 0)
+        count = await self._first(call(LearnerRank.open_sync, receivers), "opening the weight sync")
+        pending = self._filled(0, count)
         for index in range(count):
-            bucket = (await self._wait(f"packing weight bucket {index + 1} of {count}", pending))[0]
+            bucket = (await pending)[0]
             if index + 1 < count:
-                pending = self._submit("sender", "pack_bucket", index + 1)
+                pending = self._filled(index + 1, count)
+            assert bucket is not None, "rank 0 fills the buckets"
             yield bucket
-        await self._wait("sending the weight buckets", self._submit("sender", "flush", ranks=1))
+        await self._first(call(LearnerRank.flush_sync), "sending the weight buckets")
 
     async def release_buckets(self) -> None:
         """Free the buffers of the last sync."""
-        await self._wait("releasing the weight buckets", self._submit("sender", "release", ranks=1))
+        await self._first(call(LearnerRank.release_sync), "releasing the weight buckets")
 
-    async def save_checkpoint(self, folder: str, client_state: dict[str, Any]) -> None:
-        await self._all("save_checkpoint", folder, client_state)
+    async def save(self, folder: str) -> None:
+        """Write a checkpoint to a folder that all ranks reach."""
+        await self._all(call(LearnerRank.save, folder))
 
-    async def load_checkpoint(self, folder: str) -> dict[str, Any]:
-        """Restore model, optimizer and random state; returns the client state that was saved with them."""
-        return (await self._all("load_checkpoint", folder))[0]
+    async def load(self, folder: str) -> None:
+        """Restore model, optimizer and random state."""
+        await self._all(call(LearnerRank.load, folder))
 
     async def export(self, folder: str) -> None:
         """Write the policy in Hugging Face format to a folder that rank 0's node can reach."""
-        await self._all("export", folder)
+        await self._all(call(LearnerRank.export, folder))
 
-    def shutdown(self) -> None:
-        for rank in self._ranks:
-            ray.kill(rank)
+    async def shutdown(self) -> None:
+        await self.actors.shutdown()
 
-    def _submit(self, method: str, *arguments: Any, ranks: int | None = None) -> list[ray.ObjectRef]:
-        return [rank.call.remote(method, *arguments) for rank in self._ranks[:ranks]]
+    def _filled(self, index: int, count: int) -> asyncio.Task[list[WeightBucket | None]]:
+        filling = self._all(call(LearnerRank.fill_bucket, index), f"filling weight bucket {index + 1} of {count}")
+        return asyncio.create_task(filling)
 
-    async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return await self._wait(method, self._submit(method, *arguments))
+    async def _first(self, wanted: Call[LearnerRank, R], doing: str) -> R:
+        """Rank 0 alone."""
+        return (await self.actors.each([wanted], self._limit, self.actors.slots[:1], doing))[0]
 
-    async def _each(self, method: str, shares: Sequence[Any]) -> list[Any]:
-        refs = [rank.call.remote(method, share) for rank, share in zip(self._ranks, shares, strict=True)]
-        return await self._wait(method, refs)
-
-    async def _wait(self, method: str, refs: Sequence[ray.ObjectRef]) -> list[Any]:
-        try:
-            return list(await asyncio.wait_for(asyncio.gather(*refs), self._config.timeout_s))
-        except TimeoutError as error:
-            message = f"learner: {method} on {len(refs)} rank(s) took longer than {self._config.timeout_s:g} s"
-            raise TimeoutError(message) from error
+    async def _all(self, wanted: Call[LearnerRank, R], doing: str = "") -> list[R]:
+        return await self.actors.each([wanted] * len(self.actors.slots), self._limit, doing=doing)
 
 
-def mini_batches(groups: Sequence[TrainGroup], count: int) -> list[Sequence[TrainGroup]]:
+def mini_batches(groups: Sequence[Group], count: int) -> list[Sequence[Group]]:
     """Cut, in order, into at most `count` parts of as equal a number of groups as can be."""
     ends = [len(groups) * part // count for part in range(count + 1)]
     return [groups[start:end] for start, end in pairwise(ends) if end > start]
 
 
-def deal(groups: Sequence[TrainGroup], ranks: int) -> list[list[TrainGroup]]:
+def deal(groups: Sequence[Group], ranks: int) -> list[list[Group]]:
     """Every rank's groups: the longest first, each to the rank with the least to do so far. Some may get none."""
-    shares: list[list[TrainGroup]] = [[] for _ in range(ranks)]
+    shares: list[list[Group]] = [[] for _ in range(ranks)]
     load = [0] * ranks
-    for entry in sorted(groups, key=_tokens, reverse=True):
+    for group in sorted(groups, key=_tokens, reverse=True):
         rank = load.index(min(load))
-        shares[rank].append(entry)
-        load[rank] += _tokens(entry)
+        shares[rank].append(group)
+        load[rank] += _tokens(group)
     return shares
 
 
-def _tokens(entry: TrainGroup) -> int:
-    """Of the group as one row, but for what its images expand to."""
-    later = (turn.input_ids for one in entry.group.trajectories for turn in one.turns[1:])
-    return (
-        len(entry.group.prompt.token_ids)
-        + sum(map(len, later))
-        + sum(t.sampled_tokens for t in entry.group.trajectories)
-    )
+def _tokens(group: Group) -> int:
+    """The group's length as one row, but for what its images expand to."""
+    later = (turn.input_ids for one in group.trajectories for turn in one.turns[1:])
+    return len(group.prompt.token_ids) + sum(map(len, later)) + sum(one.sampled_tokens for one in group.trajectories)
+
+
+def _bare(group: Group) -> Group:
+    """Without what the reward workers found, which the ranks have no use for."""
+    return replace(group, trajectories=tuple(replace(one, score=None) for one in group.trajectories))
+
+
+def _logprobs(trajectory: Trajectory) -> np.ndarray:
+    """Of its sampled tokens, as the engine reported them; (0,) where it takes no part."""
+    turns = () if trajectory.excluded else trajectory.turns
+    return np.array([value for turn in turns for value in turn.logprobs], np.float64)
+
+
+def _with_kl(group: Group, values: Sequence[float]) -> Group:
+    pairs = zip(group.trajectories, values, strict=True)
+    return replace(group, trajectories=tuple(one if one.excluded else replace(one, kl=value) for one, value in pairs))

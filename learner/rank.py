@@ -1,4 +1,4 @@
-"""One DeepSpeed rank in a Ray actor. The pool calls the same collective method on every rank, in the same order."""
+"""Learner rank: a DeepSpeed rank as a Ray actor. The pool calls collective methods on every rank, in the same order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -16,31 +16,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers.utils.logging import disable_progress_bar
 
-from learner import checkpoint
-from learner.flops import MatrixRate
-from learner.loss import kl
-from learner.policy import load_policy
-from learner.step import Plan, Stepper, Totals, make_reference
-from learner.sync import WeightSender
-from learner.weights import weights
-from learner.zero import ZeroEngine
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig
-from perception.types import LearnerReport, PolicySpec, TrainGroup
+from perception.types import Group, LearnerReport, PolicySpec, WeightBucket
+from runtime.objects import fetch
 
-FETCH_TIMEOUT_S = 60.0
+if TYPE_CHECKING:
+    from learner.step import Plan, Totals
 
 
 class LearnerRank:
-    """Rank `rank` of `world`. Made a Ray actor by the pool; `start` before anything else."""
+    """Rank `rank` of `world`; `start` before anything else, on all ranks."""
 
     def __init__(
         self,
         rank: int,
         world: int,
-        *,
         policy: PolicySpec,
         config: LearnerConfig,
         algorithm: AlgorithmConfig,
@@ -56,7 +48,7 @@ class LearnerRank:
         self._spec, self._config, self._algorithm = policy, config, algorithm
         self._temperature, self._transport, self._max_new_tokens = temperature, transport, max_new_tokens
         self._device = torch.device(device)
-        disable_progress_bar()
+        os.environ |= {"DS_ACCELERATOR": device, "TOKENIZERS_PARALLELISM": "false"}
         if threads:
             torch.set_num_threads(threads)
         if deterministic:
@@ -72,7 +64,35 @@ class LearnerRank:
 
     def start(self, address: str, port: int) -> float:
         """Join the process group and load the policy; returns seconds. Collective."""
+        # Here, so that DeepSpeed and peft stay out of the controller's process, which imports this module too.
+        from transformers.utils.logging import disable_progress_bar
+
+        from learner.flops import MatrixRate
+        from learner.policy import load_policy
+        from learner.step import Stepper, make_reference
+        from learner.sync import WeightSender
+        from learner.weights import weights
+        from learner.zero import Zero
+
         began = time.perf_counter()
+        disable_progress_bar()
+        self._join(address, port)
+        algorithm, config = self._algorithm, self._config
+        self._policy = load_policy(self._spec, self._temperature, config, fetch, algorithm.entropy_coef > 0)
+        self._policy.to(self._device)
+        reference = make_reference(self._policy, algorithm, config)
+        updates = algorithm.steps * algorithm.updates * algorithm.epochs
+        self._zero = Zero(self._policy, config, self._spec.dtype, self._device, total_steps=updates)
+        self._stepper = Stepper(
+            self._policy, reference, self._zero, config, algorithm, self._max_new_tokens, self._device
+        )
+        self._rate = MatrixRate(self._device, getattr(torch, self._spec.dtype))
+        self._sender = WeightSender(
+            weights(self._policy.model), config, rank=self._rank, device=self._device, transport=self._transport
+        )
+        return time.perf_counter() - began
+
+    def _join(self, address: str, port: int) -> None:
         timeout = timedelta(seconds=self._config.timeout_s)
         if self._rank > 0:
             self._store = dist.TCPStore(address, port, self._world, is_master=False, timeout=timeout)
@@ -84,54 +104,32 @@ class LearnerRank:
             world_size=self._world,
             timeout=timeout,
         )
-        self._policy = load_policy(
-            self._spec, self._temperature, self._config, _fetch, self._algorithm.entropy_coef > 0
-        ).to(self._device)
-        reference = make_reference(self._policy, self._algorithm, self._config)
-        updates = self._algorithm.steps * self._algorithm.updates * self._algorithm.epochs
-        self._engine = ZeroEngine(self._policy, self._config, self._spec.dtype, self._device, total_steps=updates)
-        self._stepper = Stepper(
-            self._policy, reference, self._engine, self._config, self._algorithm, self._max_new_tokens, self._device
-        )
-        self._rate = MatrixRate(self._device, getattr(torch, self._spec.dtype))
-        self._sender = WeightSender(
-            weights(self._policy.model), self._config, rank=self._rank, device=self._device, transport=self._transport
-        )
-        return time.perf_counter() - began
 
-    def train_step(self, batches: Sequence[Sequence[TrainGroup]]) -> LearnerReport:
+    def update(self, batches: Sequence[Sequence[Group]]) -> LearnerReport:
         """`algorithm.epochs` times an optimizer step over each mini-batch, of which these are this rank's groups.
 
         Collective.
         """
         began = time.perf_counter()
-        plans = [self._stepper.plan(groups) for groups in batches]
-        old: list[Sequence[Tensor | None]] = [[None] * len(plan) for plan in plans]
-        updates = len(plans) * self._algorithm.epochs
-        if updates > 1 and self._algorithm.importance != "none":
-            old = [list(self._stepper.logprobs(plan)) for plan in plans]
-        totals, steps = Totals(), []
-        for _ in range(self._algorithm.epochs):
-            steps += [self._stepper.update(*batch, totals) for batch in zip(plans, old, strict=True)]
-        losses, norms, rates = (np.asarray(values) for values in zip(*steps, strict=True))
-        metrics = self._metrics(totals, time.perf_counter() - began)
-        metrics |= {
-            catalog.LOSS: losses.mean(),
-            catalog.GRAD_NORM: norms.mean(),
-            catalog.LR: rates[-1],
+        taken, totals = self._stepper.update(batches)
+        finite = [one for one in taken if np.isfinite(one.grad_norm)]
+        metrics = self._metrics(totals, time.perf_counter() - began) | {
+            catalog.LOSS: float(np.mean([one.loss for one in finite or taken])),
+            catalog.GRAD_NORM: float(np.mean([one.grad_norm for one in finite or taken])),
+            catalog.LR: taken[-1].rate,
+            catalog.SKIPPED: float(len(taken) - len(finite)),
+            catalog.OPTIMIZER_STEPS: float(len(finite)),
         }
-        return LearnerReport(
-            metrics={name: float(value) for name, value in metrics.items()}, seconds=time.perf_counter() - began
-        )
+        return LearnerReport(metrics=metrics, seconds=time.perf_counter() - began)
 
     def _metrics(self, totals: Totals, seconds: float) -> dict[str, float]:
-        counts = {name: float(getattr(totals, name)) for name in Totals.SUMS}
+        counts = {name: float(getattr(totals, name)) for name in totals.SUMS}
         counts |= {"images": float(self._policy.images), "known": float(self._policy.images_known)}
         self._policy.images = self._policy.images_known = 0
         statistics = {name: float(value) for name, value in totals.statistics.items()}
         whole = self._reduce(counts | statistics)
         memory = self._reduce({"peak": _peak_bytes(self._device)}, dist.ReduceOp.MAX)["peak"]
-        metrics = {name: whole[name] / whole["tokens"] for name in statistics} | {
+        metrics = {name: whole[name] / max(whole["tokens"], 1.0) for name in statistics} | {
             catalog.LEARNER_SAMPLES_PER_S: whole["sequences"] / seconds,
             catalog.LEARNER_TOKENS_PER_S: whole["useful"] / seconds,
             catalog.PACKING: whole["rows"] / whole["computed"],
@@ -145,31 +143,51 @@ class LearnerRank:
             metrics[catalog.FEATURE_HITS] = whole["known"] / whole["images"]
         return metrics
 
-    def logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
-        """Per group and trajectory: (sampled tokens,) float32 log-probs under the current weights. Collective."""
+    def logprobs(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
+        """Per group and trajectory: (sampled tokens,) float32 log-probs under the current weights, (0,) where it takes
+        no part. Collective."""
         plan = self._stepper.plan(groups)
         return _by_trajectory(groups, plan, self._stepper.logprobs(plan))
 
-    def kl(self, groups: Sequence[TrainGroup]) -> list[tuple[float, ...]]:
+    def kl(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
         """Per group and trajectory: `algorithm.kl` to the starting policy, summed over tokens. Collective."""
+        from learner.loss import kl
+
         plan = self._stepper.plan(groups)
         current = list(self._stepper.logprobs(plan))
         pairs = zip(current, self._stepper.logprobs(plan, reference=True), strict=True)
         values = (kl(now.double(), start.double(), self._algorithm.kl) for now, start in pairs)
         return [tuple(float(one.sum()) for one in group) for group in _by_trajectory(groups, plan, values)]
 
-    def sender(self, method: str, *arguments: Any) -> Any:
-        """The door to the rank's `WeightSender`."""
-        return getattr(self._sender, method)(*arguments)
+    def open_sync(self, receivers: tuple[str, ...]) -> int:
+        """See `WeightSender.open`, and so on."""
+        return self._sender.open(receivers)
 
-    def save_checkpoint(self, folder: str, client_state: dict[str, Any]) -> None:
-        checkpoint.save(self._engine, Path(folder), client_state)
+    def fill_bucket(self, index: int) -> WeightBucket | None:
+        return self._sender.pack_bucket(index)
 
-    def load_checkpoint(self, folder: str) -> dict[str, Any]:
-        return checkpoint.load(self._engine, Path(folder))
+    def flush_sync(self) -> None:
+        self._sender.flush()
+
+    def release_sync(self) -> None:
+        self._sender.release()
+
+    def save(self, folder: str) -> None:
+        """Write a checkpoint. Collective."""
+        from learner import checkpoint
+
+        checkpoint.save(self._zero, Path(folder))
+
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote. Collective."""
+        from learner import checkpoint
+
+        checkpoint.load(self._zero, Path(folder))
 
     def export(self, folder: str) -> None:
         """Write the policy in Hugging Face format, adapters merged. Collective; rank 0 writes."""
+        from learner import checkpoint
+
         whole = self._sender.whole()
         if self._rank == 0:
             checkpoint.export(self._policy, whole, Path(self._spec.path), Path(folder))
@@ -182,9 +200,9 @@ class LearnerRank:
         return dict(zip(values, total.tolist(), strict=True))
 
 
-def _by_trajectory(groups: Sequence[TrainGroup], plan: Plan, values: Iterable[Tensor]) -> list[list[np.ndarray]]:
+def _by_trajectory(groups: Sequence[Group], plan: Plan, values: Iterable[Tensor]) -> list[list[np.ndarray]]:
     """(N,) values of each micro-batch -> per group and trajectory (sampled tokens,)."""
-    result = [[np.zeros(0, np.float32) for _ in entry.group.trajectories] for entry in groups]
+    result = [[np.zeros(0, np.float32) for _ in group.trajectories] for group in groups]
     for work, of_work in zip(plan, values, strict=True):
         tails = [tail for piece in work for tail in piece.tails]
         ends = np.cumsum([len(tail.targets) for tail in tails])
@@ -198,7 +216,3 @@ def _peak_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def _fetch(ref: Any) -> bytes:
-    return ref if isinstance(ref, bytes) else ray.get(ref, timeout=FETCH_TIMEOUT_S)

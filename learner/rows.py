@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from learner.loss import TokenBatch
-from perception.types import ImageHandle, TrainGroup, Trajectory
+from perception.types import Group, ImageHandle, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,24 +106,25 @@ class Piece:
         return len(self.tails) * (len(self.prompt.ids) + max((tail.length for tail in self.tails), default=0))
 
 
-def pieces(groups: Sequence[TrainGroup], layout: Layout, budget: int, padded: bool = False) -> Iterator[Piece]:
+def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = False) -> Iterator[Piece]:
     """Groups in pieces of at most `budget` tokens, or of one trajectory where that alone is longer.
 
-    Trajectories without a sampled token take no part. Raises ValueError, naming the sample, where placeholders and
-    images do not match or a trajectory does not begin with the prompt.
+    Trajectories without a sampled token take no part, nor do those that engine or reward worker failed. Raises
+    ValueError, naming the sample, where placeholders and images do not match or a trajectory does not begin with the
+    prompt.
     """
     pictures = _pictures(groups, layout)
-    for number, entry in enumerate(groups):
-        prompt, name = entry.group.prompt, entry.group.prompt.sample.id
+    for number, group in enumerate(groups):
+        prompt, name = group.prompt, group.prompt.sample.id
         feeder = _Feeder(layout, pictures, name)
         head = feeder.segment(prompt.token_ids, prompt.images)
         tails: list[Tail] = []
-        for index, trajectory in enumerate(entry.group.trajectories):
-            if not trajectory.sampled_tokens:
+        for index, trajectory in enumerate(group.trajectories):
+            if not trajectory.sampled_tokens or trajectory.excluded:
                 continue
             if trajectory.turns[0].input_ids != prompt.token_ids or trajectory.turns[0].images != prompt.images:
                 raise ValueError(f"sample {name}: trajectory {index} does not begin with its group's prompt")
-            tail = _tail(number, index, entry.advantages[index], trajectory, feeder, head.end)
+            tail = _tail(number, index, trajectory, feeder, head.end)
             fuller = Piece(prompt=head, tails=(*tails, tail))
             if tails and (fuller.padded if padded else fuller.packed) > budget:
                 yield Piece(prompt=head, tails=tuple(tails))
@@ -153,19 +154,19 @@ def token_batch(tails: Sequence[Tail]) -> TokenBatch:
     """What the objective needs of the tails' sampled tokens, in order; of a filler's one token where there are none."""
     lengths = [len(tail.targets) for tail in tails] or [1]
     return TokenBatch(
-        engine_logprobs=torch.tensor([value for tail in tails for value in tail.logprobs] or [0.0]),
+        rollout_logprobs=torch.tensor([value for tail in tails for value in tail.logprobs] or [0.0]),
         advantages=torch.tensor([tail.advantage for tail in tails] or [0.0]).repeat_interleave(torch.tensor(lengths)),
-        real=torch.full((sum(lengths),), float(bool(tails))),
+        loss_mask=torch.full((sum(lengths),), float(bool(tails))),
         sequence=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
     )
 
 
-def _pictures(groups: Sequence[TrainGroup], layout: Layout) -> dict[str, Picture]:
+def _pictures(groups: Sequence[Group], layout: Layout) -> dict[str, Picture]:
     """Every image of the groups by key, each prepared once, on all cores: decoding leaves Python's lock."""
     handles: dict[str, ImageHandle] = {}
-    for entry in groups:
-        turns = (turn for trajectory in entry.group.trajectories for turn in trajectory.turns)
-        for images in (entry.group.prompt.images, *(turn.images for turn in turns)):
+    for group in groups:
+        turns = (turn for trajectory in group.trajectories for turn in trajectory.turns)
+        for images in (group.prompt.images, *(turn.images for turn in turns)):
             handles |= {handle.key: handle for handle in images}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return dict(zip(handles, threads.map(layout.picture, handles.values()), strict=True))
@@ -203,10 +204,8 @@ class _Feeder:
         return self.layout.positions(ids, torch.stack(grids) if grids else ids.new_zeros(0, 3))
 
 
-def _tail(
-    group: int, index: int, advantage: float, trajectory: Trajectory, feeder: _Feeder, next_position: int
-) -> Tail:
-    tail = Tail(group, index, advantage)
+def _tail(group: int, index: int, trajectory: Trajectory, feeder: _Feeder, next_position: int) -> Tail:
+    tail = Tail(group, index, trajectory.advantage)
     for number, turn in enumerate(trajectory.turns):
         if number:
             fed = feeder.segment(turn.input_ids, turn.images)

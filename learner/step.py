@@ -1,8 +1,9 @@
-"""What a rank computes: groups -> micro-batches -> log-probs, and the gradient of the objective over them."""
+"""Optimizer steps of a learner rank: groups -> micro-batches -> log-probs, and the gradient of the objective."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -15,9 +16,9 @@ from learner.flops import FlopCounter
 from learner.loss import denominator, policy_loss, token_sums
 from learner.policy import PACKED_FAMILIES, Policy
 from learner.rows import Piece, bins, pieces
-from learner.zero import ZeroEngine
+from learner.zero import Zero
 from perception.config import AlgorithmConfig, LearnerConfig
-from perception.types import TrainGroup
+from perception.types import Group
 
 Plan = list[list[Piece]]
 """Pieces of every micro-batch of a rank: as many micro-batches on every rank, empty ones where it has less to do."""
@@ -45,6 +46,16 @@ class Totals:
             self.statistics[name] = self.statistics.get(name, torch.zeros_like(value)) + value
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """One optimizer step."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping; not finite where the step was skipped."""
+    rate: float
+
+
 def make_reference(policy: Policy, algorithm: AlgorithmConfig, config: LearnerConfig) -> Policy | None:
     """A frozen copy of the starting policy, where the algorithm asks for one: with adapters the base weights serve."""
     if not algorithm.kl_coef or config.lora.rank:
@@ -59,19 +70,19 @@ class Stepper:
         self,
         policy: Policy,
         reference: Policy | None,
-        engine: ZeroEngine,
+        zero: Zero,
         config: LearnerConfig,
         algorithm: AlgorithmConfig,
         max_new_tokens: int,
         device: torch.device,
     ) -> None:
-        self._policy, self._reference, self._engine, self._device = policy, reference, engine, device
+        self._policy, self._reference, self._zero, self._device = policy, reference, zero, device
         self._config, self._algorithm, self._max_new_tokens = config, algorithm, max_new_tokens
         self._flops: FlopCounter | None = None
         if policy.model.config.model_type in PACKED_FAMILIES:
             self._flops = FlopCounter(policy.model, policy.vision_trained, bool(config.lora.rank))
 
-    def plan(self, groups: Sequence[TrainGroup]) -> Plan:
+    def plan(self, groups: Sequence[Group]) -> Plan:
         budget, padded = self._config.micro_tokens, self._policy.padded
         plan: Plan = bins(list(pieces(groups, self._policy.layout, budget, padded)), budget, padded)
         count = torch.tensor(float(len(plan)), device=self._device)
@@ -83,10 +94,20 @@ class Stepper:
         """(N,) log-probs of each micro-batch under the current weights, or those of the starting policy."""
         for work in plan:
             batch = self._policy.collate(work).to(self._device)
-            yield self._reference_logprobs(batch) if reference else self._engine.forward(batch)[0]
+            yield self._reference_logprobs(batch) if reference else self._zero.forward(batch)[0]
 
-    def update(self, plan: Plan, old: Sequence[Tensor | None], totals: Totals) -> tuple[float, float, float]:
-        """One optimizer step. Returns (loss, gradient norm before clipping, learning rate)."""
+    def update(self, batches: Sequence[Sequence[Group]]) -> tuple[list[Taken], Totals]:
+        """`algorithm.epochs` times an optimizer step over each mini-batch, of which these are this rank's groups."""
+        plans = [self.plan(groups) for groups in batches]
+        old: list[Sequence[Tensor | None]] = [[None] * len(plan) for plan in plans]
+        if len(plans) * self._algorithm.epochs > 1 and self._algorithm.importance != "none":
+            old = [list(self.logprobs(plan)) for plan in plans]
+        totals, taken = Totals(), []
+        for _ in range(self._algorithm.epochs):
+            taken += [self._step(*batch, totals) for batch in zip(plans, old, strict=True)]
+        return taken, totals
+
+    def _step(self, plan: Plan, old: Sequence[Tensor | None], totals: Totals) -> Taken:
         tails = [tail for work in plan for piece in work for tail in piece.tails]
         mine = [float(sum(len(tail.targets) for tail in tails)), float(len(tails))]
         size = torch.tensor(mine, dtype=torch.float64, device=self._device)
@@ -98,8 +119,9 @@ class Stepper:
         for number, (work, old_logprobs) in enumerate(zip(plan, old, strict=True)):
             total += self._accumulate(work, old_logprobs, whole, number == len(plan) - 1, totals)
         dist.all_reduce(total)
-        grad_norm, rate = self._engine.step()
-        return float(total) / whole, grad_norm, rate
+        grad_norm, rate = self._zero.step()
+        loss = float(total) / whole
+        return Taken(loss=loss, grad_norm=grad_norm if math.isfinite(loss) else math.nan, rate=rate)
 
     def _accumulate(
         self, work: Sequence[Piece], old: Tensor | None, whole: float, last: bool, totals: Totals
@@ -109,11 +131,11 @@ class Stepper:
         if self._algorithm.kl_coef > 0 and self._algorithm.kl_in == "loss":
             with torch.no_grad():
                 reference = self._reference_logprobs(batch)
-        logprobs, entropy = self._engine.forward(batch)
+        logprobs, entropy = self._zero.forward(batch)
         evidence = {"old_logprobs": old, "reference_logprobs": reference}
         loss = policy_loss(logprobs, entropy, batch.tokens, self._algorithm, **evidence)
         # DeepSpeed averages gradients over ranks; the objective sums them.
-        self._engine.backward(loss * (dist.get_world_size() / whole), last=last)
+        self._zero.backward(loss * (dist.get_world_size() / whole), last=last)
         self._count(work, batch.computed, totals)
         totals.add(token_sums(logprobs.detach(), entropy.detach(), batch.tokens, self._algorithm, **evidence))
         return loss.detach()
@@ -123,7 +145,7 @@ class Stepper:
             logprobs: Tensor = self._reference(batch)[0]
             return logprobs
         self._policy.use_adapters(False)
-        logprobs = self._engine.forward(batch)[0]
+        logprobs = self._zero.forward(batch)[0]
         self._policy.use_adapters(True)
         return logprobs
 

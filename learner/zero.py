@@ -1,4 +1,4 @@
-"""The one place that knows DeepSpeed: ZeRO 1/2/3 around a policy, one optimizer step at a time."""
+"""ZeRO: DeepSpeed's stages 1 to 3 around a policy, one optimizer step at a time. DeepSpeed is imported only here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
     return config.lr * max(0.0, (total_steps - step) / max(1, total_steps - config.warmup_steps))
 
 
-class ZeroEngine:
+class Zero:
     """A DeepSpeed engine. The default process group must exist; every method is collective unless it says otherwise."""
 
     def __init__(self, module: nn.Module, config: LearnerConfig, dtype: str, device: torch.device, total_steps: int):
@@ -61,7 +61,10 @@ class ZeroEngine:
         self._engine.backward(loss)
 
     def step(self) -> tuple[float, float]:
-        """Clip, step, zero the gradients. Returns (gradient norm before clipping, learning rate used)."""
+        """Clip, step, zero the gradients. Returns (gradient norm before clipping, learning rate used).
+
+        Where the norm is not finite DeepSpeed drops the gradients and leaves weights and moments as they were.
+        """
         rate = learning_rate(self._config, self.steps, self._total_steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -69,15 +72,14 @@ class ZeroEngine:
         norm = self._engine.get_global_grad_norm()
         return float(norm), rate
 
-    def save(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
-        self._engine.save_checkpoint(folder, tag=tag, client_state={"client": client_state}, save_latest=False)
+    def save(self, folder: str, tag: str) -> None:
+        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
 
-    def load(self, folder: str, tag: str) -> dict[str, Any]:
+    def load(self, folder: str, tag: str) -> None:
         """Restore model and optimizer (same number of ranks, same ZeRO stage). Raises FileNotFoundError."""
-        path, client_state = self._engine.load_checkpoint(folder, tag=tag)
+        path, _ = self._engine.load_checkpoint(folder, tag=tag)
         if path is None:
             raise FileNotFoundError(f"no learner checkpoint under {folder}/{tag}")
-        return dict(client_state["client"])
 
 
 @contextmanager

@@ -13,15 +13,15 @@ Look-to-Confirm (Dr. Seg) has one pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
 from perception.config import LookConfig
-from perception.types import CalibratorState, Candidate, LookState, Score
+from perception.types import Candidate, LookState, Trajectory
 
 FEATURES = ("predicted_iou", "stability", "agreement", "certainty", "empty", "later", "withdrawn")
 """predicted_iou   SAM2's own estimate, mean over the answer's objects
@@ -52,6 +52,17 @@ def most_confident(candidates: Sequence[Candidate]) -> int:
     return max(order)[2]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibratorState:
+    """The calibrator as a checkpoint keeps it."""
+
+    look: LookState
+    judged: np.ndarray
+    """(rows, features + 1) float64: features and true mask IoU of past answers, oldest first."""
+    decisions: np.ndarray
+    """(rows, features + 2) float64: features of an answer that was looked at again, the gain, its weight."""
+
+
 class Calibrator:
     """Learns from whole steps in prompt order, whatever the order of arrival; frozen unless `learn` is called."""
 
@@ -66,12 +77,11 @@ class Calibrator:
     def fitted(self) -> bool:
         return bool(self.state.weights)
 
-    def learn(self, scores: Sequence[Score]) -> None:
+    def learn(self, trajectories: Iterable[Trajectory]) -> None:
         """Take a step's judged candidates, fit the calibration anew and choose the threshold for the next step."""
-        judged = [
-            (*one.features, one.mask_iou) for score in scores for one in score.candidates if one.mask_iou is not None
-        ]
-        decisions = [row for score in scores for row in self._decided(score.candidates)]
+        passes = [one.score.candidates for one in trajectories if one.score is not None]
+        judged = [(*one.features, one.mask_iou) for own in passes for one in own if one.mask_iou is not None]
+        decisions = [row for own in passes for row in self._decided(own)]
         self._judged = _newest(self._judged, judged, self._config.window)
         self._decisions = _newest(self._decisions, decisions, self._config.window)
         if len(self._judged) < _LEAST:

@@ -8,7 +8,7 @@ worker.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -35,11 +35,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    format: Literal["coco", "jsonl"]
+    format: str
+    """Registered reader: coco, jsonl."""
     train: str
     """Path of the training annotations (JSON for coco, JSONL for jsonl)."""
     eval: str
     """Path of the held-out annotations, same format."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The reader's own options; checked against its signature."""
     also: dict[str, str] = field(default_factory=dict)
     """Further held-out sets, evaluated with the first one: name -> path of the annotations."""
     eval_samples: Positive = 128
@@ -56,6 +59,8 @@ class DataConfig:
 class TaskConfig:
     """How one task is put to the policy."""
 
+    form: str | None = None
+    """Registered task (`perception.tasks`) that reads and writes the answers; None: the one of the same name."""
     system: str
     template: str
     """User turn; `{question}` is replaced. The image placeholder is put before it."""
@@ -70,8 +75,6 @@ class LookConfig:
     """Look-to-Confirm: `inline` is Dr. Seg's single pass, `relook` looks again where an answer is unsure."""
 
     mode: LookMode = "none"
-    components: dict[str, float] = field(default_factory=dict)
-    """Reward components that belong to the mode: added to the reward's own, which win where both name one."""
     trigger: Literal["confidence", "always", "never"] = "confidence"
     """When to look again: below the learned threshold, whenever there is something to enlarge, or never."""
     max_passes: Annotated[int, Ge(2)] = 2
@@ -118,19 +121,27 @@ class GroupRankConfig:
     """Difference of the metric that counts as clearly better; towards 0 the rank becomes a hard one."""
 
 
+Weights = dict[str, float | dict[str, Any]]
+"""Component name -> weight, or {weight: ..., parameters of the component}."""
+
+
+def weights(chosen: Weights) -> dict[str, float]:
+    """Component name -> weight, without parameters."""
+    return {name: given["weight"] if isinstance(given, dict) else given for name, given in chosen.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
     name: str
-    components: dict[str, float]
-    """Added to the reward as they are: component name -> weight."""
-    ranked: dict[str, float] = field(default_factory=dict)
-    """Components that `rank` is about: name -> weight."""
+    components: Weights
+    """Added to the reward as they are."""
+    ranked: Weights = field(default_factory=dict)
+    """Components that `rank` is about."""
     rank: Literal["none", "ecdf", "group"] = "none"
     """none: `ranked` is added raw. ecdf: as quantiles of recent rollouts. group: one soft rank of the masks takes its
     place, with the sum of its weights."""
     ecdf: EcdfConfig = field(default_factory=EcdfConfig)
     group: GroupRankConfig = field(default_factory=GroupRankConfig)
-    matching: Literal["continuous", "binary"] = "continuous"
     unparsed_reward: float | None = 0.0
     """Reward of a failed trajectory; null lets its components stand (the published systems' rule)."""
     multimask: bool = False
@@ -148,12 +159,12 @@ class RewardConfig:
 class AlgorithmConfig:
     """The objective (`learner/loss.py`), the advantages (`learner/advantages.py`), and how a batch becomes steps."""
 
-    name: str = "grpo"
     steps: Positive
     prompts_per_step: Positive
     group_size: Annotated[int, Ge(2)]
-    loss: Literal["ppo", "gspo", "cispo"] = "ppo"
-    """Surrogate: clipped token ratio (GRPO, DAPO, Dr. GRPO), clipped sequence ratio, or clipped detached weight."""
+    loss: str = "ppo"
+    """Registered surrogate (`learner/loss.py`): ppo, clipped token ratio (GRPO, DAPO, Dr. GRPO); gspo, clipped sequence
+    ratio; cispo, clipped detached weight."""
     aggregate: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens (DAPO), mean over trajectories of their token means (GRPO as published), or sum over
     trajectories x `rollout.max_new_tokens` (Dr. GRPO)."""
@@ -246,6 +257,14 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineConfig:
+    """Rollouts and learning, one after the other or side by side (`launch/run/pipeline.py`)."""
+
+    max_staleness: Natural = 0
+    """How many steps rollouts may be behind the weights they are learned with; 0: the synchronous loop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementConfig:
     """Who sits where. Fractions of CPUs and GPUs each actor claims from Ray."""
 
@@ -308,4 +327,8 @@ class Config:
     learner: LearnerConfig
     rollout: RolloutConfig
     placement: PlacementConfig
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    plugins: tuple[str, ...] = ()
+    """Importable modules or paths (a package folder or a .py file) with your own tasks, components, readers, surrogates
+    and families; loaded in every worker process."""
     wandb: WandbConfig = field(default_factory=WandbConfig)

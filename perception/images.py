@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cachetools import LRUCache
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from perception.errors import DataError
-from perception.lru import Lru
 from perception.types import ImageHandle
 
 _EXIF_ORIENTATION = 0x0112
@@ -79,19 +79,18 @@ def _sideways(image: Image.Image) -> bool:
     return image.format in _PHOTOGRAPHS and image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
 
 
-class ImageCache(Lru[np.ndarray]):
-    """Decoded images by content key."""
+class ImageCache:
+    """Decoded images by content key, the most recently used ones."""
 
     def __init__(self, fetch: Callable[[Any], bytes], capacity: int) -> None:
         """`fetch` turns an `ImageHandle.ref` into the encoded bytes."""
-        super().__init__(capacity)
         self._fetch = fetch
+        self._kept: LRUCache[str, np.ndarray] = LRUCache(capacity)
 
     def get(self, handle: ImageHandle) -> np.ndarray:
         """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError when it does not decode."""
-        return self.value(handle.key, lambda: self._decoded(handle))
-
-    def _decoded(self, handle: ImageHandle) -> np.ndarray:
-        image = decode(self._fetch(handle.ref))
-        image.flags.writeable = False
-        return image
+        if handle.key not in self._kept:
+            image = decode(self._fetch(handle.ref))
+            image.flags.writeable = False
+            self._kept[handle.key] = image
+        return self._kept[handle.key]

@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from perception.formats import MAX_OBJECTS
 from perception.frames import METRIC, Frame, convert_boxes, convert_points
+from perception.grammar import MAX_OBJECTS
 from perception.types import Answer, Target
 
 Cost = Literal["binary", "continuous"]

@@ -1,95 +1,140 @@
-"""Names of every metric a run writes, in one place.
+"""Metric catalogue: every metric a run writes, once: its name, its label, the chart it is drawn in.
 
-`group/metric`: W&B makes one section per group. Seconds are wall time in the controller, shares lie in 0..1, lengths
-are in tokens. A name is only ever spelled here; `metrics.jsonl`, W&B, progress and report all use these constants.
+Names are `group/metric`: W&B makes one section per group. Seconds are wall time in the controller, shares lie in 0..1,
+lengths are in tokens. `metrics.jsonl`, W&B, progress, summary and report all read this file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
 from perception.types import FailureKind
 
-# Reward: over the trajectories of a step
-REWARD_MEAN = "reward/mean"
-REWARD_STD = "reward/std"
-ZERO_VARIANCE = "reward/zero_variance"  # share of sampled groups whose rewards are all equal: they teach nothing
-SAMPLING_ROUNDS = "reward/sampling_rounds"  # how often the step sampled (`algorithm.dynamic=refill`)
-GROUPS_TRAINED = "reward/groups_trained"  # groups the learner got
-PARSE_OK = "reward/parse_ok"  # share of trajectories with an answer that parses
-COMPONENT_PREFIX = "component/"
-FAILURE_PREFIX = "failure/"
 
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A chart of the report. Charts without a metric that was recorded are left out."""
+
+    title: str
+    unit: str
+    smooth: bool = False
+    """A single noisy series: its running mean is drawn boldly."""
+    stacked: bool = False
+
+
+CHARTS: list[Chart] = []
+"""In the order in which the report shows them."""
+LABELS: dict[str, str] = {}
+"""Metric -> what it is called in a legend, in the progress line and in the summary."""
+DRAWN: dict[str, str] = {}
+"""Metric -> title of its chart."""
+PROGRESS: dict[str, str] = {}
+"""Metric -> how the progress line writes it."""
+
+
+def _chart(title: str, unit: str, smooth: bool = False, stacked: bool = False) -> str:
+    CHARTS.append(Chart(title, unit, smooth, stacked))
+    return title
+
+
+def _metric(name: str, label: str, chart: str = "", progress: str = "") -> str:
+    LABELS[name] = label
+    if chart:
+        DRAWN[name] = chart
+    if progress:
+        PROGRESS[name] = progress
+    return name
+
+
+# Reward: over the trajectories of a step that engine and reward worker did not fail
+_C = _chart("Reward", "mean per step", smooth=True)
+REWARD_MEAN = _metric("reward/mean", "reward", _C, progress="reward {:.3f}")
 # Perception: how good the answers are
-GIOU = "perception/giou"  # mean over samples of mask IoU; a missed or invented target counts as 0
-BOX_IOU = "perception/box_iou"
-BOXES_ANSWERED = "perception/boxes_answered"  # per trajectory
-BOXES_TRUE = "perception/boxes_true"  # per sample
-
-# Held-out evaluation; W&B shows these under `eval/`
-GIOU_GREEDY = "giou_greedy"  # temperature 0
-GIOU_SAMPLED = "giou_sampled"  # the rollout temperature
-HELD_OUT_PARSE_OK = "parse_ok"  # of the sampled answers
-HELD_OUT_SAMPLES = "samples"
-HELD_OUT_RELOOK_RATE = "relook_rate"  # share of the sampled answers that were looked at again
-HELD_OUT_LOOK_GAIN = "look_gain"  # mask IoU of what was kept less that of the first pass, over all sampled answers
-
+_C = _chart("Training gIoU", "mean IoU", smooth=True)
+GIOU = _metric("perception/giou", "gIoU", _C, progress="gIoU {:.3f}")  # mean mask IoU; a missed or invented target is 0
+COMPONENTS = _chart("Reward components", "mean raw value")
+PARSE_OK = _metric("reward/parse_ok", "answers that parse", progress="parsed {:.1%}")
 # Look-to-Confirm (look=relook): over the trajectories of a step
-LOOK_PASSES = "look/passes"  # per trajectory
-RELOOK_RATE = "look/relook_rate"  # share looked at again
-RELOOK_GAIN = "look/gain"  # mask IoU of the kept answer less the first one's, mean over those looked at again
-RELOOK_CHANGED = "look/changed"  # share of those whose kept answer is not the first one
-CONFIDENCE = "look/confidence"  # mean expected mask IoU of the kept answers
-THRESHOLD = "look/threshold"  # below this confidence an answer is looked at again
-CALIBRATION_ERROR = (
-    "look/calibration_error"  # |expected - true mask IoU| over ten bins, before this step is learned from
+_C = _chart("Re-look rate", "share of answers")
+RELOOK_RATE = _metric("look/relook_rate", "looked at again", _C, progress="looked again {:.1%}")
+RELOOK_CHANGED = _metric("look/changed", "of these, changed", _C)  # the kept answer is not the first one
+LOOK_PASSES = _metric("look/passes", "passes per trajectory")
+_C = _chart("Threshold and confidence", "expected mask IoU")
+THRESHOLD = _metric("look/threshold", "threshold", _C)  # below this confidence an answer is looked at again
+CONFIDENCE = _metric("look/confidence", "kept answers, mean", _C)
+_C = _chart("Gain of a second look", "mask IoU, mean", smooth=True)
+RELOOK_GAIN = _metric("look/gain", "gain", _C)  # kept answer less the first one, over those looked at again
+_C = _chart("Calibration error", "|expected − true mask IoU|", smooth=True)
+CALIBRATION_ERROR = _metric("look/calibration_error", "error", _C)  # ten bins, before this step is learned from
+PREFIX_HITS = _metric("look/prefix_hits", "prefix cache hits")  # share of a second pass's prefix that was cached
+# Time: seconds of one step by stage, as far as the step waited for it; they add up to the step
+_C = _chart("Time of a step", "seconds", stacked=True)
+SECONDS_GENERATE = _metric("time/generate", "generate", _C)
+SECONDS_SCORE = _metric("time/score", "score", _C)
+SECONDS_LEARN = _metric("time/learn", "learn", _C)
+SECONDS_SYNC = _metric("time/sync", "sync", _C)
+SECONDS_CONTROLLER = _metric("time/controller", "controller", _C)  # the rest
+TOKENS_PER_S = _metric(
+    "throughput/tokens_per_s", "tokens / s", _chart("Throughput", "sampled tokens / s", smooth=True), "{:,.0f} tok/s"
 )
-PREFIX_HITS = "look/prefix_hits"  # share of what a second pass shares with the first that came from the prefix cache
-
-# Responses
-RESPONSE_TOKENS = "response/tokens_mean"
-RESPONSE_TRUNCATED = "response/truncated"  # share that met the token limit
-
+SECONDS_STEP = _metric("time/step", "step", progress="{:.1f} s/step")
+SAMPLES_PER_S = _metric("throughput/samples_per_s", "trajectories / s")
+SAM_CACHE_HITS = _metric("throughput/sam_cache_hits", "SAM2 cache hits")  # share of groups
+STALENESS = _metric(
+    "pipeline/staleness", "oldest", _chart("Staleness of the rollouts", "policy versions behind the learner")
+)
+RESAMPLED = _metric("pipeline/resampled", "groups sampled again because they were too old")
 # Policy update
-LOSS = "policy/loss"
-ENTROPY = "policy/entropy"  # nats per sampled token
-KL = "policy/kl"  # estimate (`algorithm.kl`) of the KL to the starting policy, nats per token
-RATIO = "policy/ratio"  # mean importance ratio learner / engine, before truncation and clipping
-LOGPROB_MISMATCH = "policy/logprob_mismatch"  # mean |log p learner - log p engine|
-LOGPROB_MISMATCH_MAX = "policy/logprob_mismatch_max"
-CLIP_LOW = "policy/clip_low"  # share of tokens below 1 - clip_low
-CLIP_HIGH = "policy/clip_high"  # share of tokens above 1 + clip_high
-IMPORTANCE = "policy/importance"  # mean truncated weight learner / engine
-IMPORTANCE_CAPPED = "policy/importance_capped"  # share of tokens whose weight was cut at importance_cap
-GRAD_NORM = "policy/grad_norm"  # before clipping
-LR = "policy/lr"
-POLICY_VERSION = "policy/version"  # weights the step's rollouts were sampled from
-
-# Learner: one update, all ranks together
-LEARNER_SAMPLES_PER_S = "learner/samples_per_s"  # trajectories
-LEARNER_TOKENS_PER_S = "learner/tokens_per_s"  # tokens of the rows without padding, prompts once per group
-MFU = "learner/mfu"  # useful FLOPs over what a plain matrix product reaches (`learner/flops.py`)
-PEAK_MEMORY = "learner/peak_gib"  # of the fullest rank: device memory on CUDA, resident memory on the CPU
-PACKING = "learner/packing"  # tokens of one row per trajectory / tokens computed: what sharing prompts saves
-ROW_FILL = "learner/row_fill"  # share of the computed tokens that is not padding
-COMPILED = "learner/compiled"  # graphs compiled so far, rank 0
-FEATURE_HITS = "learner/feature_hits"  # share of images whose features came from the cache (frozen vision tower)
-
-# Time: seconds of one step, by stage
-SECONDS_STEP = "time/step"
-SECONDS_GENERATE = "time/generate"
-SECONDS_SCORE = "time/score"
-SECONDS_LEARN = "time/learn"
-SECONDS_SYNC = "time/sync"
-SECONDS_CONTROLLER = "time/controller"  # the step less the four stages
-SYNC_PAUSE = "time/sync_pause"  # the engine stood still
-SYNC_TRANSFER = "time/sync_transfer"  # bytes on their way
-
-# Throughput
-TOKENS_PER_S = "throughput/tokens_per_s"  # sampled tokens over the whole step
-SAMPLES_PER_S = "throughput/samples_per_s"  # trajectories over the whole step
-SAM_CACHE_HITS = "throughput/sam_cache_hits"  # share of groups whose image embedding was already there
+LOSS = _metric("policy/loss", "loss")
+ENTROPY = _metric("policy/entropy", "entropy", _chart("Entropy", "nats per token", smooth=True))
+_C = _chart("Importance ratio", "learner / engine")
+RATIO = _metric("policy/ratio", "ratio", _C)  # mean, before truncation and clipping
+IMPORTANCE = _metric("policy/importance", "truncated weight", _C)
+IMPORTANCE_CAPPED = _metric("policy/importance_capped", "tokens cut at importance_cap")
+_C = _chart("Engine against learner", "mean |log-prob difference|")
+LOGPROB_MISMATCH = _metric("policy/logprob_mismatch", "mismatch", _C)
+LOGPROB_MISMATCH_MAX = _metric("policy/logprob_mismatch_max", "largest mismatch")
+_C = _chart("Clipped tokens", "share")
+CLIP_LOW = _metric("policy/clip_low", "below the range", _C)
+CLIP_HIGH = _metric("policy/clip_high", "above the range", _C)
+KL = _metric("policy/kl", "KL", _chart("KL to the reference", "nats per token"))  # the estimate of `algorithm.kl`
+GRAD_NORM = _metric("policy/grad_norm", "norm", _chart("Gradient norm", "before clipping", smooth=True))
+OPTIMIZER_STEPS = _metric("policy/optimizer_steps", "optimizer steps taken")
+SKIPPED = _metric("policy/skipped_steps", "optimizer steps skipped: loss or norm not finite")
+POLICY_VERSION = _metric("policy/version", "oldest weights the rollouts were sampled from")
+# Responses and rewards
+_C = _chart("Response length", "tokens, mean", smooth=True)
+RESPONSE_TOKENS = _metric("response/tokens_mean", "tokens", _C)
+_C = _chart("Boxes", "mean per sample")
+BOXES_ANSWERED = _metric("perception/boxes_answered", "answered", _C)
+BOXES_TRUE = _metric("perception/boxes_true", "true", _C)
+REWARD_STD = _metric("reward/std", "reward", _chart("Spread of rewards", "standard deviation", smooth=True))
+_C = _chart("Groups with equal rewards", "share", smooth=True)
+ZERO_VARIANCE = _metric("reward/zero_variance", "share", _C)  # of the sampled groups: they teach nothing
+SAMPLING_ROUNDS = _metric("reward/sampling_rounds", "sampling rounds")  # `algorithm.dynamic=refill`
+GROUPS_TRAINED = _metric("reward/groups_trained", "groups the learner got")
+FAILURES = _chart("Failed answers", "share")
+# Weight sync and learner: one update, all ranks together
+_C = _chart("Weight sync", "seconds")
+SYNC_PAUSE = _metric("time/sync_pause", "engine paused", _C)
+SYNC_TRANSFER = _metric("time/sync_transfer", "transfer", _C)
+LEARNER_SAMPLES_PER_S = _metric("learner/samples_per_s", "answers / s", _chart("Learner", "answers / s", smooth=True))
+LEARNER_TOKENS_PER_S = _metric("learner/tokens_per_s", "tokens / s")  # without padding, prompts once per group
+MFU = _metric("learner/mfu", "MFU", _chart("Learner's model FLOP utilisation", "share", smooth=True))
+PEAK_MEMORY = _metric("learner/peak_gib", "peak GiB")  # of the fullest rank: device memory, or resident on the CPU
+_C = _chart("Tokens a computed token stands for", "ratio")
+PACKING = _metric("learner/packing", "packing", _C)  # tokens of one row per trajectory / tokens computed
+ROW_FILL = _metric("learner/row_fill", "not padding", _C)
+COMPILED = _metric("learner/compiled", "graphs compiled so far, rank 0")
+_C = _chart("Features found", "share of images")
+FEATURE_HITS = _metric("learner/feature_hits", "frozen vision tower", _C)
+LR = _metric("policy/lr", "lr", _chart("Learning rate", ""))
 
 STAGES = (SECONDS_GENERATE, SECONDS_SCORE, SECONDS_LEARN, SECONDS_SYNC, SECONDS_CONTROLLER)
 """The stages of a step in order; they add up to SECONDS_STEP."""
+COMPONENT_PREFIX, FAILURE_PREFIX = "component/", "failure/"
 
 
 def component(name: str) -> str:
@@ -97,11 +142,61 @@ def component(name: str) -> str:
     return COMPONENT_PREFIX + name
 
 
-def held_out(metric: str, name: str) -> str:
-    """A held-out metric of one set: `metric/name`; the set a run is judged by has the name "" and nothing added."""
-    return f"{metric}/{name}" if name else metric
-
-
 def failure(kind: FailureKind) -> str:
     """Share of a step's trajectories that failed in this way."""
     return FAILURE_PREFIX + kind.value
+
+
+# ---------------------------------------------------------------- held-out evaluation; W&B shows it under `eval/`
+
+GREEDY, SAMPLED = "greedy", "sampled"
+"""Ways of answering: at temperature 0, and at the rollout temperature."""
+PARSED = "parsed"
+SAMPLES = "samples"
+LOOK_RATE = "relook_rate"
+"""Share of the sampled answers that were looked at again."""
+LOOK_GAIN = "look_gain"
+"""Mask IoU of what was kept less that of the first pass, over all sampled answers."""
+HELD_OUT_LABELS = {
+    "mask_iou": "gIoU",
+    "box_accuracy": "Acc@0.5",
+    "box_iou": "box IoU",
+    "count_exact": "exact count",
+    "count_ratio": "count ratio",
+    LOOK_RATE: "looked at again",
+    LOOK_GAIN: "mask IoU gained by looking again",
+}
+
+
+class HeldOut(NamedTuple):
+    """A held-out metric: its task, what was measured, how it was answered, and on which held-out set."""
+
+    task: str
+    measure: str
+    """One of the task's metrics, or PARSED, SAMPLES, LOOK_RATE, LOOK_GAIN."""
+    way: str = SAMPLED
+    held_out: str = ""
+    """"" is the set a run is judged by."""
+
+    @property
+    def name(self) -> str:
+        """As `segment/mask_iou/greedy`, or `segment/mask_iou/greedy@shifted` of a further set."""
+        return f"{self.task}/{self.measure}/{self.way}" + (f"@{self.held_out}" if self.held_out else "")
+
+    @property
+    def label(self) -> str:
+        """As `shifted: gIoU, greedy answers`, without the task."""
+        what = HELD_OUT_LABELS.get(self.measure, self.measure)
+        which = "" if self.measure in (PARSED, LOOK_RATE, LOOK_GAIN) else f", {self.way} answers"
+        return f"{self.held_out}: {what}{which}" if self.held_out else what + which
+
+
+def read_held_out(names: Iterable[str]) -> list[HeldOut]:
+    """The held-out metrics among the names, in their order."""
+    found = []
+    for name in names:
+        before, _, held_out = name.partition("@")
+        parts = before.split("/")
+        if len(parts) == 3:
+            found.append(HeldOut(parts[0], parts[1], parts[2], held_out))
+    return found

@@ -22,10 +22,9 @@ def matched_iou(matched: Matched, empty: float = 1.0) -> float:
     return _mean(matched.iou, matched, empty)
 
 
-def count_ratio(matched: Matched) -> float:
-    """min(M, N) / max(M, N); 1 when both are 0 (Dr. Seg's x2, Perception-R1's counting)."""
-    largest = max(matched.answered, matched.true)
-    return min(matched.answered, matched.true) / largest if largest else 1.0
+def count_ratio(answered: int, true: int) -> float:
+    """min / max; 1 when both are 0 (Dr. Seg's x2, Perception-R1's counting)."""
+    return min(answered, true) / max(answered, true) if max(answered, true) else 1.0
 
 
 def point_score(matched: Matched, empty: float = 1.0) -> float:
@@ -43,11 +42,6 @@ def vision_reasoner(matched: Matched) -> float:
     point_hit = (matched.distance < POINT_HIT) & matched.point_inside
     hits = (matched.iou > IOU_HIT).sum() + (matched.l1 < L1_HIT).sum() + point_hit.sum()
     return float(hits / max(matched.answered, matched.true))
-
-
-def count_exact(matched: Matched) -> float:
-    """1 iff as many objects were answered as there are."""
-    return float(matched.answered == matched.true)
 
 
 def box_iou(answered: np.ndarray, true: np.ndarray) -> float:

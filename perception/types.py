@@ -11,9 +11,9 @@ A failure is a value (`Failure`), never a silent zero.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,6 +60,10 @@ class ImageHandle:
     """`bytes` of the encoded file, or a Ray ObjectRef to them."""
 
 
+Truth = Literal["boxes", "points", "masks", "count"]
+"""A part of the truth that a measure may need."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """The truth about one question. `G` objects; G = 0 is a valid 'no target' question."""
@@ -76,6 +80,12 @@ class Target:
     def count(self) -> int:
         return len(self.boxes)
 
+    @property
+    def known(self) -> frozenset[Truth]:
+        """What the data set says about the question."""
+        masks: frozenset[Truth] = frozenset({"masks"}) if len(self.masks) == self.count else frozenset()
+        return masks | {"boxes", "points", "count"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
@@ -88,7 +98,7 @@ class Sample:
     width: int
     question: str
     task: str
-    """Name of a task in `perception.tasks`: segment, ground, count."""
+    """What is asked for: an entry of the settings' `task`, as segment, ground, count."""
     target: Target
 
 
@@ -97,6 +107,8 @@ class Prompt:
     """A sample made ready for one policy: templated, tokenised (unexpanded), image attached."""
 
     sample: Sample
+    task: str
+    """Registered task (`perception.tasks`) that reads the answers."""
     token_ids: tuple[int, ...]
     """Unexpanded: exactly one image placeholder id per entry of `images`."""
     images: tuple[ImageHandle, ...]
@@ -166,31 +178,6 @@ class Feed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trajectory:
-    index: int
-    """Position inside the group, 0 .. n-1."""
-    turns: tuple[Turn, ...]
-    failure: Failure | None = None
-
-    @property
-    def text(self) -> str:
-        """The last turn's text: the one that holds the final answer."""
-        return self.turns[-1].text if self.turns else ""
-
-    @property
-    def sampled_tokens(self) -> int:
-        return sum(len(turn.token_ids) for turn in self.turns)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """The n trajectories of one prompt: the unit of everything downstream."""
-
-    prompt: Prompt
-    trajectories: tuple[Trajectory, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSpec:
     """How a group is sampled. temperature 0 is greedy and takes n = 1."""
 
@@ -218,6 +205,16 @@ class AnswerObject:
     box: tuple[float, float, float, float] | None = None
     point: tuple[float, float] | None = None
     label: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskPrompt:
+    """What the segmenter draws one mask from, in the answer's frame: a box, points, or both."""
+
+    box: tuple[float, float, float, float] | None = None
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] | None = None
+    """Per point 1 (foreground) or 0 (background); None: all are foreground."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +266,7 @@ class Candidate:
     confidence: float
     """Expected mask IoU by those features, 0..1."""
     mask_iou: float | None = None
-    """With the union of the true masks; None where masks were not compared."""
+    """With the union of the true masks, 0 for an answer that did not parse; None where masks were not compared."""
     mask_dice: float | None = None
     mask: Rle | None = None
     """For pictures."""
@@ -277,42 +274,82 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What the reward pool says of one trajectory, before any ranking."""
+    """What a reward worker says of one trajectory, before any ranking."""
 
     metrics: Mapping[str, float]
-    """Raw component values by name (`reward_workers.rewards.COMPONENTS`) of the kept candidate; finite, never NaN."""
-    answer: Answer
-    """The kept candidate's, in original pixels."""
-    mask: Rle | None = None
-    """Union of the kept candidate's masks, for pictures; None when nothing was segmented."""
-    confidence: float = 0.0
-    """Of the kept candidate; 0 where nothing was segmented."""
-    failure: Failure | None = None
-    """Of the trajectory, or of any of its passes."""
-    candidates: tuple[Candidate, ...] = ()
-    """One per pass; () where nothing could be measured."""
+    """Raw component values by name (`reward_workers.components`) of the kept candidate; finite."""
+    candidates: tuple[Candidate, ...]
+    """One per pass, at least one."""
     kept: int = 0
     """Index of the most confident candidate: the trajectory's answer."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredGroup:
-    group: Group
-    scores: tuple[Score, ...]
-    """One per trajectory, same order."""
-    seconds: float
-    """Wall time inside the reward worker."""
-    cached: bool
-    """The image's SAM2 embedding was already there."""
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[self.kept]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainGroup:
-    """A group as the learner takes it."""
+class Trajectory:
+    """One sampled answer, filled from left to right: sampled, scored, rewarded, given its advantage.
 
-    group: Group
-    advantages: tuple[float, ...]
-    """One per trajectory. 0 means: contributes nothing."""
+    sampled     turns, failure
+    scored      score; failure where an answer did not parse, or the reward worker failed
+    rewarded    kl (with `algorithm.kl_in=reward`), reward
+    advantaged  advantage
+    """
+
+    index: int
+    """Position inside the group, 0 .. n-1."""
+    turns: tuple[Turn, ...]
+    failure: Failure | None = None
+    """The first thing that went wrong, in whatever stage."""
+    score: Score | None = None
+    """None before scoring, and for good where engine or reward worker failed."""
+    kl: float | None = None
+    """To the starting policy, summed over the sampled tokens, in nats."""
+    reward: float | None = None
+    """Less `kl_coef` * `kl` where that is given. None where there is no score."""
+    advantage: float = 0.0
+    """0 contributes nothing to the policy's gradient."""
+
+    @property
+    def text(self) -> str:
+        """The last turn's text: the one that holds the final answer."""
+        return self.turns[-1].text if self.turns else ""
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(len(turn.token_ids) for turn in self.turns)
+
+    @property
+    def excluded(self) -> bool:
+        """The infrastructure failed, which says nothing of the policy: no part of baseline, loss or statistics."""
+        return self.failure is not None and self.failure.kind in INFRASTRUCTURE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Seconds of the controller's monotonic clock."""
+
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The n trajectories of one prompt: the unit of everything downstream."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+    sampling: Span | None = None
+    """When its trajectories were sampled, further looks included."""
+    scoring: Span | None = None
+    cached: bool = False
+    """The image's SAM2 embedding was already there when the group was scored."""
+
+    @property
+    def teaches(self) -> bool:
+        return any(trajectory.advantage for trajectory in self.trajectories)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,42 +408,3 @@ class UpdateReport:
     nbytes: int
     checksum: int | None = None
     """Of all parameters the engine now holds, where it was asked for."""
-
-
-@dataclass(slots=True, kw_only=True)
-class EngineStats:
-    """Counts since the engine started."""
-
-    requests: int = 0
-    failures: int = 0
-    """Trajectories marked with a failure, of whatever kind."""
-    sampled_tokens: int = 0
-    prompt_tokens: int = 0
-    """Expanded: image tokens included."""
-    cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache."""
-    image_hits: int = 0
-    image_misses: int = 0
-    """Images that had to be decoded."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibratorState:
-    """The calibrator as a checkpoint keeps it."""
-
-    look: LookState
-    judged: np.ndarray
-    """(rows, features + 1) float64: features and true mask IoU of past answers, oldest first."""
-    decisions: np.ndarray
-    """(rows, features + 2) float64: features of an answer that was looked at again, the gain, its weight."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankStoreState:
-    """The rank store as a checkpoint keeps it."""
-
-    names: tuple[str, ...]
-    rows: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Per task: (rows, components) float64, oldest first."""
-    steps: Mapping[str, int] = field(default_factory=dict)
-    """Per task: training steps that have been flushed into it."""

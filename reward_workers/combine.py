@@ -3,72 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from perception.config import RewardConfig
-from perception.types import Score, ScoredGroup
+from perception.config import RewardConfig, weights
+from perception.types import Group, Trajectory
 from reward_workers.group_rank import group_ranks
 from reward_workers.ranking import RankStore
 
 
 def make_store(config: RewardConfig) -> RankStore | None:
-    """The rank store the preset needs, if it ranks against earlier steps."""
+    """The rank store the reward needs, if it ranks against earlier steps."""
     return RankStore(tuple(config.ranked), config.ecdf) if config.rank == "ecdf" and config.ranked else None
 
 
-def combine(groups: Sequence[ScoredGroup], config: RewardConfig, store: RankStore | None) -> list[tuple[float, ...]]:
-    """Rewards of a step, one tuple per group: weighted components, plus what `rank` makes of the ranked ones.
+def rewarded(
+    groups: Sequence[Group], config: RewardConfig, store: RankStore | None, kl_coef: float = 0.0
+) -> list[Group]:
+    """The groups with a reward on every scored trajectory: weighted components, plus what `rank` makes of the ranked
+    ones, less `kl_coef` * its KL where that was measured.
 
     `groups` in prompt order. The step's values are appended to `store` but not flushed: call `store.flush()` once the
-    step is done. A trajectory without metrics gets 0 and keeps its failure, by which the advantages leave it out where
-    the infrastructure failed.
+    step is done.
     """
-    rewards = [_group_rewards(group, config, store) for group in groups]
+    done = [_rewarded(group, config, store, kl_coef) for group in groups]
     if store is not None:
         for group in groups:
-            rows = [_row(score, store.names) for score in group.scores if _is_evidence(score, config)]
+            rows = [_row(one, store.names) for one in group.trajectories if _is_evidence(one, config)]
             if rows:
-                store.append(group.group.prompt.sample.task, np.array(rows))
-    return rewards
+                store.append(group.prompt.sample.task, np.array(rows))
+    return done
 
 
-def _group_rewards(group: ScoredGroup, config: RewardConfig, store: RankStore | None) -> tuple[float, ...]:
+def _rewarded(group: Group, config: RewardConfig, store: RankStore | None, kl_coef: float) -> Group:
     extras = _by_group(group, config) if config.rank == "group" else _by_component(group, config, store)
-    return tuple(_reward(score, config, extra) for score, extra in zip(group.scores, extras, strict=True))
+    plain = weights(config.components)
+
+    def with_reward(trajectory: Trajectory, extra: float) -> Trajectory:
+        if trajectory.score is None:
+            return trajectory
+        reward = extra + sum(weight * trajectory.score.metrics[name] for name, weight in plain.items())
+        if trajectory.failure is not None and config.unparsed_reward is not None:
+            reward = config.unparsed_reward
+        return replace(trajectory, reward=reward - kl_coef * (trajectory.kl or 0.0))
+
+    return replace(group, trajectories=tuple(map(with_reward, group.trajectories, extras)))
 
 
-def _by_group(group: ScoredGroup, config: RewardConfig) -> list[float]:
+def _by_group(group: Group, config: RewardConfig) -> list[float]:
     """The one soft rank, which has the weights of all ranked components together, or 1 where none are named."""
-    weight = sum(config.ranked.values()) if config.ranked else 1.0
+    weight = sum(weights(config.ranked).values()) if config.ranked else 1.0
     return [weight * rank for rank in group_ranks(group, config.group, failed=config.unparsed_reward is None)]
 
 
-def _by_component(group: ScoredGroup, config: RewardConfig, store: RankStore | None) -> list[float]:
+def _by_component(group: Group, config: RewardConfig, store: RankStore | None) -> list[float]:
     """Weighted quantiles of the ranked components, or their weighted values where there is no store; 0 unmeasured."""
-    measured = np.array([bool(score.metrics) for score in group.scores])
-    rows = [_row(score, tuple(config.ranked)) for score in group.scores if score.metrics]
+    measured = np.array([trajectory.score is not None for trajectory in group.trajectories])
+    rows = [_row(one, tuple(config.ranked)) for one in group.trajectories if one.score is not None]
     values = np.array(rows, np.float64).reshape(len(rows), len(config.ranked))
-    weights = tuple(config.ranked.values())
+    of_ranked = tuple(weights(config.ranked).values())
     extras = np.zeros(len(measured))
     if store is not None:
-        extras[measured] = store.aggregate(store.rank(group.group.prompt.sample.task, values), weights)
+        extras[measured] = store.aggregate(store.rank(group.prompt.sample.task, values), of_ranked)
     else:
-        extras[measured] = values @ np.array(weights, np.float64)
+        extras[measured] = values @ np.array(of_ranked, np.float64)
     return extras.tolist()
 
 
-def _reward(score: Score, config: RewardConfig, ranked: float) -> float:
-    if not score.metrics:
-        return 0.0
-    if score.failure is not None and config.unparsed_reward is not None:
-        return config.unparsed_reward
-    return ranked + sum(weight * score.metrics[name] for name, weight in config.components.items())
+def _is_evidence(trajectory: Trajectory, config: RewardConfig) -> bool:
+    failed = config.ecdf.exclude_unparsed and trajectory.failure is not None
+    return trajectory.score is not None and not failed
 
 
-def _is_evidence(score: Score, config: RewardConfig) -> bool:
-    return bool(score.metrics) and not (config.ecdf.exclude_unparsed and score.failure is not None)
-
-
-def _row(score: Score, names: Sequence[str]) -> list[float]:
-    return [score.metrics[name] for name in names]
+def _row(trajectory: Trajectory, names: Sequence[str]) -> list[float]:
+    assert trajectory.score is not None, "only scored trajectories are ranked"
+    return [trajectory.score.metrics[name] for name in names]

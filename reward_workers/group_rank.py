@@ -20,7 +20,7 @@ import numpy as np
 from scipy.special import expit
 
 from perception.config import GroupRankConfig
-from perception.types import Candidate, ScoredGroup
+from perception.types import Candidate, Group
 
 AP_THRESHOLDS = np.arange(50, 100, 5) / 100
 """COCO's: 0.50, 0.55, .. 0.95."""
@@ -46,19 +46,19 @@ def candidate_ranks(values: np.ndarray, temperature: float) -> np.ndarray:
     return beaten.sum(axis=1) / max(len(values), 1)
 
 
-def group_ranks(group: ScoredGroup, config: GroupRankConfig, failed: bool) -> tuple[float, ...]:
+def group_ranks(group: Group, config: GroupRankConfig, failed: bool) -> tuple[float, ...]:
     """The soft rank of every trajectory of a group, (n,).
 
     A trajectory that was not measured takes no part and gets 0; neither does one that failed, unless `failed`: it then
     takes part with whatever candidates it has. A pass without an answer is worth 0, also where there is no target.
     Raises ValueError naming the sample where masks were not compared.
     """
-    name = group.group.prompt.sample.id
+    name = group.prompt.sample.id
     values = [
-        [_value(candidate, config, name) for candidate in score.candidates]
-        if score.metrics and (failed or score.failure is None)
+        [_value(candidate, config, name) for candidate in one.score.candidates]
+        if one.score is not None and (failed or one.failure is None)
         else []
-        for score in group.scores
+        for one in group.trajectories
     ]
     return soft_ranks(values, config.temperature)
 

@@ -12,15 +12,25 @@ Source: Dr. Seg's `drr_module/serve.py`, which compares in float32, rounds as Py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from perception.config import EcdfConfig
-from perception.types import RankStoreState
 
 _ALL_TASKS = "*"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStoreState:
+    """The rank store as a checkpoint keeps it."""
+
+    names: tuple[str, ...]
+    rows: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Per task: (rows, components) float64, oldest first."""
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """Per task: training steps that have been flushed into it."""
 
 
 @dataclass(frozen=True, slots=True)

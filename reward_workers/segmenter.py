@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cachetools import LRUCache
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perception.lru import Lru
+from perception.types import MaskPrompt
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
@@ -40,19 +41,6 @@ _STABILITY_OFFSET = 1.0
 _PROMPTS_PER_CALL = 128
 _PIXELS_PER_CALL = 1 << 27
 """Full-size logits held at once (512 MiB in float32)."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptKind:
-    """Which of (first corner, second corner, point) a prompt holds, and SAM's label of each."""
-
-    slots: tuple[int, ...]
-    labels: tuple[int, ...]
-
-
-BOX_AND_POINT = PromptKind((0, 1, 2), (2, 3, 1))
-BOX = PromptKind((0, 1), (2, 3))
-POINT = PromptKind((2,), (1,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +87,7 @@ class Segmenter:
         self.model = model.to(device=device, dtype=dtype).eval()
         self.model.sam_prompt_encoder.float()  # coordinates do not survive bfloat16
         self.device, self.dtype = torch.device(device), dtype
-        self.embeddings: Lru[Embedding] = Lru(capacity)
+        self._embeddings: LRUCache[str, Embedding] = LRUCache(capacity)
         self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
 
@@ -177,52 +165,45 @@ class Segmenter:
 
     def embed(self, key: str, image: Callable[[], np.ndarray]) -> tuple[Embedding, bool]:
         """The embedding under this content key, and whether it was there already. `image` is called only when not."""
-        hits = self.embeddings.hits
-        embedding = self.embeddings.value(key, lambda: self.encode([image()])[0])
-        return embedding, self.embeddings.hits > hits
+        cached = key in self._embeddings
+        if not cached:
+            self._embeddings[key] = self.encode([image()])[0]
+        return self._embeddings[key], cached
 
     @torch.no_grad()
     def decode(
-        self, embedding: Embedding, boxes: np.ndarray, points: np.ndarray, multimask: bool = False
+        self, embedding: Embedding, prompts: Sequence[MaskPrompt], multimask: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Decode N prompts of one image: boxes (N, 4), points (N, 2), original pixels; a NaN row means 'not given'.
+        """Decode N prompts of one image, in original pixels.
 
         Returns low-resolution mask logits (N, h, w) and predicted IoUs (N,), float32 on the device.
-        With `multimask` the most confident of three masks is kept. Raises ValueError if a prompt has neither.
+        With `multimask` the most confident of three masks is kept. Raises ValueError if a prompt has neither box nor
+        point.
         """
-        has_box, has_point = ~np.isnan(boxes).any(1), ~np.isnan(points).any(1)
-        if not (has_box | has_point).all():
-            raise ValueError("a prompt needs a box or a point")
         size = self.model.sam_prompt_encoder.mask_input_size
-        logits = torch.empty(len(boxes), *size, device=self.device)
-        iou = torch.empty(len(boxes), device=self.device)
+        logits = torch.empty(len(prompts), *size, device=self.device)
+        iou = torch.empty(len(prompts), device=self.device)
         scale = np.array([self.side / embedding.width, self.side / embedding.height])
-        coords = (np.concatenate([boxes.reshape(-1, 2, 2), points[:, None]], 1) * scale).astype(np.float32)
-        given = ((BOX_AND_POINT, has_box & has_point), (BOX, has_box & ~has_point), (POINT, ~has_box & has_point))
-        for kind, chosen in given:
-            rows_of_kind = np.flatnonzero(chosen)
-            for start in range(0, len(rows_of_kind), _PROMPTS_PER_CALL):
-                rows = rows_of_kind[start : start + _PROMPTS_PER_CALL]
-                at = torch.from_numpy(coords[rows][:, kind.slots]).to(self.device)
-                labels = torch.tensor(kind.labels, dtype=torch.int32, device=self.device).expand(len(rows), -1)
-                masks, scores = self.predict(embedding.maps, at, labels, multimask)
-                each, best = torch.arange(len(rows), device=self.device), scores.argmax(1)
-                where = torch.from_numpy(rows).to(self.device)
-                logits[where], iou[where] = masks[each, best].float(), scores[each, best].float()
+        for rows in _alike(prompts):
+            coords = (np.array([_coordinates(prompts[i]) for i in rows], np.float64) * scale).astype(np.float32)
+            labels = torch.tensor([_labels(prompts[i]) for i in rows], dtype=torch.int32, device=self.device)
+            masks, scores = self.predict(embedding.maps, torch.from_numpy(coords).to(self.device), labels, multimask)
+            each, best = torch.arange(len(rows), device=self.device), scores.argmax(1)
+            where = torch.tensor(rows, device=self.device)
+            logits[where], iou[where] = masks[each, best].float(), scores[each, best].float()
         return logits, iou
 
     def segment(
         self,
         embedding: Embedding,
-        boxes: np.ndarray,
-        points: np.ndarray,
+        prompts: Sequence[MaskPrompt],
         owners: np.ndarray,
         answers: int,
         multimask: bool = False,
     ) -> Segmentation:
         """Masks of `answers` answers about one image. Prompts as in `decode`, owners (N,) their answers."""
-        logits, iou = self.decode(embedding, boxes, points, multimask)
-        owners = np.asarray(owners, np.int64)
+        logits, iou = self.decode(embedding, prompts, multimask)
+        boxes = np.array([prompt.box or (np.nan,) * 4 for prompt in prompts], np.float64).reshape(-1, 4)
         measured = torch.stack([iou, _stability(logits), _agreement(logits, boxes, embedding)], 1).cpu().numpy()
         features = np.zeros((answers, 3))
         np.add.at(features, owners, measured)
@@ -241,6 +222,27 @@ class Segmenter:
             full = F.interpolate(part[None], size, mode="bilinear", align_corners=False)[0]
             union.index_add_(0, who, (full > 0).to(torch.int16))
         return union > 0
+
+
+def _alike(prompts: Sequence[MaskPrompt]) -> Iterator[list[int]]:
+    """Indices of prompts that go through the decoder together: with and without a box, by number of points."""
+    kinds: dict[tuple[bool, int], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        if prompt.box is None and not prompt.points:
+            raise ValueError("a prompt needs a box or a point")
+        kinds.setdefault((prompt.box is not None, len(prompt.points)), []).append(index)
+    for rows in kinds.values():
+        yield from (rows[start : start + _PROMPTS_PER_CALL] for start in range(0, len(rows), _PROMPTS_PER_CALL))
+
+
+def _coordinates(prompt: MaskPrompt) -> list[tuple[float, float]]:
+    """The box's two corners, then the points."""
+    return [*((prompt.box[:2], prompt.box[2:]) if prompt.box else ()), *prompt.points]
+
+
+def _labels(prompt: MaskPrompt) -> list[int]:
+    """SAM's: 2 and 3 the box's corners, 1 foreground, 0 background."""
+    return [*((2, 3) if prompt.box else ()), *(prompt.labels or (1,) * len(prompt.points))]
 
 
 def _stability(logits: Tensor) -> Tensor:

@@ -1,19 +1,21 @@
-"""The reward worker: turns a group of completions into metrics, with SAM2 where masks are needed."""
+"""Reward worker: measures a group's completions, with SAM2 where masks are needed. Runs as a Ray actor."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import ray
 
 from perception import images, masks, views
 from perception.calibration import confidence, most_confident
 from perception.config import LookConfig, ModelConfig, RewardConfig
 from perception.frames import Frame
 from perception.images import ImageCache
+from perception.tasks import TASKS
 from perception.types import (
     Answer,
     Candidate,
@@ -21,97 +23,80 @@ from perception.types import (
     FailureKind,
     Finding,
     Group,
-    ImageHandle,
     LookState,
+    Prompt,
     Score,
-    ScoredGroup,
     Trajectory,
 )
-from reward_workers.candidates import confidence_features, judge
-from reward_workers.reading import Pass, mask_prompts, read_passes, view_of
-from reward_workers.rewards import (
-    ARRAY_COMPONENTS,
-    COMPONENTS,
-    MASK_COMPONENTS,
-    Case,
-    compares_masks,
-    components_in_use,
-)
+from reward_workers.components import Case, Term, held_out_terms, needed_truth, needs, reward_terms
+from reward_workers.passes import Pass, confidence_features, judge, mask_prompts, read_passes, view_of
+from runtime.objects import fetch
 
 if TYPE_CHECKING:
     from reward_workers.segmenter import Segmentation, Segmenter
 
-FETCH_TIMEOUT_S = 60.0
 _UNREAD = Pass(Answer(objects=(), failure=Failure(kind=FailureKind.ENGINE, detail="nothing was answered")), None, 0)
 
 
 class RewardWorker:
-    """Runs as a Ray actor. SAM2 (and torch) is loaded only where a component or a caller asks for masks."""
+    """SAM2 (and torch) is loaded only where a component or a caller asks for masks."""
 
     def __init__(self, config: RewardConfig, look: LookConfig, model: ModelConfig, device: str, threads: int) -> None:
         """`threads`: intra-op threads of torch, 0 for its own default."""
         self._config, self._look, self._model, self._device, self._threads = config, look, model, device, threads
-        self._names = components_in_use(config)
-        self._compares = compares_masks(config)
-        self._images = ImageCache(_fetch, config.image_cache)
+        self._images = ImageCache(fetch, config.image_cache)
         self._loaded: Segmenter | None = None
-        self._groups, self._seconds = 0, 0.0
 
     def start(self) -> float:
         """Load what the configured components need; returns the seconds that took."""
         started = time.perf_counter()
+        self._terms = reward_terms(self._config)
+        self._compares = "masks" in needed_truth(self._config)
         if self._compares or self._look.mode == "relook":
             self._segmenter()
         return time.perf_counter() - started
 
     def score(
-        self,
-        group: Group,
-        want_masks: bool = False,
-        names: tuple[str, ...] | None = None,
-        look: LookState | None = None,
-    ) -> ScoredGroup:
-        """Measure every trajectory by the configured components, or by `names`; `want_masks` adds the answers' masks.
+        self, group: Group, want_masks: bool = False, held_out: bool = False, look: LookState | None = None
+    ) -> Group:
+        """The group with a score on every trajectory: by the reward's components, or `held_out` by its task's metrics.
 
-        Of several passes the most confident one counts, by the calibration in `look`. Where the engine failed nothing
-        is measured: the score carries the failure and no metrics. Raises ValueError where masks are to be compared and
-        the sample has none, DataError when the image does not decode.
+        Of several passes the most confident one counts, by the calibration in `look`. `want_masks` adds the answers'
+        masks. Where the engine failed nothing is measured. Raises ValueError where masks are to be compared and the
+        sample has none, DataError when the image does not decode.
         """
-        started = time.perf_counter()
-        names = self._names if names is None else names
-        read = [read_passes(trajectory, group) for trajectory in group.trajectories]
+        prompt = group.prompt
+        terms = held_out_terms(TASKS[prompt.task].metrics) if held_out else self._terms
+        compares = "masks" in needs(terms) if held_out else self._compares
+        read = [read_passes(trajectory, prompt) for trajectory in group.trajectories]
         passes = [one for own in read for one in own]
-        compare = self._compares or look is not None or bool(MASK_COMPONENTS.intersection(names))
-        truth = _true_mask(group) if compare else None
+        judges = look is not None and "masks" in prompt.sample.target.known
+        truth = _true_mask(prompt) if compares or judges else None
         segmentation, cached = None, False
-        if compare or want_masks:
-            segmentation, cached = self._segment(group.prompt.images[0], passes)
+        if compares or want_masks or look is not None:
+            segmentation, cached = self._segment(prompt, passes)
         judged = judge(passes, segmentation, truth, look, want_masks)
-        scores, first = [], 0
+        scored, first = [], 0
         for trajectory, own in zip(group.trajectories, read, strict=True):
             candidates = tuple(judged[first : first + len(own)])
-            kept = most_confident(candidates) if len(candidates) > 1 else 0
-            answered = None
-            if own and segmentation is not None and ARRAY_COMPONENTS.intersection(names):
-                answered = segmentation.mask(first + kept)
-            scores.append(self._score(group, trajectory, candidates, kept, (answered, truth), names))
+            scored.append(_scored(prompt, trajectory, candidates, terms, _Masks(segmentation, truth, first)))
             first += len(own)
-        seconds = time.perf_counter() - started
-        self._groups, self._seconds = self._groups + 1, self._seconds + seconds
-        return ScoredGroup(group=group, scores=tuple(scores), seconds=seconds, cached=cached)
+        return replace(group, trajectories=tuple(scored), cached=cached)
 
     def examine(self, group: Group, look: LookState) -> list[Finding]:
         """How far the last answer of each trajectory can be believed, without any truth, and the view it calls for.
 
         Raises DataError when the image does not decode.
         """
-        image = self._images.get(group.prompt.images[0])
-        last = [(read_passes(trajectory, group) or (_UNREAD,))[-1] for trajectory in group.trajectories]
-        segmentation, _ = self._segment(group.prompt.images[0], last)
+        prompt = group.prompt
+        image = self._images.get(prompt.images[0])
+        last = [(read_passes(trajectory, prompt) or (_UNREAD,))[-1] for trajectory in group.trajectories]
+        segmentation, _ = self._segment(prompt, last)
         sure = confidence(look, confidence_features(last, segmentation.features)).tolist()
         findings = []
         for place, (trajectory, one) in enumerate(zip(group.trajectories, last, strict=True)):
-            seed = (group.prompt.seed, trajectory.index)
+            # Every pass draws from a seed of its own: else an explored first look would imply an explored second one.
+            seed = (prompt.seed, trajectory.index, *((one.place,) if one.place else ()))
             rect = self._due(one.answer, sure[place], image.shape[:2], look, seed)
             if rect is None:
                 findings.append(Finding(confidence=sure[place]))
@@ -130,7 +115,7 @@ class RewardWorker:
         return findings
 
     def _due(
-        self, answer: Answer, sure: float, size: tuple[int, int], look: LookState, seed: tuple[int, int]
+        self, answer: Answer, sure: float, size: tuple[int, int], look: LookState, seed: Sequence[int]
     ) -> views.Rect | None:
         """The rectangle to look at again, if that is due. An explored look is drawn from `seed`."""
         config = self._look
@@ -141,53 +126,12 @@ class RewardWorker:
             return None
         return views.closer_look(answer.objects, *size, config.margin, config.smallest, config.min_zoom)
 
-    def stats(self) -> Mapping[str, float]:
-        """Since the start: groups scored, seconds spent, and how often an image's embedding was there already."""
-        seen = self._loaded.embeddings if self._loaded else None
-        hits, misses = (seen.hits, seen.misses) if seen else (0, 0)
-        return {"groups": self._groups, "seconds": self._seconds, "cache_hits": hits, "cache_misses": misses}
-
-    def _score(
-        self,
-        group: Group,
-        trajectory: Trajectory,
-        candidates: tuple[Candidate, ...],
-        kept: int,
-        arrays: tuple[np.ndarray | None, np.ndarray | None],
-        names: tuple[str, ...],
-    ) -> Score:
-        if not candidates:
-            return Score(metrics={}, answer=Answer(objects=(), failure=trajectory.failure), failure=trajectory.failure)
-        one, sample = candidates[kept], group.prompt.sample
-        turn = trajectory.turns[kept] if trajectory.turns else None
-        case = Case(
-            text=turn.text if turn else "",
-            answer=one.answer,
-            target=sample.target,
-            image=Frame(sample.height, sample.width),
-            view=view_of(turn, group.prompt),
-            published=self._config.matching == "binary",
-            mask_iou=one.mask_iou or 0.0,
-            mask_dice=one.mask_dice or 0.0,
-            answered_mask=arrays[0],
-            true_mask=arrays[1],
-        )
-        failures = [trajectory.failure, *(candidate.answer.failure for candidate in candidates)]
-        return Score(
-            metrics={name: COMPONENTS[name](case) for name in names},
-            answer=one.answer,
-            mask=one.mask,
-            confidence=one.confidence,
-            failure=next(filter(None, failures), None),
-            candidates=candidates,
-            kept=kept,
-        )
-
-    def _segment(self, handle: ImageHandle, passes: Sequence[Pass]) -> tuple[Segmentation, bool]:
-        segmenter = self._segmenter()
+    def _segment(self, prompt: Prompt, passes: Sequence[Pass]) -> tuple[Segmentation, bool]:
+        """The passes' masks, and whether the image's embedding was already there."""
+        segmenter, handle = self._segmenter(), prompt.images[0]
         embedding, cached = segmenter.embed(handle.key, lambda: self._images.get(handle))
-        boxes, points, owners = mask_prompts(passes, embedding.height, embedding.width)
-        return segmenter.segment(embedding, boxes, points, owners, len(passes), self._config.multimask), cached
+        prompts, owners = mask_prompts(passes, prompt.task, embedding.height, embedding.width)
+        return segmenter.segment(embedding, prompts, owners, len(passes), self._config.multimask), cached
 
     def _segmenter(self) -> Segmenter:
         if self._loaded is None:
@@ -202,27 +146,66 @@ class RewardWorker:
         return self._loaded
 
 
-def _true_mask(group: Group) -> np.ndarray:
+class _Masks:
+    """Makes the arrays of a trajectory's answered and true mask where a component asks for them."""
+
+    def __init__(self, segmentation: Segmentation | None, truth: np.ndarray | None, first: int) -> None:
+        self._segmentation, self._truth, self._first = segmentation, truth, first
+
+    def of(self, candidate: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self._segmentation is not None and self._truth is not None, "masks are compared where they are needed"
+        return self._segmentation.mask(self._first + candidate), self._truth
+
+
+def _scored(
+    prompt: Prompt,
+    trajectory: Trajectory,
+    candidates: tuple[Candidate, ...],
+    terms: Mapping[str, Term],
+    arrays: _Masks,
+) -> Trajectory:
+    if not candidates:
+        return trajectory
+    kept = most_confident(candidates) if len(candidates) > 1 else 0
+    one, sample = candidates[kept], prompt.sample
+    turn = trajectory.turns[kept] if trajectory.turns else None
+    case = Case(
+        text=turn.text if turn else "",
+        answer=one.answer,
+        target=sample.target,
+        image=Frame(sample.height, sample.width),
+        view=view_of(turn, prompt),
+        mask_iou=one.mask_iou or 0.0,
+        mask_dice=one.mask_dice or 0.0,
+        masks=lambda: arrays.of(kept),
+    )
+    metrics = {name: term(case) for name, term in terms.items()}
+    if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        return _failed(trajectory, f"component {wrong[0]} of sample '{sample.id}' is {metrics[wrong[0]]}")
+    failures = [trajectory.failure, *(candidate.answer.failure for candidate in candidates)]
+    score = Score(metrics=metrics, candidates=candidates, kept=kept)
+    return replace(trajectory, score=score, failure=next(filter(None, failures), None))
+
+
+def _true_mask(prompt: Prompt) -> np.ndarray:
     """Union of the true masks, (H, W) bool."""
-    sample = group.prompt.sample
-    if sample.target.count and not sample.target.masks:
+    sample = prompt.sample
+    if "masks" not in sample.target.known:
         raise ValueError(f"sample '{sample.id}' has no masks: reward without mask_iou, or add masks to the data")
     return masks.decode(masks.union(sample.target.masks, sample.height, sample.width))
 
 
-def _fetch(ref: Any) -> bytes:
-    """Encoded bytes, out of Ray's object store where the handle holds a reference."""
-    return ray.get(ref, timeout=FETCH_TIMEOUT_S) if isinstance(ref, ray.ObjectRef) else ref
-
-
-def failed_group(group: Group, detail: str) -> ScoredGroup:
+def failed_group(group: Group, detail: str) -> Group:
     """A group that could not be scored: every trajectory marked, none measured."""
-    failure = Failure(kind=FailureKind.SCORER, detail=detail)
-    score = Score(metrics={}, answer=Answer(objects=(), failure=failure), failure=failure)
-    return ScoredGroup(group=group, scores=(score,) * len(group.trajectories), seconds=0.0, cached=False)
+    return replace(group, trajectories=tuple(_failed(trajectory, detail) for trajectory in group.trajectories))
+
+
+def _failed(trajectory: Trajectory, detail: str) -> Trajectory:
+    failure = trajectory.failure if trajectory.excluded else Failure(kind=FailureKind.SCORER, detail=detail)
+    return replace(trajectory, failure=failure, score=None)
 
 
 def failed_findings(group: Group, detail: str) -> list[Finding]:
-    """Nothing could be said of any of the group's answers."""
+    """Nothing could be told of any of the group's answers."""
     failure = Failure(kind=FailureKind.SCORER, detail=detail)
     return [Finding(confidence=0.0, failure=failure) for _ in group.trajectories]

@@ -25,7 +25,6 @@ from perception.config import RolloutConfig
 from perception.images import ImageCache
 from perception.types import (
     EngineInfo,
-    EngineStats,
     Failure,
     FailureKind,
     Feed,
@@ -135,7 +134,6 @@ class RolloutEngine:
         self._ids = itertools.count()
         self._version = 0
         self._switches: dict[tuple[str, int], list[tuple[int, int]]] = {}
-        self._stats = EngineStats()
         self._staging, self._nbytes = 0.0, 0
 
     async def start(self) -> EngineInfo:
@@ -163,8 +161,6 @@ class RolloutEngine:
             feed = Feed(input_ids=prompt.token_ids, images=prompt.images, view=None)
             done = (self._trajectory(c.index, feed, output.request_id, c) for c in output.outputs)
             group = Group(prompt=prompt, trajectories=tuple(done))
-        self._stats.failures += sum(t.failure is not None for t in group.trajectories)
-        self._stats.sampled_tokens += sum(t.sampled_tokens for t in group.trajectories)
         return group
 
     async def sample(
@@ -188,8 +184,6 @@ class RolloutEngine:
             length, cached = self._prefix(output, len(ids), len(images)) if turns else (0, 0)
             last = (replace(turn, prefix_tokens=length, prefix_cached=cached) for turn in new.turns)
             trajectory = replace(new, turns=(*turns, *last))
-        self._stats.failures += trajectory.failure is not None
-        self._stats.sampled_tokens += len(trajectory.turns[-1].token_ids) if len(trajectory.turns) > len(turns) else 0
         return trajectory
 
     async def stage(self, bucket: WeightBucket, rank: int) -> None:
@@ -261,9 +255,6 @@ class RolloutEngine:
         await self._engine.renderer.clear_mm_cache_async()
         await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
 
-    async def stats(self) -> EngineStats:
-        return replace(self._stats, image_hits=self._images.hits, image_misses=self._images.misses)
-
     async def shutdown(self) -> None:
         self._decoder.shutdown()
         self._engine.shutdown(timeout=_SHUTDOWN_TIMEOUT_S)
@@ -275,7 +266,6 @@ class RolloutEngine:
         """What vLLM makes of unexpanded ids and their images, or in one line why it made nothing."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        self._stats.requests += 1
         try:
             placeholders = ids.count(self._policy.image_token_id)
             if placeholders != len(images):  # vLLM itself accepts both too many and too few
@@ -293,8 +283,6 @@ class RolloutEngine:
             raise EngineDead(str(error)) from error
         except Exception as error:  # noqa: BLE001 - vLLM's classes for a bad request differ between versions
             return str(error.__cause__ or error)
-        self._stats.prompt_tokens += len(final.prompt_token_ids or ())
-        self._stats.cached_tokens += final.num_cached_tokens or 0
         return final
 
     def _prefix(self, output: RequestOutput, ids: int, images: int) -> tuple[int, int]:

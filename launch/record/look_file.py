@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.record import run_directory
-from perception.calibration import FEATURES
+from perception.calibration import FEATURES, CalibratorState
 from perception.errors import UserError
-from perception.types import CalibratorState, LookState
+from perception.files import write_text
+from perception.types import LookState
 
 LOOK = "look.json"
 EVIDENCE = "look.npz"
 
 
 def write_look(folder: Path, state: LookState) -> None:
-    run_directory.write_text(folder / LOOK, json.dumps({"features": FEATURES, **asdict(state)}, indent=2) + "\n")
+    write_text(folder / LOOK, json.dumps({"features": FEATURES, **asdict(state)}, indent=2) + "\n")
 
 
 def read_look(folder: Path) -> LookState | None:

@@ -24,8 +24,7 @@ _STAGE_COLOURS = ("blue", "magenta", "green", "yellow", "bright_black")
 class Progress:
     """Shows where a run is. `phase` names what happens outside the steps; `step` shows a step's metrics.
 
-    A step's `catalog.SECONDS_*`, `REWARD_MEAN`, `GIOU`, `PARSE_OK`, `RELOOK_RATE` and `TOKENS_PER_S` are shown where
-    present.
+    Which metrics the line of a step shows is the catalogue's to say (`metric_catalog.PROGRESS`).
     """
 
     def __init__(self, total_steps: int, *, console: Console | None = None) -> None:
@@ -67,19 +66,12 @@ class Progress:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self) -> str:
-        stages = "  ".join(f"{_short(name)} {seconds:.2f}" for name, seconds in self._stages())
+        stages = "  ".join(f"{catalog.LABELS[name]} {seconds:.2f}" for name, seconds in self._stages())
         return f"step {self._done}/{self._total}  {self._figures()}  [{stages}]  ETA {self._eta()}"
 
     def _figures(self) -> str:
-        shown = (
-            (catalog.REWARD_MEAN, "reward {:.3f}"),
-            (catalog.GIOU, "gIoU {:.3f}"),
-            (catalog.PARSE_OK, "parsed {:.1%}"),
-            (catalog.RELOOK_RATE, "looked again {:.1%}"),
-            (catalog.TOKENS_PER_S, "{:,.0f} tok/s"),
-            (catalog.SECONDS_STEP, "{:.1f} s/step"),
-        )
-        return "  ".join(form.format(self._metrics[name]) for name, form in shown if name in self._metrics)
+        shown = ((name, form) for name, form in catalog.PROGRESS.items() if name in self._metrics)
+        return "  ".join(form.format(self._metrics[name]) for name, form in shown)
 
     def _stages(self) -> list[tuple[str, float]]:
         return [(name, self._metrics[name]) for name in catalog.STAGES if name in self._metrics]
@@ -111,12 +103,8 @@ class Progress:
         bar, key = Text("stages "), Text("       ")
         for (name, seconds), colour in zip(stages, _STAGE_COLOURS, strict=False):
             bar.append("█" * round(30 * seconds / total), style=colour)
-            key.append(f"{_short(name)} {seconds:.2f} s  ", style=colour)
+            key.append(f"{catalog.LABELS[name]} {seconds:.2f} s  ", style=colour)
         return bar, key
-
-
-def _short(metric: str) -> str:
-    return metric.partition("/")[2]
 
 
 def _sparkline(values: list[float]) -> str:

@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 from launch.record import environment, rollouts, run_directory
 from launch.record.wandb_sink import WandbSink
 from perception.config import Config
-from perception.types import ScoredGroup
+from perception.files import write_text
+from perception.types import Group
 
 
 class Recorder(AbstractContextManager):
@@ -41,29 +42,26 @@ class Recorder(AbstractContextManager):
         self,
         step: int,
         metrics: Mapping[str, float],
-        scored: Sequence[ScoredGroup],
-        rewards: Sequence[Sequence[float]],
-        advantages: Sequence[Sequence[float]],
+        groups: Sequence[Group],
     ) -> None:
-        """Record one training step. `rewards` and `advantages` are (groups, n), parallel to `scored`."""
+        """Record one training step."""
         self._metrics.write(json.dumps({"step": step, **run_directory.finite(metrics)}) + "\n")
         self._metrics.flush()
         self._wandb.log(step, metrics)
-        kept = slice(self._kept)
-        if scored[kept]:
-            rollouts.write(self._rollout_path("train", step), step, scored[kept], rewards[kept], advantages[kept])
+        if groups[: self._kept]:
+            rollouts.write(self._rollout_path("train", step), step, groups[: self._kept])
 
-    def evaluation(self, step: int, metrics: Mapping[str, float], scored: Sequence[ScoredGroup] = ()) -> None:
-        """Record a held-out evaluation of the policy after `step` steps; `scored` are its groups, for pictures."""
+    def evaluation(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group] = ()) -> None:
+        """Record a held-out evaluation of the policy after `step` steps; `groups` are kept for pictures."""
         with (self.run_dir / run_directory.EVALUATIONS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **run_directory.finite(metrics)}) + "\n")
         self._wandb.log(step, {f"eval/{name}": value for name, value in metrics.items()})
-        if scored[: self._kept]:
-            rollouts.write(self._rollout_path("eval", step), step, scored[: self._kept])
+        if groups[: self._kept]:
+            rollouts.write(self._rollout_path("eval", step), step, groups[: self._kept])
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json in one step."""
-        run_directory.write_text(self.run_dir / run_directory.SUMMARY, json.dumps(values, indent=2) + "\n")
+        write_text(self.run_dir / run_directory.SUMMARY, json.dumps(values, indent=2) + "\n")
 
     def close(self) -> None:
         """Flush everything; waits a bounded time for W&B."""
@@ -81,8 +79,6 @@ class Recorder(AbstractContextManager):
         path = self.run_dir / run_directory.CONFIG
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         if resume_step is not None and (before := path.read_text(encoding="utf-8")) != text:
-            run_directory.write_text(path.with_name(f"config.until-{resume_step:06d}.yaml"), before)
-        run_directory.write_text(path, text)
-        run_directory.write_text(
-            self.run_dir / run_directory.ENVIRONMENT, json.dumps(environment.describe(), indent=2) + "\n"
-        )
+            write_text(path.with_name(f"config.until-{resume_step:06d}.yaml"), before)
+        write_text(path, text)
+        write_text(self.run_dir / run_directory.ENVIRONMENT, json.dumps(environment.describe(), indent=2) + "\n")

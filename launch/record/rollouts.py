@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perception.types import Answer, Candidate, Rle, Score, ScoredGroup, Trajectory, Turn
+from perception.files import replacing
+from perception.types import Answer, Candidate, Group, Rle, Sample, Trajectory, Turn
 
 _COORDINATES = pa.list_(pa.list_(pa.float32()))
 _PASS = pa.struct(
@@ -62,33 +63,20 @@ SCHEMA = pa.schema(
     ],
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
+_NOTHING = Candidate(answer=Answer(objects=()), features=(), confidence=0.0)
 _WHOLE_FILE = 1 << 30  # a dictionary of any size: the point is to hold each image once
 
 
-def write(
-    path: Path,
-    step: int,
-    scored: Sequence[ScoredGroup],
-    rewards: Sequence[Sequence[float]] | None = None,
-    advantages: Sequence[Sequence[float]] | None = None,
-) -> None:
-    """Write groups to `path`, whole or not at all. `rewards` and `advantages` run parallel to `scored`, (groups, n)."""
+def write(path: Path, step: int, groups: Sequence[Group]) -> None:
+    """Write groups to `path`, whole or not at all."""
     rows = []
-    for place, entry in enumerate(scored):
-        shared = _group_columns(step, entry)
-        for trajectory, score in zip(entry.group.trajectories, entry.scores, strict=True):
-            row = shared | _trajectory_columns(trajectory, score)
-            row["reward"] = rewards[place][trajectory.index] if rewards is not None else None
-            row["advantage"] = advantages[place][trajectory.index] if advantages is not None else None
-            rows.append(row)
+    for group in groups:
+        shared = _group_columns(step, group.prompt.sample)
+        rows += [shared | _trajectory_columns(trajectory) for trajectory in group.trajectories]
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    try:
+    with replacing(path) as scratch:
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
         pq.write_table(table, scratch, compression="zstd", dictionary_pagesize_limit=_WHOLE_FILE)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -96,8 +84,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return pq.read_table(path).to_pylist(maps_as_pydicts="strict")
 
 
-def _group_columns(step: int, entry: ScoredGroup) -> dict[str, Any]:
-    sample = entry.group.prompt.sample
+def _group_columns(step: int, sample: Sample) -> dict[str, Any]:
     return {
         "step": step,
         "sample_id": sample.id,
@@ -112,29 +99,33 @@ def _group_columns(step: int, entry: ScoredGroup) -> dict[str, Any]:
     }
 
 
-def _trajectory_columns(trajectory: Trajectory, score: Score) -> dict[str, Any]:
-    failure = trajectory.failure or score.failure or score.answer.failure
+def _trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
+    score, failure = trajectory.score, trajectory.failure
+    best = score.best if score else _NOTHING
     return {
         "index": trajectory.index,
-        "text": trajectory.turns[score.kept].text if trajectory.turns else "",
+        "text": trajectory.turns[score.kept if score else 0].text if trajectory.turns else "",
         "turns": [turn.text for turn in trajectory.turns],
-        "passes": _passes(trajectory, score),
+        "passes": _passes(trajectory),
         "response_tokens": trajectory.sampled_tokens,
         "policy_versions": sorted({span.version for turn in trajectory.turns for span in turn.versions}),
-        "metrics": dict(score.metrics),
-        "confidence": score.confidence,
+        "reward": trajectory.reward,
+        "advantage": trajectory.advantage if trajectory.reward is not None else None,
+        "metrics": dict(score.metrics) if score else {},
+        "confidence": best.confidence,
         "failure": failure.kind.value if failure else None,
         "failure_detail": failure.detail if failure else None,
-        **_places(score.answer),
-        "labels": [answered.label for answered in score.answer.objects if answered.label],
-        "mask": _counts(score.mask),
+        **_places(best.answer),
+        "labels": [answered.label for answered in best.answer.objects if answered.label],
+        "mask": _counts(best.mask),
     }
 
 
-def _passes(trajectory: Trajectory, score: Score) -> list[dict[str, Any]]:
-    """What was said in each pass, and what came of it where that could be measured."""
-    pairs = zip(trajectory.turns, score.candidates or repeat(None), strict=False)
-    return [_pass(turn, one) | {"kept": one is not None and i == score.kept} for i, (turn, one) in enumerate(pairs)]
+def _passes(trajectory: Trajectory) -> list[dict[str, Any]]:
+    """What was answered in each pass, and what came of it where that could be measured."""
+    score = trajectory.score
+    pairs = zip(trajectory.turns, score.candidates if score else repeat(None), strict=False)
+    return [_pass(turn, one) | {"kept": score is not None and i == score.kept} for i, (turn, one) in enumerate(pairs)]
 
 
 def _pass(turn: Turn, candidate: Candidate | None) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from perception.config import RunConfig
 from perception.errors import UserError
+from perception.files import write_text
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -69,16 +69,6 @@ def lock(path: Path) -> IO[str]:
         handle.close()
         raise UserError(f"{path} is being written by another run; choose another run.name or stop that run") from error
     return handle
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader sees the old text or the new one, never half of it."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:

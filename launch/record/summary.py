@@ -1,4 +1,4 @@
-"""What a run comes down to: before and after, here for the terminal and for the report."""
+"""Summary of a run: held-out metrics before and after, for the terminal and for the report."""
 
 from __future__ import annotations
 
@@ -15,14 +15,6 @@ from rich.table import Table
 from launch.record import run_directory
 from perception import metric_catalog as catalog
 
-_HEADLINE = {
-    catalog.GIOU_GREEDY: "gIoU, greedy answers",
-    catalog.GIOU_SAMPLED: "gIoU, sampled answers",
-    catalog.HELD_OUT_PARSE_OK: "parsed",
-    catalog.HELD_OUT_RELOOK_RATE: "looked at again",
-    catalog.HELD_OUT_LOOK_GAIN: "mask IoU gained by looking again",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -34,19 +26,22 @@ class Change:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """What both evaluations measured, the first held-out set before the further ones (`metric/set`)."""
+    """What both evaluations measured, the first held-out set before the further ones; tasks are named where there are
+    several."""
+    measured = [one for one in catalog.read_held_out(before) if one.measure != catalog.SAMPLES]
+    tasks = {one.task for one in measured}
     found = []
-    for held_out in held_out_sets(before):
-        for metric, label in _HEADLINE.items():
-            name = catalog.held_out(metric, held_out)
-            if _known(before.get(name)) and _known(after.get(name)):
-                found.append(Change(f"{held_out}: {label}" if held_out else label, before[name], after[name]))
+    for one in sorted(measured, key=lambda one: one.held_out != ""):
+        if _known(before.get(one.name)) and _known(after.get(one.name)):
+            label = f"{one.task}: {one.label}" if len(tasks) > 1 else one.label
+            found.append(Change(label, before[one.name], after[one.name]))
     return found
 
 
-def held_out_sets(evaluation: Mapping[str, Any]) -> list[str]:
-    """Names of the held-out sets in order of appearance; the first one has none and comes first."""
-    return list(dict.fromkeys(["", *(name.partition("/")[2] for name in evaluation)]))
+def samples(evaluation: Mapping[str, Any]) -> int:
+    """Held-out samples of the set a run is judged by, all tasks together."""
+    counts = [one for one in catalog.read_held_out(evaluation) if one.measure == catalog.SAMPLES and not one.held_out]
+    return sum(int(evaluation[one.name]) for one in counts)
 
 
 def _known(value: float | None) -> bool:
@@ -57,15 +52,17 @@ def show(run_dir: Path) -> None:
     """Print a finished run's before/after table and where to look next; for a stopped one, how to go on."""
     console = Console(width=100)
     if not (run_dir / run_directory.SUMMARY).is_file():
-        console.print(f"stopped with a checkpoint; go on with resume={run_dir.name}")
+        console.print(f"stopped with a checkpoint; go on with run.resume={run_dir.name}")
         return
     summary = json.loads((run_dir / run_directory.SUMMARY).read_text())
     before, after = summary["before"], summary["after"]
-    scenes = after[catalog.HELD_OUT_SAMPLES]
-    table = Table(title=f"{summary['steps']} GRPO steps, {summary['seconds']:.0f} s, {scenes} held-out scenes")
+    title = f"{summary['steps']} GRPO steps, {summary['seconds']:.0f} s, {samples(after)} held-out samples"
+    table = Table(title=title)
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="right" if heading else "left")
     for one in changes(before, after):
         table.add_row(one.label, f"{one.before:.3f}", f"{one.after:.3f}", f"{one.after - one.before:+.3f}")
     console.print(table)
+    if restarts := {role: count for role, count in summary["restarts"].items() if count}:
+        console.print("restarted " + ", ".join(f"{role} {count}x" for role, count in restarts.items()))
     console.print(f"policy   {run_dir / 'policy'}", soft_wrap=True)

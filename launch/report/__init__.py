@@ -25,6 +25,7 @@ from launch.report.curves import curves
 from launch.report.gallery import Picture, Row, pictures
 from perception import metric_catalog as catalog
 from perception.errors import UserError
+from perception.files import write_text
 from perception.types import FailureKind
 
 Record = Mapping[str, Any]
@@ -87,7 +88,7 @@ def write_report(run_dir: Path) -> Path:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
     path = run_dir / run_directory.REPORT
-    run_directory.write_text(path, page)
+    write_text(path, page)
     return path
 
 

@@ -1,11 +1,10 @@
-"""Which curves a report shows."""
+"""Curves of a report: the catalogue's charts, and one for each held-out metric."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from launch.record.summary import held_out_sets
 from launch.report.charts import Chart, Spec, chart
 from perception import metric_catalog as catalog
 
@@ -13,7 +12,6 @@ Record = Mapping[str, Any]
 
 _COLOURS = 6
 """Series one chart can tell apart."""
-_STAGES = {name: name.partition("/")[2] for name in catalog.STAGES}
 
 
 def curves(
@@ -28,70 +26,34 @@ def curves(
 
 
 def _held_out(evaluations: Sequence[Record]) -> list[Spec]:
-    series = {}
-    for held_out in held_out_sets({name: None for record in evaluations for name in record}):
-        for metric, label in ((catalog.GIOU_SAMPLED, "sampled"), (catalog.GIOU_GREEDY, "greedy")):
-            series[catalog.held_out(metric, held_out)] = f"{held_out}, {label}" if held_out else label
-    return _spread("Held-out gIoU", "mean IoU", series, marks=True)
+    """One chart per task and measure, its ways of answering and held-out sets together."""
+    series: dict[str, dict[str, str]] = {}
+    found = catalog.read_held_out({name: None for record in evaluations for name in record})
+    tasks = {one.task for one in found}
+    for one in found:
+        if one.measure != catalog.SAMPLES:
+            what = catalog.HELD_OUT_LABELS.get(one.measure, one.measure)
+            title = f"Held-out {what}" + (f", {one.task}" if len(tasks) > 1 else "")
+            label = f"{one.held_out}, {one.way}" if one.held_out else one.way
+            series.setdefault(title, {})[one.name] = label
+    return [spec for title, of_title in series.items() for spec in _spread(title, "mean", of_title, marks=True)]
 
 
 def _training(components: Iterable[str], failures: Iterable[str]) -> list[Spec]:
+    series: dict[str, dict[str, str]] = {one.title: {} for one in catalog.CHARTS}
+    for name, title in catalog.DRAWN.items():
+        series[title][name] = catalog.LABELS[name]
+    series[catalog.COMPONENTS] = {catalog.component(name): name for name in components}
+    series[catalog.FAILURES] = {catalog.FAILURE_PREFIX + kind: kind for kind in failures}
     return [
-        Spec("Reward", "mean per step", {catalog.REWARD_MEAN: "reward"}, smooth=True),
-        Spec("Training gIoU", "mean IoU", {catalog.GIOU: "gIoU"}, smooth=True),
-        *_spread("Reward components", "mean raw value", {catalog.component(name): name for name in components}),
-        Spec(
-            "Re-look rate",
-            "share of answers",
-            {catalog.RELOOK_RATE: "looked at again", catalog.RELOOK_CHANGED: "of these, changed"},
-        ),
-        Spec(
-            "Threshold and confidence",
-            "expected mask IoU",
-            {catalog.THRESHOLD: "threshold", catalog.CONFIDENCE: "kept answers, mean"},
-        ),
-        Spec("Gain of a second look", "mask IoU, mean", {catalog.RELOOK_GAIN: "gain"}, smooth=True),
-        Spec("Calibration error", "|expected − true mask IoU|", {catalog.CALIBRATION_ERROR: "error"}, smooth=True),
-        Spec("Time of a step", "seconds", _STAGES, stacked=True),
-        Spec("Entropy", "nats per token", {catalog.ENTROPY: "entropy"}, smooth=True),
-        Spec(
-            "Importance ratio",
-            "learner / engine",
-            {catalog.RATIO: "ratio", catalog.IMPORTANCE: "truncated weight"},
-        ),
-        Spec("Engine against learner", "mean |log-prob difference|", {catalog.LOGPROB_MISMATCH: "mismatch"}),
-        Spec(
-            "Clipped tokens",
-            "share",
-            {catalog.CLIP_LOW: "below the range", catalog.CLIP_HIGH: "above the range"},
-        ),
-        Spec("KL to the reference", "nats per token", {catalog.KL: "KL"}),
-        Spec("Gradient norm", "before clipping", {catalog.GRAD_NORM: "norm"}, smooth=True),
-        Spec("Response length", "tokens, mean", {catalog.RESPONSE_TOKENS: "tokens"}, smooth=True),
-        Spec("Boxes", "mean per sample", {catalog.BOXES_ANSWERED: "answered", catalog.BOXES_TRUE: "true"}),
-        Spec("Spread of rewards", "standard deviation", {catalog.REWARD_STD: "reward"}, smooth=True),
-        Spec("Groups with equal rewards", "share", {catalog.ZERO_VARIANCE: "share"}, smooth=True),
-        Spec("Failed answers", "share", {catalog.FAILURE_PREFIX + kind: kind for kind in failures}),
-        Spec(
-            "Weight sync",
-            "seconds",
-            {catalog.SYNC_PAUSE: "engine paused", catalog.SYNC_TRANSFER: "transfer"},
-        ),
-        Spec("Throughput", "sampled tokens / s", {catalog.TOKENS_PER_S: "tokens / s"}, smooth=True),
-        Spec("Learner", "answers / s", {catalog.LEARNER_SAMPLES_PER_S: "answers / s"}, smooth=True),
-        Spec("Learner's model FLOP utilisation", "share", {catalog.MFU: "MFU"}, smooth=True),
-        Spec(
-            "Tokens a computed token stands for",
-            "ratio",
-            {catalog.PACKING: "packing", catalog.ROW_FILL: "not padding"},
-        ),
-        Spec("Features found", "share of images", {catalog.FEATURE_HITS: "frozen vision tower"}),
-        Spec("Learning rate", "", {catalog.LR: "lr"}),
+        spec
+        for one in catalog.CHARTS
+        for spec in _spread(one.title, one.unit, series[one.title], smooth=one.smooth, stacked=one.stacked)
     ]
 
 
-def _spread(title: str, unit: str, series: Mapping[str, str], marks: bool = False) -> list[Spec]:
+def _spread(title: str, unit: str, series: Mapping[str, str], **look: bool) -> list[Spec]:
     """As many charts as it takes to tell the series apart."""
     pairs = list(series.items())
     parts = (pairs[i : i + _COLOURS] for i in range(0, len(pairs), _COLOURS))
-    return [Spec(title, unit, dict(part), marks=marks) for part in parts]
+    return [Spec(title, unit, dict(part), **look) for part in parts]

@@ -11,6 +11,7 @@ import numpy as np
 
 from launch.report.drawing import Box, Point, corner_and_size, data_uri, decoded, mask_of, outline
 from perception import views
+from perception.config import weights
 
 MAX_TEXT = 4000
 
@@ -106,8 +107,9 @@ def breakdown(row: Row, reward: Mapping[str, Any]) -> tuple[Part, ...]:
     always add up to the reward. Measured but unrewarded metrics follow without points.
     """
     metrics = row["metrics"]
-    ranked = {} if reward["rank"] == "none" else reward["ranked"]
-    plain = reward["components"] | (reward["ranked"] if reward["rank"] == "none" else {})
+    weighted, of_ranked = weights(reward["components"]), weights(reward["ranked"])
+    ranked = {} if reward["rank"] == "none" else of_ranked
+    plain = weighted | (of_ranked if reward["rank"] == "none" else {})
     parts = [Part(n, metrics.get(n), w, w * metrics[n] if n in metrics else None) for n, w in plain.items()]
     parts += [Part(name, metrics.get(name), weight, None) for name, weight in ranked.items()]
     if row["reward"] is None:

@@ -1,82 +1,101 @@
-"""What a step learns from: groups sampled in one round, or in several (dynamic sampling: DAPO, arXiv 2503.14476)."""
+"""Batch of a step: groups taken from the pipeline, ranked, rewarded and given their advantages.
+
+In one round, or (dynamic sampling: DAPO, arXiv 2503.14476) in several, until enough groups teach something.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from learner.advantages import Advantages, step_advantages
+from launch.run.pipeline import Pipeline
+from learner.advantages import with_advantages
 from learner.pool import LearnerPool
-from perception import metric_catalog as catalog
-from perception.config import AlgorithmConfig
-from perception.types import Sample, ScoredGroup, TrainGroup
-
-Rewards = Sequence[Sequence[float]]
-"""One tuple per group, one value per trajectory."""
-
-
-@dataclass(slots=True)
-class StepBatch:
-    """A step's groups in prompt order, whatever round they are from. All lists but `samples` run parallel."""
-
-    algorithm: AlgorithmConfig
-    samples: list[Sample] = field(default_factory=list)
-    """Drawn so far; those of the current round come last."""
-    scored: list[ScoredGroup] = field(default_factory=list)
-    rewards: list[tuple[float, ...]] = field(default_factory=list)
-    """What the advantages are made of: less kl_coef * `kl`, where that is given."""
-    kl: list[Sequence[float]] = field(default_factory=list)
-    """Summed over a trajectory's tokens; empty unless the KL is in the reward."""
-    rounds: int = 0
-
-    @property
-    def missing(self) -> int:
-        """Prompts to sample next: all at first, then (refill) one for every group that teaches nothing."""
-        if not self.rounds:
-            return self.algorithm.prompts_per_step
-        if self.algorithm.dynamic != "refill" or self.rounds >= self.algorithm.dynamic_rounds:
-            return 0
-        advantages = self.advantages()
-        return self.algorithm.prompts_per_step - (len(self.scored) - advantages.zero_variance)
-
-    def add(self, scored: Sequence[ScoredGroup], rewards: Rewards, kl: Rewards) -> None:
-        """End a round. `kl` is () or parallel to `rewards`."""
-        penalties = kl or [(0.0,) * len(group) for group in rewards]
-        self.rewards += [
-            tuple(reward - self.algorithm.kl_coef * penalty for reward, penalty in zip(*pair, strict=True))
-            for pair in zip(rewards, penalties, strict=True)
-        ]
-        self.scored += scored
-        self.kl += kl
-        self.rounds += 1
-
-    def advantages(self) -> Advantages:
-        return step_advantages(self.scored, self.rewards, self.algorithm.scale)
-
-    def train_groups(self, advantages: Advantages) -> list[TrainGroup]:
-        """What the learner gets; with `dynamic` only groups that teach something.
-
-        Where none does all are kept: every step takes its optimizer step, on which schedule, weight version and
-        checkpoints count, and KL and entropy still have a gradient.
-        """
-        groups = [TrainGroup(group=s.group, advantages=a) for s, a in zip(self.scored, advantages.values, strict=True)]
-        teaching = [group for group in groups if any(group.advantages)]
-        return teaching if teaching and self.algorithm.dynamic != "none" else groups
-
-    def metrics(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        """`groups`: those the learner got."""
-        metrics = {
-            catalog.SAMPLING_ROUNDS: float(self.rounds),
-            catalog.GROUPS_TRAINED: float(len(groups)),
-        }
-        if self.kl:
-            tokens = sum(t.sampled_tokens for entry in self.scored for t in entry.group.trajectories)
-            metrics[catalog.KL] = sum(sum(group) for group in self.kl) / tokens
-        return metrics
+from perception.config import AlgorithmConfig, Config
+from perception.errors import UserError
+from perception.types import Group
+from reward_workers.combine import rewarded
+from reward_workers.ranking import RankStore
 
 
-async def reward_kl(learner: LearnerPool, scored: Sequence[ScoredGroup], algorithm: AlgorithmConfig) -> Rewards:
-    """KL to the starting policy summed over each trajectory's tokens; () unless it belongs in the reward."""
-    if algorithm.kl_in == "loss" or not algorithm.kl_coef:
-        return ()
-    return await learner.kl([entry.group for entry in scored])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What a step learns from."""
+
+    groups: list[Group]
+    """In prompt order, whatever round they are from; every trajectory has its advantage."""
+    teaching: list[Group]
+    """Those that the learner gets."""
+    rounds: int
+    seconds: dict[str, float]
+    """How long the step waited: generate, score, and learn (for the KL in the reward)."""
+    began: float
+    """Of the controller's monotonic clock."""
+
+
+async def next_batch(
+    scored: Pipeline, step: int, config: Config, learner: LearnerPool, ranks: RankStore | None
+) -> Batch:
+    """Raises UserError when engine and scorer failures exceed `reward.max_failure_rate`."""
+    algorithm, began = config.algorithm, time.monotonic()
+    seconds = {"generate": 0.0, "score": 0.0, "learn": 0.0}
+    groups: list[Group] = []
+    rounds, missing = 0, algorithm.prompts_per_step
+    while missing:
+        asked = time.monotonic()
+        taken = await scored.take(missing, step)
+        _add_waits(seconds, taken, asked)
+        check_failures([*groups, *taken], config.reward.max_failure_rate)
+        if algorithm.kl_coef and algorithm.kl_in == "reward":
+            asked = time.monotonic()
+            taken = await learner.with_kl(taken)
+            seconds["learn"] += time.monotonic() - asked
+        taken = rewarded(taken, config.reward, ranks, algorithm.kl_coef)
+        groups = with_advantages([*groups, *taken], algorithm.scale)
+        rounds += 1
+        missing = _missing(groups, rounds, algorithm)
+    teaching = _teaching(groups, algorithm)
+    return Batch(groups=groups, teaching=teaching, rounds=rounds, seconds=seconds, began=began)
+
+
+def check_failures(groups: Sequence[Group], limit: float) -> None:
+    """A step in which too much went wrong stops the run: training on what is left would look like learning.
+
+    Raises UserError, with cause and example, when engine and scorer failures exceed this share of the step.
+    """
+    every = [(group, one) for group in groups for one in group.trajectories]
+    failed = [(group.prompt.sample.id, one.failure) for group, one in every if one.excluded and one.failure]
+    if len(failed) > limit * len(every):
+        name, failure = failed[0]
+        raise UserError(
+            f"{len(failed)} of {len(every)} answers of the step failed, more than reward.max_failure_rate={limit:g} "
+            f"allows; the first, sample {name} ({failure.kind}): {failure.detail}"
+        )
+
+
+def _missing(groups: Sequence[Group], rounds: int, algorithm: AlgorithmConfig) -> int:
+    """Prompts to sample next: with refill one for every group that teaches nothing."""
+    if algorithm.dynamic != "refill" or rounds >= algorithm.dynamic_rounds:
+        return 0
+    return algorithm.prompts_per_step - sum(group.teaches for group in groups)
+
+
+def _teaching(groups: list[Group], algorithm: AlgorithmConfig) -> list[Group]:
+    """With `dynamic` only groups that teach something.
+
+    Where none does all are kept: every step takes its optimizer step, on which schedule, weight version and
+    checkpoints count, and KL and entropy still have a gradient.
+    """
+    teaching = [group for group in groups if group.teaches]
+    return teaching if teaching and algorithm.dynamic != "none" else groups
+
+
+def _add_waits(seconds: dict[str, float], groups: Sequence[Group], asked: float) -> None:
+    """Scoring overlaps sampling: the wait from `asked` on was for sampling until all groups were sampled, then for
+    scoring. What was done before counts nothing."""
+    now = time.monotonic()
+    sampled = max((group.sampling.ended for group in groups if group.sampling), default=asked)
+    sampled = min(max(sampled, asked), now)
+    seconds["generate"] += sampled - asked
+    seconds["score"] += now - sampled

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from launch.run.system import System
 from perception.errors import UserError
-from perception.types import Sample, SamplingSpec, ScoredGroup
+from perception.types import Group, Sample, SamplingSpec
 
 ANSWERS = 4
 _SEED_STEP = 1 << 31
@@ -24,21 +24,21 @@ async def calibrate(system: System, samples: Sequence[Sample]) -> str:
         temperature=system.config.rollout.temperature,
         max_new_tokens=system.config.rollout.max_new_tokens,
     )
-    scored = await system.answer(system.prompts(samples[: system.config.look.calibration], _SEED_STEP), sampling)
-    later = _later_parsed(scored)
+    groups = await system.answer(system.prompts(samples[: system.config.look.calibration], _SEED_STEP), sampling)
+    later = _later_parsed(groups)
     if later and sum(later) < _LEAST_PARSED * len(later):
         raise UserError(
             f"look=relook: only {sum(later)} of {len(later)} second looks were answered in a form that parses. "
             f"{system.config.model.path} does not know this turn: train it on such dialogues first "
             "(python -m launch.sft), or use look=none or look=inline"
         )
-    system.look.learn([score for entry in scored for score in entry.scores])
-    threshold = system.look.state.threshold
+    system.calibrator.learn(one for group in groups for one in group.trajectories)
+    threshold = system.calibrator.state.threshold
     return (
-        f"look: calibrated on {len(scored) * ANSWERS} answers and {len(later)} second looks; threshold {threshold:.2f}"
+        f"look: calibrated on {len(groups) * ANSWERS} answers and {len(later)} second looks; threshold {threshold:.2f}"
     )
 
 
-def _later_parsed(scored: Sequence[ScoredGroup]) -> list[bool]:
-    candidates = [score.candidates for entry in scored for score in entry.scores]
-    return [one.answer.failure is None for passes in candidates for one in passes[1:]]
+def _later_parsed(groups: Sequence[Group]) -> list[bool]:
+    passes = [one.score.candidates for group in groups for one in group.trajectories if one.score is not None]
+    return [one.answer.failure is None for own in passes for one in own[1:]]

@@ -1,4 +1,4 @@
-"""What can be known to go wrong is said before anything heavy starts: one line each, what, where and how to mend it."""
+"""Preflight checks: what can be known to go wrong is one line before anything heavy starts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from launch.record.wandb_sink import logged_in
 from perception.config import Config, ModelConfig
 from perception.datasets import load
 from perception.errors import UserError
-from perception.types import Sample
-from reward_workers.rewards import compares_masks, components_in_use
-from runtime.cluster import check_resources
+from perception.registry import find_plugins
+from perception.tasks import TASKS
+from perception.types import Sample, Truth
+from reward_workers.components import held_out_terms, needed_truth, needs, reward_terms
+from runtime.placement import check_resources
 
 if TYPE_CHECKING:
     from launch.run.prompts import PromptMaker
@@ -41,6 +43,7 @@ def check(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
 
     Raises UserError for what is missing or contradictory, `perception.errors.DataError` for a damaged data set.
     """
+    find_plugins(config.plugins)
     check_settings(config)
     check_output(config)
     check_model(config.model)
@@ -80,12 +83,19 @@ def check_settings(config: Config) -> None:
         )
     if not config.reward.components and not config.reward.ranked:
         raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
-    try:
-        components_in_use(config.reward)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_registered(config)
     if config.wandb.mode == "online" and not logged_in():
         raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use wandb.mode=auto")
+
+
+def check_registered(config: Config) -> None:
+    """Every name in the settings is registered, and its arguments fit."""
+    from learner.loss import SURROGATES  # imports torch
+
+    reward_terms(config.reward)
+    SURROGATES[config.algorithm.loss]
+    for name, task in config.task.items():
+        held_out_terms(TASKS[task.form or name].metrics)
 
 
 def check_output(config: Config) -> None:
@@ -139,33 +149,38 @@ def check_segmenter(model: ModelConfig) -> None:
 
 
 def check_data(config: Config, train: Sequence[Sample], held_out: Mapping[str, Sequence[Sample]]) -> None:
-    """Enough samples for a step, a prompt template for each of their tasks, and masks where masks are learned from."""
+    """Enough samples for a step, prompt words for each of their tasks, and the truth that they are measured by."""
     prompts = config.algorithm.prompts_per_step
     if prompts > len(train):
         raise UserError(
             f"algorithm.prompts_per_step={prompts}, but {config.data.train} holds {len(train)} samples: "
             "lower prompts_per_step or give more data"
         )
-    if compares_masks(config.reward) or config.look.mode == "relook":
-        _check_masks(config, train)
     paths = {MAIN: config.data.eval, **config.data.also}
     for path, samples in ((config.data.train, train), *((paths[name], held_out[name]) for name in paths)):
         for sample in samples:
             if sample.task not in config.task:
                 raise UserError(
-                    f"{path}: sample {sample.id} has the task {sample.task!r}, but templates exist for "
+                    f"{path}: sample {sample.id} has the task {sample.task!r}, but prompt words exist for "
                     f"{', '.join(config.task)}; add task.{sample.task} or change the data"
                 )
-
-
-def _check_masks(config: Config, train: Sequence[Sample]) -> None:
+    looks: frozenset[Truth] = frozenset({"masks"}) if config.look.mode == "relook" else frozenset()
+    why = f"reward={config.reward.name}" + (f" with look={config.look.mode}" if looks else "")
     for sample in train:
-        if sample.target.count and not sample.target.masks:
-            why = f"look={config.look.mode}" if config.look.mode == "relook" else f"reward={config.reward.name}"
-            raise UserError(
-                f"{config.data.train}: sample {sample.id} has no masks, and {why} compares masks with the truth: "
-                "add masks, or choose a look and a reward without them"
-            )
+        _check_truth(sample, needed_truth(config.reward) | looks, config.data.train, f"{why} is measured by them")
+    for name, path in paths.items():
+        for sample in held_out[name]:
+            metrics = TASKS[config.task[sample.task].form or sample.task].metrics
+            why = f"task {sample.task} is evaluated by {', '.join(metrics)}"
+            _check_truth(sample, needs(held_out_terms(metrics)), path, why)
+
+
+def _check_truth(sample: Sample, needed: frozenset[Truth], path: str, why: str) -> None:
+    if missing := sorted(needed - sample.target.known):
+        raise UserError(
+            f"{path}: sample {sample.id} has no {' and '.join(missing)}, and {why}: "
+            "add them, or choose a task, a reward and a look without them"
+        )
 
 
 def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
@@ -177,7 +192,7 @@ def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
         of_task = {task: [s for s in samples if s.task == task] for task in {s.task for s in samples}}
         longest = [max(own, key=lambda s: len(s.question)) for own in of_task.values()]
         inline = config.look.mode == "inline"
-        text = {sample.id: len(prompts.tokens(sample.question, sample.task, inline)) for sample in longest}
+        text = {sample.id: len(prompts.tokens(sample, inline)) for sample in longest}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path={config.model.path}: the tokenizer cannot build a prompt: {error}") from error
     image = max(prompts.image_tokens(*size) for size in {(s.height, s.width) for s in samples})

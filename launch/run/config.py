@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -48,20 +48,13 @@ def validate(tree: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(f"config: {_first_line(error)}") from error
     try:
-        return _with_look_components(_Root.model_validate({"config": plain}).config)
+        return _Root.model_validate({"config": plain}).config
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"][1:]))
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             raise UserError(_unknown(key, valid_keys())) from error
         raise UserError(f"config: {key}={first['input']!r}: {first['msg']}") from error
-
-
-def _with_look_components(config: Config) -> Config:
-    """The components that belong to the way of looking join the reward's own, which win where both name one."""
-    reward = config.reward
-    added = {name: weight for name, weight in config.look.components.items() if name not in reward.ranked}
-    return replace(config, reward=replace(reward, components=added | reward.components))
 
 
 def read_tasks(name: str) -> dict[str, TaskConfig]:

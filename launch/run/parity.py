@@ -8,12 +8,12 @@ from launch.record.progress import Progress
 from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.errors import UserError
-from perception.types import ScoredGroup
+from perception.types import Group
 
 
-async def parity_gate(system: System, scored: Sequence[ScoredGroup], progress: Progress) -> None:
+async def parity_gate(system: System, groups: Sequence[Group], progress: Progress) -> None:
     """Print mean importance ratio and mismatch. Raises UserError beyond `learner.parity_limit`."""
-    measured = await system.learner.parity([entry.group for entry in scored])
+    measured = await system.learner.parity(groups)
     limit = system.config.learner.parity_limit
     mismatch, ratio = measured[catalog.LOGPROB_MISMATCH], measured[catalog.RATIO]
     progress.say(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from launch.run.config import read_tasks
 from perception.config import Config, DataConfig, ModelConfig
 from perception.errors import UserError
+from perception.files import replacing
 
 
 def prepare(config: Config, say: Callable[[str], None]) -> None:
@@ -46,9 +46,6 @@ def _random_policy(model: ModelConfig, shape: str, say: Callable[[str], None]) -
 
 
 def _whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the target, then rename: an interrupted write leaves nothing that looks finished."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    partial.rename(target)
+    with replacing(target) as scratch:
+        scratch.mkdir(parents=True)
+        write(scratch)

@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerF
 
 from perception.config import ModelConfig, TaskConfig
 from perception.frames import smart_resize
+from perception.tasks import TASKS
 from perception.types import ImageHandle, PolicySpec, Prompt, Sample
 
 _ANSWER = "an answer that stands nowhere else"
@@ -43,10 +44,14 @@ class PromptMaker:
         self._factor = images.patch_size * images.merge_size
         self._min_pixels, self._max_pixels = images.size["shortest_edge"], images.size["longest_edge"]
 
-    def tokens(self, question: str, task: str, inline: bool = False) -> tuple[int, ...]:
+    def form(self, task: str) -> str:
+        """The registered task behind a data set's `task`."""
+        return self._tasks[task].form or task
+
+    def tokens(self, sample: Sample, inline: bool = False) -> tuple[int, ...]:
         """Chat-formatted ids of one image and one question; raises KeyError for a task without a template."""
-        template = self._tasks[task]
-        asked = (template.inline if inline else template.template).replace("{question}", question.lower().strip("."))
+        template, question = self._tasks[sample.task], TASKS[self.form(sample.task)].question(sample)
+        asked = (template.inline if inline else template.template).replace("{question}", question)
         return self._encode(self._chat([{"role": "system", "content": template.system}, _user(asked)]))
 
     def again(self, task: str) -> tuple[int, ...]:
@@ -83,7 +88,8 @@ class PromptMaker:
         height, width = self.answer_frame(sample.height, sample.width)
         return Prompt(
             sample=sample,
-            token_ids=self.tokens(sample.question, sample.task, inline),
+            task=self.form(sample.task),
+            token_ids=self.tokens(sample, inline),
             images=(image,),
             answer_height=height,
             answer_width=width,

@@ -1,10 +1,14 @@
-"""Where a run stands and how it goes on: step, data cursor, rank store, calibration. The learner keeps the rest."""
+"""State of a run, as its checkpoints keep it: step, data cursor, ledger, rank store, calibration.
+
+The learner's own part lies beside it.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +18,15 @@ import numpy as np
 
 from launch.record import run_directory
 from launch.record.look_file import read_calibrator, write_calibrator
-from launch.run.data import Cursor
+from launch.run.cursor import Cursor
+from launch.run.pipeline import Ticket
 from launch.run.system import System
-from perception import metric_catalog as catalog
 from perception.config import Config
 from perception.errors import UserError
-from perception.types import RankStoreState, Sample
+from perception.files import write_text
+from perception.types import Sample
 from reward_workers.combine import make_store
-from reward_workers.ranking import RankStore
+from reward_workers.ranking import RankStore, RankStoreState
 
 CHECKPOINTS = "checkpoints"
 LEARNER = "learner"
@@ -36,6 +41,8 @@ class RunState:
     cursor: Cursor
     ranks: RankStore | None
     """None where the reward ranks nothing."""
+    ledger: deque[Ticket] = field(default_factory=deque)
+    """Prompts handed out and not yet learned from, oldest first; those that the cursor has given last."""
     step: int = 0
     before: dict[str, float] | None = None
     """Metrics of the starting policy, once evaluated."""
@@ -59,6 +66,7 @@ class RunState:
         saved: Mapping[str, Any] = json.loads(found[-1].read_text())
         state = cls.fresh(config, samples)
         state.cursor.position, state.step = saved["position"], saved["step"]
+        state.ledger.extend(Ticket(*ticket) for ticket in saved["ledger"])
         state.before, state.earlier_seconds, state.checkpoint = saved["before"], saved["seconds"], folder
         if state.ranks is not None:
             state.ranks.restore(_read_ranks(folder, run_dir))
@@ -67,9 +75,9 @@ class RunState:
     async def restore(self, system: System) -> None:
         """Learner first, then its weights into the engines, stamped with the checkpoint's version."""
         assert self.checkpoint is not None, "only a resumed run is restored"
-        await system.learner.load_checkpoint(str((self.checkpoint / LEARNER).resolve()))
+        await system.learner.load(str((self.checkpoint / LEARNER).resolve()))
         if (calibrator := read_calibrator(self.checkpoint)) is not None:
-            system.look.restore(calibrator)
+            system.calibrator.restore(calibrator)
         await system.sync_weights(self.step)
 
     async def save(self, system: System, run_dir: Path) -> None:
@@ -77,18 +85,19 @@ class RunState:
         folder = run_dir / CHECKPOINTS / f"step-{self.step:06d}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        await system.learner.save_checkpoint(str((folder / LEARNER).resolve()), {"step": self.step})
+        await system.learner.save(str((folder / LEARNER).resolve()))
         if self.ranks is not None:
             _write_ranks(folder, self.ranks.state())
         if self.config.look.mode == "relook":
-            write_calibrator(folder, system.look.export())
+            write_calibrator(folder, system.calibrator.export())
         saved = {
             "step": self.step,
-            "position": self.cursor.position,
+            "position": self.cursor.position - len(self.ledger),
+            "ledger": [(ticket.step, ticket.place) for ticket in self.ledger],
             "before": self.before,
             "seconds": self.seconds,
         }
-        run_directory.write_text(folder / STATE, json.dumps(saved, indent=2))
+        write_text(folder / STATE, json.dumps(saved, indent=2))
         for older in sorted((run_dir / CHECKPOINTS).glob("step-*"))[:-2]:
             shutil.rmtree(older)
 
@@ -96,20 +105,21 @@ class RunState:
     def seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.began
 
-    def summary(self, after: Mapping[str, float]) -> dict[str, Any]:
+    def summary(self, after: Mapping[str, float], restarts: Mapping[str, int]) -> dict[str, Any]:
+        """`restarts`: of actors since this process began, by role."""
         return {
             "before": self.before,
             "after": dict(after),
             "steps": self.step,
             "seconds": round(self.seconds, 1),
-            "parse_ok": after[catalog.HELD_OUT_PARSE_OK],
+            "restarts": dict(restarts),
             "seed": self.config.run.seed,
         }
 
 
 def _write_ranks(folder: Path, ranks: RankStoreState) -> None:
     np.savez(folder / RANKS, **dict(ranks.rows))  # type: ignore[arg-type]  # numpy types the keyword allow_pickle only
-    run_directory.write_text(folder / RANKED, json.dumps({"names": ranks.names, "steps": dict(ranks.steps)}))
+    write_text(folder / RANKED, json.dumps({"names": ranks.names, "steps": dict(ranks.steps)}))
 
 
 def _read_ranks(folder: Path, run_dir: Path) -> RankStoreState:

@@ -1,42 +1,36 @@
-"""Everything a run consists of, started together: rollout engines, reward workers, learner, and who sits where."""
+"""System of a run: rollout engines, reward workers and learner, started together on reserved seats."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
 
 from launch.record.look_file import read_look, write_look
-from launch.run.data import ImageStore
+from launch.run.looking import Asked, Looking
 from launch.run.prompts import PromptMaker, prompt_seed, read_policy_spec
-from launch.run.step_metrics import look_metrics
 from learner.pool import LearnerPool
-from perception import metric_catalog as catalog
 from perception.calibration import Calibrator
 from perception.config import Config, LookMode
-from perception.images import content_key
-from perception.types import (
-    Feed,
-    Finding,
-    Group,
-    ImageHandle,
-    LookState,
-    Prompt,
-    Sample,
-    SamplingSpec,
-    ScoredGroup,
-    Trajectory,
-    Turn,
-    UpdateReport,
-    View,
-)
+from perception.types import Group, LookState, Prompt, Sample, SamplingSpec
 from reward_workers.pool import RewardPool
-from rollout.look import look
 from rollout.pool import RolloutPool
-from runtime import cluster
+from runtime import placement
+from runtime.objects import ImageStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sync:
+    """A weight sync, over all engines. Seconds."""
+
+    seconds: float
+    pause_seconds: float
+    """The longest time for which an engine sampled nothing."""
+    transfer_seconds: float
 
 
 class System:
@@ -45,34 +39,31 @@ class System:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.version = 0
+        """Of the weights that the engines sample from: the training step that made them."""
         self._syncing = asyncio.Lock()
-        self.look = Calibrator(config.look)
+        self.calibrator = Calibrator(config.look)
         if (saved := read_look(Path(config.model.path))) is not None:
-            self.look.state = saved
+            self.calibrator.state = saved
         self.policy = read_policy_spec(config.model)
         self._prompts = PromptMaker(config.model, config.task)
         self._images = ImageStore()
-        self._seats = cluster.reserve(config)
-        seats, placement = self._seats, config.placement
+        self._reservation = placement.reserve(config)
+        seats, deterministic = self._reservation, config.run.deterministic
         # What vLLM computes beside a sequence changes the last bits of its log-probs; alone, it always gets the same.
-        rollout = replace(config.rollout, max_num_seqs=1) if config.run.deterministic else config.rollout
-        self.engines = RolloutPool(
-            self.policy, rollout, placement, group=seats.group, bundles=seats.engines, resync=self.resync
-        )
-        self.rewards = RewardPool(
-            config.reward, config.look, config.model, placement, group=seats.group, bundles=seats.reward_workers
-        )
+        rollout = replace(config.rollout, max_num_seqs=1) if deterministic else config.rollout
+        self.engines = RolloutPool(self.policy, rollout, config.placement, seats.engines, self.resync)
+        self.rewards = RewardPool(config.reward, config.look, config.model, config.placement, seats.reward_workers)
+        self.looking = Looking(self.engines, self.rewards, self._prompts, config.look, at_once=int(deterministic))
         self.learner = LearnerPool(
             self.policy,
             config.learner,
             config.algorithm,
-            placement,
+            config.placement,
+            seats.learners,
             temperature=config.rollout.temperature,
             max_new_tokens=config.rollout.max_new_tokens,
             seed=config.run.seed,
-            deterministic=config.run.deterministic,
-            group=seats.group,
-            bundles=seats.learners,
+            deterministic=deterministic,
         )
 
     async def start(self) -> str:
@@ -86,39 +77,36 @@ class System:
     async def shutdown(self) -> None:
         try:
             await self.engines.shutdown()
-            self.rewards.shutdown()
-            self.learner.shutdown()
-            self._seats.free()
+            await self.rewards.shutdown()
+            await self.learner.shutdown()
+            self._reservation.free()
         finally:
             ray.shutdown()
 
-    def prompts(self, samples: Sequence[Sample], step: int, mode: LookMode | None = None) -> list[Prompt]:
-        """`step` only seeds the sampling: the same run, step and position draw the same answers.
+    @property
+    def restarts(self) -> dict[str, int]:
+        """Actors restarted so far, by role."""
+        return {"rollout engines": self.engines.actors.restarts, "reward workers": self.rewards.actors.restarts}
+
+    def prompt(self, sample: Sample, step: int, place: int, mode: LookMode | None = None) -> Prompt:
+        """`step` and `place` only seed the sampling: the same run, step and place draw the same answers.
 
         `mode` decides the prompt's form; by default it is the configured one.
         """
-        seed, inline = self.config.run.seed, (mode or self.config.look.mode) == "inline"
-        return [
-            self._prompts.prompt(sample, self._images.handle(sample), prompt_seed(seed, step, position), inline)
-            for position, sample in enumerate(samples)
-        ]
+        inline = (mode or self.config.look.mode) == "inline"
+        seed = prompt_seed(self.config.run.seed, step, place)
+        return self._prompts.prompt(sample, self._images.handle(sample), seed, inline)
 
-    async def sync_weights(self, version: int) -> list[UpdateReport]:
-        """The learner's weights into every engine: bucket by bucket while they sample, then all at once in a pause.
+    def prompts(self, samples: Sequence[Sample], step: int, mode: LookMode | None = None) -> list[Prompt]:
+        return [self.prompt(sample, step, place, mode) for place, sample in enumerate(samples)]
 
-        Engines sample from `version` afterwards.
-        """
-        async with self._syncing:
-            self.version = version
-            async for bucket in self.learner.buckets(self.engines.begin_update()):
-                await self.engines.stage(bucket)
-            reports = await self.engines.end_update(version)
-            await self.learner.release_buckets()
-            return reports
-
-    async def resync(self) -> None:
-        """The current weights again, for an engine that was restarted."""
-        await self.sync_weights(self.version)
+    def look_state(self, explore: bool, mode: LookMode | None = None) -> LookState | None:
+        """When to look again; None where the mode has one pass. `explore`: also where it seems not to pay, to learn
+        whether it does."""
+        if (mode or self.config.look.mode) != "relook":
+            return None
+        state = self.calibrator.state
+        return replace(state, explore=state.explore if explore else 0.0)
 
     async def answer(
         self,
@@ -126,78 +114,50 @@ class System:
         sampling: SamplingSpec,
         *,
         mode: LookMode | None = None,
-        explore: bool = False,
         masks: int = 0,
-        metrics: tuple[str, ...] | None = None,
-        on_sampled: asyncio.Event | None = None,
-    ) -> list[ScoredGroup]:
-        """Sample a group per prompt and score it as soon as it is there; the results are in prompt order.
+        held_out: bool = False,
+    ) -> list[Group]:
+        """The prompts' scored groups, in their order; the first `masks` with predicted masks. `held_out`: measured by
+        their task's metrics."""
+        asked = Asked(sampling=sampling, look=self.look_state(explore=False, mode=mode), held_out=held_out)
+        rollouts = (self.looking.rollout(prompt, asked, i < masks) for i, prompt in enumerate(prompts))
+        return list(await asyncio.gather(*rollouts))
 
-        `mode` is how to look, by default as configured; `explore` also looks again where that seems not to pay, to
-        learn whether it does. `metrics` are the components to measure, by default those of the configured reward. The
-        first `masks` groups come back with predicted masks, for pictures. `on_sampled` is set once all are sampled.
+    async def sync_weights(self, version: int) -> Sync:
+        """The learner's weights into every engine: bucket by bucket while they sample, then all at once in a pause.
+
+        Engines sample from `version` afterwards.
         """
-        waiting = len(prompts)
-        gate = asyncio.Semaphore(1 if self.config.run.deterministic else waiting)
-        again = (mode or self.config.look.mode) == "relook"
-        state = replace(self.look.state, explore=self.look.state.explore if explore else 0.0)
+        async with self._syncing:
+            began = time.monotonic()
+            self.version = version
+            async for bucket in self.learner.buckets(self.engines.begin_update()):
+                await self.engines.stage(bucket)
+            reports = await self.engines.end_update(version)
+            await self.learner.release_buckets()
+            return Sync(
+                seconds=time.monotonic() - began,
+                pause_seconds=max(report.pause_seconds for report in reports),
+                transfer_seconds=max(report.transfer_seconds for report in reports),
+            )
 
-        async def one(position: int, prompt: Prompt) -> ScoredGroup:
-            nonlocal waiting
-            async with gate:
-                if again:
-                    group = await self._look(prompt, sampling, state)
-                else:
-                    group = await self.engines.generate(prompt, sampling)
-            waiting -= 1
-            if not waiting and on_sampled is not None:
-                on_sampled.set()
-            look = state if again else None
-            return await self.rewards.score(group, want_masks=position < masks, names=metrics, look=look)
-
-        return list(await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts))))
-
-    async def _look(self, prompt: Prompt, sampling: SamplingSpec, state: LookState) -> Group:
-        async def sample(prompt: Prompt, index: int, turns: tuple[Turn, ...], feed: Feed | None) -> Trajectory:
-            return await self.engines.sample(prompt, index, turns, feed, sampling)
-
-        async def examine(group: Group) -> Sequence[Finding]:
-            return await self.rewards.examine(group, state)
-
-        return await look(prompt, sampling.n, self.config.look.max_passes, sample, examine, self._show)
-
-    def _show(self, prompt: Prompt, finding: Finding) -> Feed:
-        """The closer view as the policy's next turn."""
-        assert finding.view is not None
-        left, top, right, bottom = finding.view
-        size = (finding.picture_height, finding.picture_width)
-        height, width = self._prompts.answer_frame(*size)
-        return Feed(
-            input_ids=self._prompts.again(prompt.sample.task),
-            images=(
-                ImageHandle(
-                    key=content_key(finding.picture), height=size[0], width=size[1], ref=ray.put(finding.picture)
-                ),
-            ),
-            view=View(left=left, top=top, right=right, bottom=bottom, height=height, width=width),
-        )
-
-    def learn_to_look(self, scored: Sequence[ScoredGroup]) -> dict[str, float]:
-        """Ends a step: its looks in figures, measured by what was known before, and then learned from."""
-        if self.config.look.mode != "relook":
-            return {}
-        metrics = look_metrics(scored) | {catalog.THRESHOLD: self.look.state.threshold}
-        self.look.learn([score for entry in scored for score in entry.scores])
-        return metrics
+    async def resync(self) -> None:
+        """The current weights again, for an engine that was restarted."""
+        await self.sync_weights(self.version)
 
     async def export(self, folder: Path) -> None:
         """The policy as any released one is, and beside it what it has learned about when to look again."""
         await self.learner.export(str(folder))
-        if self.look.fitted:
-            write_look(folder, self.look.state)
+        if self.calibrator.fitted:
+            write_look(folder, self.calibrator.state)
 
     @property
     def must_calibrate(self) -> bool:
         """It is to look again and nothing is known yet of when that pays."""
         config = self.config.look
-        return config.mode == "relook" and config.trigger != "never" and config.calibration > 0 and not self.look.fitted
+        return (
+            config.mode == "relook"
+            and config.trigger != "never"
+            and config.calibration > 0
+            and not self.calibrator.fitted
+        )

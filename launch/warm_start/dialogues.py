@@ -11,10 +11,10 @@ import numpy as np
 from launch.run.prompts import PromptMaker
 from perception import views
 from perception.config import LookConfig
-from perception.dialogue import ideal_completion
-from perception.frames import image_to_view
-from perception.scenes import Scene, SceneObject, SceneStyle, ask, extent, generate
-from perception.types import Answer, AnswerObject, View
+from perception.frames import Frame, image_to_view
+from perception.scenes import Question, Scene, SceneObject, SceneStyle, ask, extent, generate
+from perception.tasks import TASKS
+from perception.types import Answer, AnswerObject, Sample, Target, View
 
 _WRONG_OBJECT = 0.15
 """Share of first answers that are about another object."""
@@ -39,8 +39,8 @@ def one_look(seed: int, style: SceneStyle, prompts: PromptMaker, inline: bool) -
     scene = generate(seed, style)
     question = ask(scene, np.random.default_rng(seed), style)
     truth = [_exact(scene.objects[i]) for i in question.targets]
-    said = _completion(truth, _whole(scene, prompts), inline)
-    return Dialogue(images=(scene.image,), fed=(prompts.tokens(question.text, question.task, inline),), said=(said,))
+    said = _completion(question.task, truth, _whole(scene, prompts), inline)
+    return Dialogue(images=(scene.image,), fed=(prompts.tokens(sample_of(scene, question), inline),), said=(said,))
 
 
 def two_looks(seed: int, style: SceneStyle, prompts: PromptMaker, look: LookConfig) -> Dialogue:
@@ -62,8 +62,11 @@ def two_looks(seed: int, style: SceneStyle, prompts: PromptMaker, look: LookConf
     truth = [seen for i in question.targets if (seen := _seen(scene.objects[i], rect))]
     return Dialogue(
         images=(scene.image, views.picture(scene.image, rect, outline, look.pixels)),
-        fed=(prompts.tokens(question.text, question.task), prompts.again(question.task)),
-        said=(_completion(first, _whole(scene, prompts)), _completion(truth, view)),
+        fed=(prompts.tokens(sample_of(scene, question)), prompts.again(question.task)),
+        said=(
+            _completion(question.task, first, _whole(scene, prompts)),
+            _completion(question.task, truth, view),
+        ),
     )
 
 
@@ -127,10 +130,28 @@ def _whole(scene: Scene, prompts: PromptMaker) -> View:
     return View(left=0, top=0, right=width, bottom=height, height=tall, width=wide)
 
 
-def _completion(objects: Sequence[AnswerObject], view: View, inline: bool = False) -> str:
-    """The objects (original pixels) as the policy is to write them about the view, in whole pixels of its frame."""
+def _completion(task: str, objects: Sequence[AnswerObject], view: View, inline: bool = False) -> str:
+    """The objects (original pixels) as the policy is to write them about the view, in its frame."""
     inside = image_to_view(Answer(objects=tuple(objects)), view).objects
-    limit = np.array([view.width, view.height])
-    boxes = np.rint(np.array([item.box for item in inside]).reshape(-1, 4)).clip(0, np.tile(limit, 2)).astype(int)
-    points = np.rint(np.array([item.point for item in inside]).reshape(-1, 2)).clip(0, limit - 1).astype(int)
-    return ideal_completion(boxes.tolist(), points.tolist(), view.height, view.width, inline)
+    return TASKS[task].write(_target(inside), Frame(view.height, view.width), inline)
+
+
+def _target(objects: Sequence[AnswerObject]) -> Target:
+    return Target(
+        boxes=np.array([item.box for item in objects], np.float64).reshape(-1, 4),
+        points=np.array([item.point for item in objects], np.float64).reshape(-1, 2),
+    )
+
+
+def sample_of(scene: Scene, question: Question) -> Sample:
+    """The question as a data set would hold it."""
+    height, width = scene.image.shape[:2]
+    return Sample(
+        id="scene",
+        image_path="",
+        height=height,
+        width=width,
+        question=question.text,
+        task=question.task,
+        target=_target([_exact(scene.objects[i]) for i in question.targets]),
+    )

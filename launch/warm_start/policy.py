@@ -21,11 +21,12 @@ from transformers import Qwen2VLImageProcessor
 
 from launch.run.prompts import PromptMaker
 from launch.warm_start import policies
-from launch.warm_start.dialogues import Dialogue, one_look, two_looks
+from launch.warm_start.dialogues import Dialogue, one_look, sample_of, two_looks
 from learner import vision_attention
 from perception.config import LookConfig, ModelConfig, TaskConfig
-from perception.dialogue import ideal_completion
+from perception.frames import Frame
 from perception.scenes import WORLD, SceneStyle, ask, generate
+from perception.tasks import TASKS
 
 SEED_BASE = 1_000_000_000
 """First scene seed of supervised training; data sets on disk use small seeds."""
@@ -90,9 +91,9 @@ def corpus(style: SceneStyle, tasks: dict[str, TaskConfig]) -> Iterator[str]:
     for seed in range(SEED_BASE - 4000, SEED_BASE):
         scene = generate(seed, style)
         question = ask(scene, np.random.default_rng(seed), style)
-        targets = [scene.objects[i] for i in question.targets]
-        answer = ideal_completion([t.box for t in targets], [t.point for t in targets], style.side, style.side)
-        yield tasks[question.task].template.replace("{question}", question.text) + answer
+        sample = sample_of(scene, question)
+        answer = TASKS[sample.task].write(sample.target, Frame(sample.height, sample.width))
+        yield tasks[sample.task].template.replace("{question}", sample.question) + answer
 
 
 class _Batches(IterableDataset):

@@ -18,11 +18,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perception.scenes import Scene, SceneStyle
-from reward_workers.segmenter import BOX, BOX_AND_POINT, POINT, Segmenter, build, official_config
+from reward_workers.segmenter import Segmenter, build, official_config
 
 TOOL_STYLE = SceneStyle(min_objects=2, max_objects=6, texture=0.4, camouflage=0.1)
 """Crowded scenes: where objects are few, finding any foreground is a shortcut that ignores the prompt."""
 PROMPTS_PER_IMAGE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptKind:
+    """Which of (first corner, second corner, point) a prompt holds, and SAM's label of each."""
+
+    slots: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+BOX_AND_POINT = _PromptKind((0, 1, 2), (2, 3, 1))
+BOX = _PromptKind((0, 1), (2, 3))
+POINT = _PromptKind((2,), (1,))
 _KINDS = ((BOX, 0.45), (BOX_AND_POINT, 0.45), (POINT, 0.1))
 _EXACT_BOX = 0.2
 _MULTIMASK_STEPS = 0.1

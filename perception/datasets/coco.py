@@ -13,7 +13,7 @@ optional; the default is the centre of the largest inscribed circle. Image names
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, FiniteFloat
 
 from perception import masks
-from perception.datasets.files import Images, check_task, read_text, validate
+from perception.datasets import reader
+from perception.datasets.files import Images, read_text, validate
 from perception.datasets.objects import TrueObject, read_segmentation, target
 from perception.errors import DataError
+from perception.files import write_text
 from perception.types import Sample
 
 Id = int | str
@@ -68,7 +70,8 @@ class CocoFile(BaseModel):
 Entry = TypeVar("Entry", Image, Annotation, Category, Expression)
 
 
-def read(path: Path, max_pixels: int) -> list[Sample]:
+@reader("coco")
+def read(path: Path, images: Images) -> Iterator[Sample]:
     """Every expression as a Sample. Raises DataError naming file and id for the first that cannot be used."""
     try:
         document = json.loads(read_text(path))
@@ -77,8 +80,8 @@ def read(path: Path, max_pixels: int) -> list[Sample]:
     data = validate(CocoFile, document, str(path))
     by_id = (_index(data.images, path), _index(data.annotations, path), _index(data.categories, path))
     _index(data.expressions, path)
-    found = Images(path, max_pixels)
-    return [_sample(expression, *by_id, found, path) for expression in data.expressions]
+    for expression in data.expressions:
+        yield _sample(expression, *by_id, images, path)
 
 
 def _index(entries: Sequence[Entry], path: Path) -> dict[Id, Entry]:
@@ -99,7 +102,6 @@ def _sample(
     path: Path,
 ) -> Sample:
     where = f"{path}: expression {expression.id}"
-    check_task(expression.task, where)
     image = images.get(expression.image_id)
     if image is None:
         raise DataError(f"{where}: no image has id {expression.image_id}; add it or mend image_id")
@@ -182,9 +184,7 @@ def write(path: Path, records: Iterable[Record]) -> int:
         "categories": [{"id": key, "name": name} for name, key in categories.items()],
         "expressions": expressions,
     }
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(document), encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, json.dumps(document))
     return len(expressions)
 
 

@@ -1,4 +1,4 @@
-"""What both readers do with files: open them with a message, find images, check records against a model."""
+"""Files of a data set: open them with a message, find their images, check records against a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pydantic import BaseModel, ValidationError
 
 from perception.errors import DataError
 from perception.images import probe
-from perception.tasks import TASKS
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -51,8 +50,3 @@ def validate(model: type[Model], record: Any, where: str) -> Model:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "record"
         raise DataError(f"{where}: {field}: {first['msg']}") from error
-
-
-def check_task(name: str, where: str) -> None:
-    if name not in TASKS:
-        raise DataError(f"{where}: unknown task {name!r}; use one of {', '.join(TASKS)}")

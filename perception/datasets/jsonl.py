@@ -10,7 +10,7 @@ boxes     list of [x1, y1, x2, y2] in pixels of the image; [] says that nothing 
 points    optional: one [x, y] inside each object. Default: deepest point of the mask, else the centre of the box
 mask      optional: one per box (or just one, not in a list): the path of a PNG of the image's size whose non-zero
           pixels are the object, or COCO run-length encoding {"size": [height, width], "counts": text or list}
-task      segment (default), ground or count
+task      what is asked for: an entry of the settings' `task`, as segment (default), ground or count
 id        optional, unique. Default: file name and line number
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat
 
 from perception import images, masks
-from perception.datasets.files import Images, check_task, read_text, validate
+from perception.datasets import reader
+from perception.datasets.files import Images, read_text, validate
 from perception.datasets.objects import TrueObject, check_mask_size, read_segmentation, target
 from perception.errors import DataError
 from perception.types import Rle, Sample
@@ -41,18 +43,12 @@ class Line(BaseModel):
     id: str | None = None
 
 
-def read(path: Path, max_pixels: int) -> list[Sample]:
+@reader("jsonl")
+def read(path: Path, images: Images) -> Iterator[Sample]:
     """Every line as a Sample. Raises DataError naming file and line for the first one that cannot be used."""
-    found = Images(path, max_pixels)
-    samples: dict[str, Sample] = {}
     for number, text in enumerate(read_text(path).split("\n"), start=1):
         if text.strip():
-            where = f"{path}:{number}"
-            sample = _sample(text, path, number, where, found)
-            if sample.id in samples:
-                raise DataError(f"{where}: id {sample.id!r} was used before; make ids unique")
-            samples[sample.id] = sample
-    return list(samples.values())
+            yield _sample(text, path, number, f"{path}:{number}", images)
 
 
 def _sample(text: str, path: Path, number: int, where: str, found: Images) -> Sample:
@@ -61,7 +57,6 @@ def _sample(text: str, path: Path, number: int, where: str, found: Images) -> Sa
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not one JSON object on one line ({error})") from error
     line = validate(Line, record, where)
-    check_task(line.task, where)
     image, height, width = found.find(line.image, where)
     return Sample(
         id=line.id or f"{path.stem}:{number}",

@@ -1,0 +1,28 @@
+"""Cursor: samples in a reproducible order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from perception.types import Sample
+
+
+class Cursor:
+    """Endless passes over the samples, reshuffled every epoch. One integer is its whole state."""
+
+    def __init__(self, samples: Sequence[Sample], seed: int, position: int = 0) -> None:
+        self._samples, self._seed, self.position = samples, seed, position
+
+    def next(self, n: int) -> list[Sample]:
+        taken = [self._at(i) for i in range(self.position, self.position + n)]
+        self.position += n
+        return taken
+
+    def _at(self, position: int) -> Sample:
+        epoch, offset = divmod(position, len(self._samples))
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._samples))
+        return self._samples[self._order[offset]]

@@ -1,0 +1,95 @@
+"""Rollouts of prompts: sampled by the engines, looked at again where an answer is unsure, scored by reward workers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import ray
+
+from launch.run.prompts import PromptMaker
+from perception.config import LookConfig
+from perception.images import content_key
+from perception.types import (
+    Feed,
+    Finding,
+    Group,
+    ImageHandle,
+    LookState,
+    Prompt,
+    SamplingSpec,
+    Span,
+    Trajectory,
+    Turn,
+    View,
+)
+from reward_workers.pool import RewardPool
+from rollout.look import look
+from rollout.pool import RolloutPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """How prompts are answered and measured."""
+
+    sampling: SamplingSpec
+    look: LookState | None = None
+    """When to look again; None: one pass."""
+    held_out: bool = False
+    """Measured by their task's metrics instead of the reward's components."""
+
+
+class Looking:
+    """Everything between a prompt and its scored group."""
+
+    def __init__(
+        self, engines: RolloutPool, rewards: RewardPool, prompts: PromptMaker, config: LookConfig, at_once: int
+    ) -> None:
+        """`at_once`: prompts sampled together; 0: as many as there are."""
+        self._engines, self._rewards, self._prompts, self._config = engines, rewards, prompts, config
+        self._gate = asyncio.Semaphore(at_once) if at_once else None
+
+    async def rollout(self, prompt: Prompt, asked: Asked, want_masks: bool = False) -> Group:
+        """The prompt's group, scored. `want_masks`: with predicted masks, for pictures."""
+        if self._gate is None:
+            group = await self._sampled(prompt, asked)
+        else:
+            async with self._gate:
+                group = await self._sampled(prompt, asked)
+        began = time.monotonic()
+        scored = await self._rewards.score(group, want_masks, asked.held_out, asked.look)
+        return replace(scored, scoring=Span(began=began, ended=time.monotonic()))
+
+    async def _sampled(self, prompt: Prompt, asked: Asked) -> Group:
+        began = time.monotonic()
+        if asked.look is None:
+            group = await self._engines.generate(prompt, asked.sampling)
+        else:
+            group = await self._look(prompt, asked.sampling, asked.look)
+        return replace(group, sampling=Span(began=began, ended=time.monotonic()))
+
+    async def _look(self, prompt: Prompt, sampling: SamplingSpec, state: LookState) -> Group:
+        async def sample(prompt: Prompt, index: int, turns: tuple[Turn, ...], feed: Feed | None) -> Trajectory:
+            return await self._engines.sample(prompt, index, turns, feed, sampling)
+
+        async def examine(group: Group) -> Sequence[Finding]:
+            return await self._rewards.examine(group, state)
+
+        return await look(prompt, sampling.n, self._config.max_passes, sample, examine, self._show)
+
+    def _show(self, prompt: Prompt, finding: Finding) -> Feed:
+        """The closer view as the policy's next turn."""
+        assert finding.view is not None
+        left, top, right, bottom = finding.view
+        size = (finding.picture_height, finding.picture_width)
+        height, width = self._prompts.answer_frame(*size)
+        picture = ImageHandle(
+            key=content_key(finding.picture), height=size[0], width=size[1], ref=ray.put(finding.picture)
+        )
+        return Feed(
+            input_ids=self._prompts.again(prompt.sample.task),
+            images=(picture,),
+            view=View(left=left, top=top, right=right, bottom=bottom, height=height, width=width),
+        )

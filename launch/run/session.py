@@ -1,0 +1,119 @@
+"""Session: everything around the algorithm of one run: workers, steps, records, checkpoints, evaluation, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from launch.evaluate import evaluate_all
+from launch.record.progress import Progress
+from launch.record.recorder import Recorder
+from launch.run.batch import Batch, next_batch
+from launch.run.calibrate import calibrate
+from launch.run.parity import parity_gate
+from launch.run.pipeline import Pipeline
+from launch.run.state import RunState
+from launch.run.step_metrics import look_metrics, step_metrics
+from launch.run.system import Sync, System
+from perception import metric_catalog as catalog
+from perception.config import Config
+from perception.errors import UserError
+from perception.types import LearnerReport, Sample
+
+
+@dataclass(slots=True)
+class Session:
+    config: Config
+    samples: Sequence[Sample]
+    held_out: Mapping[str, Sequence[Sample]]
+    """By name; the first one, named "", is what a run is judged by."""
+    state: RunState
+    system: System
+    recorder: Recorder
+    progress: Progress
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by Ctrl-C and SIGTERM."""
+    checked: bool = False
+    """The first batch has passed the parity gate."""
+
+    def pipeline(self) -> Pipeline:
+        return Pipeline(self.system, self.state.cursor, self.state.ledger)
+
+    def steps(self) -> Iterator[int]:
+        """Up to `algorithm.steps`, or the current one once `stop` is set."""
+        for step in range(self.state.step + 1, self.config.algorithm.steps + 1):
+            yield step
+            if self.stop.is_set():
+                return
+
+    async def next_batch(self, scored: Pipeline, step: int) -> Batch:
+        """Ranked, rewarded, advantaged. The first one must pass the parity gate."""
+        batch = await next_batch(scored, step, self.config, self.system.learner, self.state.ranks)
+        if not self.checked:
+            await parity_gate(self.system, batch.groups, self.progress)
+            self.checked = True
+        return batch
+
+    async def finish(self, step: int, batch: Batch, report: LearnerReport, sync: Sync, scored: Pipeline) -> None:
+        """End a step: calibrate, record, show, checkpoint, evaluate.
+
+        Raises UserError where nothing was learned because loss or gradient norm are not finite.
+        """
+        if not report.metrics[catalog.OPTIMIZER_STEPS]:
+            raise UserError(
+                f"step {step}: loss or gradient norm is not finite, the weights were left as they were. Usual causes: "
+                "a learning rate that is too high, kl=k3 far from the reference, a component that returns huge values"
+            )
+        config, self.state.step = self.config, step
+        if self.state.ranks is not None:
+            self.state.ranks.flush()
+        metrics = step_metrics(step, batch, report, sync) | {catalog.RESAMPLED: float(scored.resampled)}
+        metrics |= self._learn_to_look(batch)
+        self.recorder.step(step, metrics, batch.groups)
+        self.progress.step(step, metrics)
+        last = step == config.algorithm.steps
+        if self.stop.is_set() or last or step % config.run.checkpoint_every == 0:
+            await self.state.save(self.system, self.recorder.run_dir)
+        if config.run.eval_every and step % config.run.eval_every == 0 and not last and not self.stop.is_set():
+            await self.assess(f"evaluating after step {step}")
+
+    async def assess(self, phase: str) -> dict[str, float]:
+        """Evaluate the current policy on the held-out samples, and record it."""
+        self.progress.phase(phase)
+        metrics, groups = await evaluate_all(self.system, self.held_out, self.config.run.rollouts_kept)
+        self.recorder.evaluation(self.state.step, metrics, groups)
+        return metrics
+
+    async def run(self, train: Callable[[Session], Awaitable[None]]) -> None:
+        """Workers up, evaluation before and after, summary and exported policy, workers down."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop.set)
+        self.progress.phase("starting engine, SAM2 worker and learner")
+        try:
+            self.progress.say(await self.system.start())
+            if self.state.step:
+                await self.state.restore(self.system)
+            if self.system.must_calibrate and not self.state.step:
+                self.progress.phase("learning when to look again")
+                self.progress.say(await calibrate(self.system, self.samples))
+            if self.state.before is None:
+                self.state.before = await self.assess("evaluating the starting policy")
+            await train(self)
+            if not self.stop.is_set():
+                after = await self.assess("evaluating the trained policy")
+                await self.system.export(self.recorder.run_dir.resolve() / "policy")
+                self.recorder.summary(self.state.summary(after, self.system.restarts))
+        finally:
+            self.progress.phase("shutting down")
+            await self.system.shutdown()
+
+    def _learn_to_look(self, batch: Batch) -> dict[str, float]:
+        """The step's looks in figures, measured by what was known before, and then learned from."""
+        if self.config.look.mode != "relook":
+            return {}
+        calibrator = self.system.calibrator
+        metrics = look_metrics(batch.groups) | {catalog.THRESHOLD: calibrator.state.threshold}
+        calibrator.learn(one for group in batch.groups for one in group.trajectories)
+        return metrics

@@ -1,0 +1,14 @@
+"""Grounding: boxes of what the question means."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from perception.tasks import task
+from perception.tasks.objects import ObjectList
+
+
+@task("ground")
+class Ground(ObjectList):
+    fields: ClassVar = ("box",)
+    metrics = ("box_accuracy", "box_iou")

@@ -1,0 +1,35 @@
+"""Components about boxes and points, matched by the continuous cost. A completion without an answer is worth 0."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from perception import metrics
+from reward_workers.components import Case, component
+
+
+@component(needs={"boxes"})
+def matched_iou(case: Case) -> float:
+    """Mean box IoU of the matched pairs; 1 where nothing is there and nothing was answered."""
+    return metrics.matched_iou(case.matched) if case.answered else 0.0
+
+
+@component(needs={"points"})
+def point_score(case: Case) -> float:
+    """Nearness of the matched points: 1 up to 30 px of the 840 px frame, 0 from 200 px, linear between."""
+    return metrics.point_score(case.matched) if case.answered else 0.0
+
+
+@component(needs={"boxes"})
+def box_iou(case: Case) -> float:
+    """IoU of the areas covered by all answered and by all true boxes."""
+    if not case.answered:
+        return 0.0
+    answered = np.array([one.box for one in case.answer.objects if one.box]).reshape(-1, 4)
+    return metrics.box_iou(answered, case.target.boxes)
+
+
+@component(needs={"boxes"})
+def box_accuracy(case: Case, *, threshold: float = 0.5) -> float:
+    """1 iff `box_iou` exceeds the threshold: Acc@0.5 of referring expression comprehension."""
+    return float(box_iou(case) > threshold)

@@ -1,0 +1,101 @@
+"""Accuracy as Dr. Seg and VisionReasoner publish it (`dr_seg.py`, `vision_reasoner.py`): their list of objects, their
+binary matching, their IoU with both edge pixels counted, their values for empty matches.
+
+They differ from `boxes` in one more way: they are defined where there is no answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perception import metrics
+from perception.frames import METRIC, convert_boxes, convert_points, view_arrays_to_image
+from perception.grammar import MAX_OBJECTS
+from perception.matching import Matched, Objects, match, objects_of_target
+from reward_workers.components import Case, component
+from reward_workers.components.format import json_answer
+
+
+@component(needs={"boxes", "points"})
+def dr_seg_iou(case: Case) -> float:
+    """x1: mean IoU of the pairs; 0 without any."""
+    return metrics.matched_iou(case.once(_published), empty=0.0)
+
+
+@component(needs={"boxes", "points"})
+def dr_seg_count(case: Case) -> float:
+    """x2: min(M, N) / max(M, N); 1 when both are 0."""
+    return metrics.count_ratio(case.once(_published).answered, case.once(_published).true)
+
+
+@component(needs={"boxes", "points"})
+def dr_seg_points(case: Case) -> float:
+    """x3: nearness of the matched points; 0 without any pair."""
+    return metrics.point_score(case.once(_published), empty=0.0)
+
+
+@component(needs={"boxes", "points"})
+def vision_reasoner_accuracy(case: Case) -> float:
+    """VisionReasoner's thresholded hits, 0..3; 0 where its arithmetic would raise, as on texts, nulls and booleans."""
+    return metrics.vision_reasoner(case.once(_published)) if _has_arithmetic(*case.once(published_objects).raw) else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedObjects:
+    """Predictions as the published accuracy reward sees them, in the answer's own frame."""
+
+    boxes: np.ndarray
+    """(count, 4) float64; all NaN (which matches nothing) where the published arrays could not be built."""
+    points: np.ndarray
+    """(count, 2) float64, likewise."""
+    raw: tuple[list[Any], list[Any]]
+    """Boxes and points as they were written."""
+
+
+def published_objects(case: Case) -> PublishedObjects:
+    """The objects the published accuracy reward scores.
+
+    Differs from the task's parser: one item without `bbox_2d` or `point_2d` empties the list, and one that is no pair
+    of numeric lists leaves only the count. A null becomes NaN, as published; it matches nothing, where the published
+    metric would turn NaN.
+    """
+    data = json_answer(case.text)
+    try:
+        pairs = [(item["bbox_2d"], item["point_2d"]) for item in data] if isinstance(data, list) else []
+    except (TypeError, KeyError):
+        pairs = []
+    raw = [box for box, _ in pairs[:MAX_OBJECTS]], [point for _, point in pairs[:MAX_OBJECTS]]
+    boxes, points = _numeric(raw[0], 4), _numeric(raw[1], 2)
+    if boxes is None or points is None:
+        boxes, points = np.full((len(raw[0]), 4), np.nan), np.full((len(raw[0]), 2), np.nan)
+    return PublishedObjects(boxes=boxes, points=points, raw=raw)
+
+
+def _published(case: Case) -> Matched:
+    read = case.once(published_objects)
+    with np.errstate(over="ignore", invalid="ignore"):  # a model may answer 1e308
+        boxes, points = view_arrays_to_image(read.boxes, read.points, case.view)
+        objects = Objects(
+            boxes=convert_boxes(boxes, case.image, METRIC), points=convert_points(points, case.image, METRIC)
+        )
+    return match(objects, objects_of_target(case.target, case.image), "binary", pixel=1.0)
+
+
+def _has_arithmetic(boxes: list[Any], points: list[Any]) -> bool:
+    """Whether numpy can calculate with the arrays as they were written: it cannot subtract booleans from each other."""
+    try:
+        return np.array(boxes).dtype.kind in "iuf" and np.array(points).dtype.kind in "biuf"
+    except ValueError:  # rows of different lengths
+        return False
+
+
+def _numeric(rows: list[Any], width: int) -> np.ndarray | None:
+    """(N, width) float64, or None."""
+    try:
+        array = np.array(rows, dtype=np.float64) if rows else np.empty((0, width))
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return array if array.shape == (len(rows), width) else None

@@ -1,0 +1,153 @@
+"""Placement: who sits where. One reservation of CPUs and GPUs for all actors of a run, granted whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from perception.config import Config, PlacementConfig
+from perception.errors import UserError
+from runtime.cluster import cluster_address, cpus, local_gpus
+
+log = logging.getLogger(__name__)
+
+GRANT_POLL_S = 5.0
+Resources = dict[str, float]
+Role = Literal["engine", "reward", "learner"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where an actor sits: its share of CPUs and GPUs, in a bundle of a placement group or anywhere."""
+
+    cpus: float
+    gpus: float
+    placement_group: PlacementGroup | None = None
+    bundle: int = -1
+
+    def options(self) -> dict[str, Any]:
+        """As `ray.remote(...).options` takes them."""
+        options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        if self.placement_group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.placement_group, self.bundle)
+        return options
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Resources the cluster has set aside for this run."""
+
+    placement_group: PlacementGroup
+    engines: list[Seat]
+    reward_workers: list[Seat]
+    learners: list[Seat]
+
+    def free(self) -> None:
+        """Give everything back; actors still sitting in the bundles are killed by Ray."""
+        remove_placement_group(self.placement_group)
+
+
+def share(placement: PlacementConfig, role: Role) -> Resources:
+    """What one actor of this role claims."""
+    return {"CPU": getattr(placement, f"{role}_cpus"), "GPU": getattr(placement, f"{role}_gpus")}
+
+
+def anywhere(placement: PlacementConfig, role: Role, count: int) -> list[Seat]:
+    """Seats outside any reservation."""
+    own = share(placement, role)
+    return [Seat(own["CPU"], own["GPU"]) for _ in range(count)]
+
+
+def check_resources(config: Config) -> None:
+    """Fail before anything is started if this machine cannot hold the run.
+
+    A cluster's resources are only known once it is joined, so there `reserve` decides.
+    Raises UserError naming what was asked and what there is.
+    """
+    placement = config.placement
+    local = cluster_address() is None
+    if local and placement.device == "cuda" and not local_gpus():
+        raise UserError(f"placement={placement.name} needs a CUDA GPU and this machine shows none: use placement=cpu")
+    for role in ROLES:
+        if not any(share(placement, role).values()):
+            raise UserError(f"placement.{role}_cpus and placement.{role}_gpus are both 0: give one of them a share")
+    asked = _asked(config)
+    if placement.transport == "ipc" and asked["GPU"] > 1:
+        raise UserError(
+            f"placement.transport=ipc puts everything on one GPU, but the shares add up to {asked['GPU']:g}: "
+            "lower placement.*_gpus or set placement.transport=store"
+        )
+    if placement.device == "cpu" and asked["GPU"]:
+        raise UserError("placement.device=cpu asks for GPU shares: set placement.*_gpus=0 or placement.device=cuda")
+    if local:
+        have = {"CPU": float(cpus()), "GPU": float(local_gpus()) if placement.device == "cuda" else 0.0}
+        if _short(asked, have):
+            raise UserError(_shortage(placement, asked, "this machine", have))
+
+
+def reserve(config: Config) -> Reservation:
+    """One bundle per actor, granted all together or not at all.
+
+    With `transport=ipc` the actors share one bundle instead: CUDA IPC needs them on the same device.
+    Raises UserError if the cluster has not granted them within `placement.start_timeout_s`.
+    """
+    placement = config.placement
+    counts = _counts(config)
+    asked = _asked(config)
+    shares = [share(placement, role) for role in ROLES for _ in range(counts[role])]
+    bundles = [asked] if placement.transport == "ipc" else shares
+    group = placement_group([{k: v for k, v in b.items() if v} for b in bundles], strategy=placement.strategy)
+    _await_grant(group, placement, asked)
+    numbers = iter([0] * len(shares) if placement.transport == "ipc" else range(len(shares)))
+
+    def seats(role: Role) -> list[Seat]:
+        own = share(placement, role)
+        return [Seat(own["CPU"], own["GPU"], group, next(numbers)) for _ in range(counts[role])]
+
+    return Reservation(group, seats("engine"), seats("reward"), seats("learner"))
+
+
+def _await_grant(group: PlacementGroup, placement: PlacementConfig, asked: Resources) -> None:
+    deadline = time.monotonic() + placement.start_timeout_s
+    warned = False
+    while not group.wait(min(GRANT_POLL_S, max(0.0, deadline - time.monotonic()))):
+        shortage = _shortage(placement, asked, "the cluster", ray.cluster_resources(), ray.available_resources())
+        if time.monotonic() >= deadline:
+            remove_placement_group(group)
+            raise UserError(f"{shortage}; gave up after {placement.start_timeout_s:g} s (placement.start_timeout_s)")
+        if not warned:
+            log.warning("%s; waiting up to %g s", shortage, placement.start_timeout_s)
+            warned = True
+
+
+def _counts(config: Config) -> dict[Role, int]:
+    return {"engine": config.rollout.engines, "reward": config.reward.workers, "learner": config.learner.ranks}
+
+
+def _asked(config: Config) -> Resources:
+    """Everything together, rounded to Ray's own resolution, so that 0.1 + 0.2 does not ask for more than 0.3."""
+    return {
+        kind: round(sum(share(config.placement, role)[kind] * count for role, count in _counts(config).items()), 4)
+        for kind in ("CPU", "GPU")
+    }
+
+
+def _short(asked: Resources, have: Resources) -> bool:
+    return any(asked[kind] > have.get(kind, 0.0) for kind in asked)
+
+
+def _shortage(
+    placement: PlacementConfig, asked: Resources, where: str, have: Resources, free: Resources | None = None
+) -> str:
+    def say(r: Resources) -> str:
+        return f"{r.get('CPU', 0.0):g} CPUs" + (f" and {r.get('GPU', 0.0):g} GPUs" if asked["GPU"] else "")
+
+    text = f"placement={placement.name} asks for {say(asked)}, {where} has {say(have)}"
+    return text + (f" ({say(free)} free)" if free is not None else "") + ": lower placement.* or the number of actors"
