@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up by themselves. CUDA=1 installs and uses the CUDA set.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: setup demo test test-gpu lint clean
+.PHONY: setup demo test test-fast test-gpu lint docs clean
 
 KIND := $(if $(CUDA),cuda,cpu)
 PYTHON := $(shell for p in python3.11 python3 python; do \
@@ -24,6 +24,10 @@ demo: setup
 test: setup
 	.venv/bin/python -m pytest -m "not gpu" --durations=15
 
+# Tests that start no process.
+test-fast: setup
+	.venv/bin/python -m pytest tests/unit --durations=10
+
 test-gpu: setup
 	.venv/bin/python -m pytest -m gpu tests/gpu --durations=15
 
@@ -31,6 +35,9 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: setup
+	.venv/bin/python docs/config_reference.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -7,5 +7,9 @@ class UserError(Exception):
     """Settings, files or a machine that cannot be used. The message is one line; the program ends with status 2."""
 
 
+class ActorError(RuntimeError):
+    """The actors cannot go on. The message names the actor, what it was doing, and why."""
+
+
 class DataError(ValueError):
     """Input that cannot be used. The message names the file, line or id, says what is wrong and how to mend it."""

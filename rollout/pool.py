@@ -11,6 +11,7 @@ import ray
 
 from perception.checksum import total
 from perception.config import PlacementConfig, RolloutConfig
+from perception.errors import ActorError
 from perception.types import (
     EngineInfo,
     Feed,
@@ -24,7 +25,7 @@ from perception.types import (
     WeightBucket,
 )
 from rollout.engine import EngineDead, RolloutEngine, failed_group, failed_trajectory
-from runtime.actors import ActorError, ActorPool, Late, Limit, Slot, call, idlest
+from runtime.actors import ActorPool, Late, Limit, Slot, call, idlest
 from runtime.placement import Seat
 
 MAX_RESTARTS = 3

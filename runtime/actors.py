@@ -18,16 +18,13 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from perception.errors import ActorError
 from runtime.placement import Seat
 
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
 _GOODBYE_S = 10.0
-
-
-class ActorError(RuntimeError):
-    """The actors cannot go on. The message names the actor, what it was doing, and why."""
 
 
 class Late(ActorError):
@@ -191,8 +188,7 @@ class ActorPool(Generic[T]):
             failure = ActorError(f"{self._role} {slot.number} was not ready within {self._start_limit}")
             failure.__cause__ = error
         except RayError as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
-            failure = ActorError(f"{self._role} {slot.number} did not start: {cause!r}")
+            failure = ActorError(f"{self._role} {slot.number} did not start: {_why(error)}")
             failure.__cause__ = error
         ray.kill(slot.actor)
         slot.actor = None
@@ -215,7 +211,7 @@ class ActorPool(Generic[T]):
             ray.kill(dead)
         if slot.restarts == self._restarts:
             times = self._restarts + 1
-            raise ActorError(f"{self._role} {slot.number} died {times} times; last: {death}") from death
+            raise ActorError(f"{self._role} {slot.number} died {times} times; last: {_why(death)}") from death
         slot.restarts += 1
         self._make(slot)
         await self._started(slot)
@@ -228,11 +224,18 @@ class ActorPool(Generic[T]):
             done: R = await asyncio.wait_for(_sent(slot.actor, wanted), limit.seconds)
             return done
         except self._deaths as error:
-            raise ActorError(f"{where} died while doing '{doing or wanted.doing}': {error}") from error
+            raise ActorError(f"{where} died while {doing or wanted.doing}: {_why(error)}") from error
         except RayTaskError as error:
-            raise ActorError(f"{where}, {doing or wanted.doing}: {error.cause}") from error
+            raise ActorError(f"{where}, {doing or wanted.doing}: {_why(error)}") from error
         except TimeoutError as error:
             raise Late(f"{where}: {doing or wanted.doing} took more than {limit}") from error
+
+
+def _why(error: Exception) -> str:
+    """In one line: what the method raised, or how the actor ended."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0]}" if lines else repr(cause)
 
 
 def _sent(actor: Any, wanted: Call[Any, Any]) -> Any:

@@ -11,17 +11,18 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from perception.errors import DataError, UserError
+from perception.errors import ActorError, DataError, UserError
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Within this, a UserError or DataError ends the program with its line on stderr and status 2, no traceback."""
+    """Within this, an error that is one line ends the program with it on stderr: status 2 where the user can mend it, 1
+    where an actor failed."""
     try:
         yield
-    except (UserError, DataError) as error:
+    except (UserError, DataError, ActorError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, ActorError) else 2)
 
 
 def call(function: Callable[..., Any]) -> None:

@@ -4,8 +4,8 @@
                  |                                                                              |
                  '--- the ledger: handed out, not yet taken --- version <= staleness ---   learner.update -> weight sync
 
-`take(n)` first hands out prompts until `n + max_staleness * prompts_per_step` are under way or ready, then waits for
-the oldest n. That is the backpressure: nothing is handed out between two takes.
+`take(n)` first hands out prompts until `n + max_staleness * prompts_per_step` are under way or ready (fewer where the
+run ends before), then waits for the oldest n. That is the backpressure: nothing is handed out between two takes.
 
     max_staleness = 0   take | sample, score | rank | learn | sync | take ...       the synchronous loop
     max_staleness = k   while step t learns, rollouts of the steps t+1 .. t+k run; weights enter them in flight, and
@@ -27,8 +27,8 @@ from typing import Self
 from launch.run.cursor import Cursor
 from launch.run.looking import Asked
 from launch.run.system import System
+from perception.errors import ActorError
 from perception.types import Group, Sample, SamplingSpec
-from runtime.actors import ActorError
 
 _ATTEMPTS = 3
 """How often a group is sampled before its staleness is an error."""
@@ -88,7 +88,8 @@ class Pipeline:
         """
         if step != self._step:
             self._step, self._places = step, 0
-        while len(self._ahead) < n + self._staleness * self._prompts:
+        ahead = min(self._staleness, self._system.config.algorithm.steps - step)
+        while len(self._ahead) < n + ahead * self._prompts:
             self._hand_out()
         groups = await asyncio.gather(*(self._fresh(one) for one in islice(self._ahead, n)))
         for _ in groups:

@@ -97,7 +97,7 @@ class RunState:
             "before": self.before,
             "seconds": self.seconds,
         }
-        write_text(folder / STATE, json.dumps(saved, indent=2))
+        write_text(folder / STATE, json.dumps(saved))
         for older in sorted((run_dir / CHECKPOINTS).glob("step-*"))[:-2]:
             shutil.rmtree(older)
 
