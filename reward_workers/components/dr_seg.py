@@ -85,11 +85,14 @@ def _published(case: Case) -> Matched:
 
 
 def _has_arithmetic(boxes: list[Any], points: list[Any]) -> bool:
-    """Whether numpy can calculate with the arrays as they were written: it cannot subtract booleans from each other."""
+    """Whether numpy can calculate with the arrays as they were written: booleans cannot be subtracted from each other,
+    and a root cannot be taken of integers beyond 64 bits, which become objects."""
     try:
-        return np.array(boxes).dtype.kind in "iuf" and np.array(points).dtype.kind in "biuf"
+        box_array, point_array = np.array(boxes), np.array(points)
     except ValueError:  # rows of different lengths
         return False
+    large = box_array.dtype.kind == "O" and all(isinstance(value, int | float) for value in box_array.flat)
+    return (box_array.dtype.kind in "iuf" or large) and point_array.dtype.kind in "biuf"
 
 
 def _numeric(rows: list[Any], width: int) -> np.ndarray | None:

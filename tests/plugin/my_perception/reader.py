@@ -1,4 +1,4 @@
-"""Reader `table`: one question per line, `image<delimiter>question<delimiter>x1 y1 x2 y2`."""
+"""Reader `piped`: one question per line, `image<delimiter>question<delimiter>x1 y1 x2 y2`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from perception.datasets.objects import TrueObject, target
 from perception.types import Sample
 
 
-@reader("table")
+@reader("piped")
 def read(
-    path: Path, images: Images, *, delimiter: str = "\t", unit: Literal["pixel", "share"] = "pixel"
+    path: Path, images: Images, *, delimiter: str = "|", unit: Literal["pixel", "share"] = "pixel"
 ) -> Iterator[Sample]:
     """`unit`: boxes are in pixels, or in shares of the image's width and height."""
     for number, line in enumerate(read_text(path).splitlines(), start=1):
