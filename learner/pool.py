@@ -141,11 +141,11 @@ class LearnerPool:
         """
         opened = self._submit("sender", "open", receivers, ranks=1)
         (count,) = await self._wait("opening the weight sync", opened)
-        pending = self._submit("sender", "pack_bucket", 0)
+        pending = self._submit("sender", "fill_bucket", 0)
         for index in range(count):
             bucket = (await self._wait(f"packing weight bucket {index + 1} of {count}", pending))[0]
             if index + 1 < count:
-                pending = self._submit("sender", "pack_bucket", index + 1)
+                pending = self._submit("sender", "fill_bucket", index + 1)
             yield bucket
         await self._wait("sending the weight buckets", self._submit("sender", "flush", ranks=1))
 

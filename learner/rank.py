@@ -23,14 +23,13 @@ from learner.flops import MatrixRate
 from learner.loss import kl
 from learner.policy import load_policy
 from learner.step import Plan, Stepper, Totals, make_reference
-from learner.sync import WeightSender
-from learner.weights import weights
+from learner.weights import WeightSender, weights
 from learner.zero import ZeroEngine
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig
 from perception.types import LearnerReport, PolicySpec, TrainGroup
-
-FETCH_TIMEOUT_S = 60.0
+from runtime.objects import fetch
+from runtime.weights import join_store, open_store
 
 
 class LearnerRank:
@@ -66,26 +65,24 @@ class LearnerRank:
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0 only: open the rendezvous on a free port of this node; returns (address, port)."""
-        address = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(address, 0, self._world, is_master=True, wait_for_workers=False)
-        return address, self._store.port
+        self._store = open_store(ray.util.get_node_ip_address(), self._world, self._config.timeout_s)
+        return self._store.host, self._store.port
 
     def start(self, address: str, port: int) -> float:
         """Join the process group and load the policy; returns seconds. Collective."""
         began = time.perf_counter()
-        timeout = timedelta(seconds=self._config.timeout_s)
         if self._rank > 0:
-            self._store = dist.TCPStore(address, port, self._world, is_master=False, timeout=timeout)
+            self._store = join_store(address, port, self._world, self._config.timeout_s)
         os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._world), "LOCAL_RANK": "0"}
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
             store=self._store,
             rank=self._rank,
             world_size=self._world,
-            timeout=timeout,
+            timeout=timedelta(seconds=self._config.timeout_s),
         )
         self._policy = load_policy(
-            self._spec, self._temperature, self._config, _fetch, self._algorithm.entropy_coef > 0
+            self._spec, self._temperature, self._config, fetch, self._algorithm.entropy_coef > 0
         ).to(self._device)
         reference = make_reference(self._policy, self._algorithm, self._config)
         updates = self._algorithm.steps * self._algorithm.updates * self._algorithm.epochs
@@ -198,7 +195,3 @@ def _peak_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def _fetch(ref: Any) -> bytes:
-    return ref if isinstance(ref, bytes) else ray.get(ref, timeout=FETCH_TIMEOUT_S)

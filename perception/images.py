@@ -10,7 +10,6 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -82,8 +81,8 @@ def _sideways(image: Image.Image) -> bool:
 class ImageCache(Lru[np.ndarray]):
     """Decoded images by content key."""
 
-    def __init__(self, fetch: Callable[[Any], bytes], capacity: int) -> None:
-        """`fetch` turns an `ImageHandle.ref` into the encoded bytes."""
+    def __init__(self, fetch: Callable[[ImageHandle], bytes], capacity: int) -> None:
+        """`fetch` gives the encoded bytes of an image."""
         super().__init__(capacity)
         self._fetch = fetch
 
@@ -92,6 +91,6 @@ class ImageCache(Lru[np.ndarray]):
         return self.value(handle.key, lambda: self._decoded(handle))
 
     def _decoded(self, handle: ImageHandle) -> np.ndarray:
-        image = decode(self._fetch(handle.ref))
+        image = decode(self._fetch(handle))
         image.flags.writeable = False
         return image

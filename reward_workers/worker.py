@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import ray
 
 from perception import images, masks, views
 from perception.calibration import confidence, most_confident
@@ -37,11 +36,11 @@ from reward_workers.rewards import (
     compares_masks,
     components_in_use,
 )
+from runtime.objects import fetch
 
 if TYPE_CHECKING:
     from reward_workers.segmenter import Segmentation, Segmenter
 
-FETCH_TIMEOUT_S = 60.0
 _UNREAD = Pass(Answer(objects=(), failure=Failure(kind=FailureKind.ENGINE, detail="nothing was answered")), None, 0)
 
 
@@ -53,7 +52,7 @@ class RewardWorker:
         self._config, self._look, self._model, self._device, self._threads = config, look, model, device, threads
         self._names = components_in_use(config)
         self._compares = compares_masks(config)
-        self._images = ImageCache(_fetch, config.image_cache)
+        self._images = ImageCache(fetch, config.image_cache)
         self._loaded: Segmenter | None = None
         self._groups, self._seconds = 0, 0.0
 
@@ -208,11 +207,6 @@ def _true_mask(group: Group) -> np.ndarray:
     if sample.target.count and not sample.target.masks:
         raise ValueError(f"sample '{sample.id}' has no masks: reward without mask_iou, or add masks to the data")
     return masks.decode(masks.union(sample.target.masks, sample.height, sample.width))
-
-
-def _fetch(ref: Any) -> bytes:
-    """Encoded bytes, out of Ray's object store where the handle holds a reference."""
-    return ray.get(ref, timeout=FETCH_TIMEOUT_S) if isinstance(ref, ray.ObjectRef) else ref
 
 
 def failed_group(group: Group, detail: str) -> ScoredGroup:

@@ -13,7 +13,6 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from perception.checksum import total
 from perception.config import PlacementConfig, RolloutConfig
 from perception.types import (
     EngineInfo,
@@ -29,6 +28,7 @@ from perception.types import (
     WeightBucket,
 )
 from rollout.engine import EngineDead, RolloutEngine, failed_group, failed_trajectory
+from runtime.weights import total
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.sync import ALIGNMENT, checksum, pack, plan_buckets, view
+from runtime.weights import ALIGNMENT, checksum, fill, plan_buckets, view
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 SHAPES = st.lists(
@@ -23,11 +23,11 @@ def tensors(shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tens
 @given(SHAPES, st.integers(1, 4000))
 def test_every_parameter_comes_back_exactly(shapes: list[tuple[tuple[int, ...], torch.dtype]], limit: int) -> None:
     parameters = tensors(shapes)
-    plans = plan_buckets({name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}, limit)
+    plans = plan_buckets({name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}, limit, "store")
     buffer = torch.full((max(plan.nbytes for plan in plans),), 255, dtype=torch.uint8)
     received: dict[str, Tensor] = {}
     for plan in plans:
-        flat = pack(plan, parameters, buffer).clone()
+        flat = fill(plan, parameters, buffer).clone()
         assert flat.shape == (plan.nbytes,)
         assert plan.nbytes <= limit or len(plan.slots) == 1
         for slot in plan.slots:
@@ -41,7 +41,7 @@ def test_every_parameter_comes_back_exactly(shapes: list[tuple[tuple[int, ...], 
 
 def test_layout_by_hand() -> None:
     shapes = {"a": ((3,), torch.float32), "b": ((2, 2), torch.bfloat16), "c": ((100,), torch.float32)}
-    first, second = plan_buckets(shapes, limit=64)
+    first, second = plan_buckets(shapes, 64, "store")
     assert [(s.name, s.dtype, s.shape, s.offset) for s in first.slots] == [
         ("a", "float32", (3,), 0),
         ("b", "bfloat16", (2, 2), 16),
@@ -50,10 +50,10 @@ def test_layout_by_hand() -> None:
     assert (second.slots[0].name, second.nbytes) == ("c", 400)
 
 
-def test_a_wrong_shape_is_not_packed_in_silence() -> None:
-    (plan,) = plan_buckets({"a": ((3,), torch.float32)}, limit=64)
+def test_a_wrong_shape_is_not_filled_in_silence() -> None:
+    (plan,) = plan_buckets({"a": ((3,), torch.float32)}, 64, "store")
     with pytest.raises(RuntimeError, match="size"):
-        pack(plan, {"a": torch.zeros(4)}, torch.zeros(64, dtype=torch.uint8))
+        fill(plan, {"a": torch.zeros(4)}, torch.zeros(64, dtype=torch.uint8))
 
 
 def test_the_checksum_survives_stacking_and_padding_by_rows() -> None:
