@@ -85,6 +85,7 @@ def engine_args(policy: PolicySpec, config: RolloutConfig) -> AsyncEngineArgs:
         generation_config="vllm",
         distributed_executor_backend="uni",
         worker_extension_cls="rollout.worker_extension.WeightReceiver",
+        scheduler_cls="rollout.worker_extension.scheduler",
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )

@@ -1,7 +1,7 @@
 """What vLLM's processes learn for us: take new weights while they sample, load them into the paused model.
 
 vLLM mixes `WeightReceiver` into its worker (`worker_extension_cls`), where `rollout.update` calls it by name; no name
-in it may be one of the worker's own.
+in it may be one of the worker's own. The engine's process imports this file for `scheduler` (`scheduler_cls`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 import vllm.model_executor.layers.utils as vllm_layers
+import vllm.v1.core.sched.output as vllm_requests
 from torch.nn import functional
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from perception.types import TensorSlot
 from runtime.weights import Inbox, checksum
@@ -48,6 +51,17 @@ class _CpuGenerator(torch.Generator):
 if current_platform.is_cpu():
     vllm_layers.dispatch_cpu_unquantized_gemm = _plain_linear
     torch.Generator = _CpuGenerator  # type: ignore[misc]
+
+# A request whose images lie wholly in the prefix cache is given to the worker without their pixels. A weight update
+# empties that cache and computes the request anew, from its images: the engine died of it. (vLLM 0.26 strips nothing.)
+if hasattr(vllm_requests, "strip_covered_mm_data"):
+    vllm_requests.strip_covered_mm_data = lambda features, *_, **__: features
+
+
+def scheduler(vllm_config: VllmConfig, **arguments: Any) -> Scheduler:
+    """vLLM's own. Named as `scheduler_cls`, it has the engine's process import this file, wherever the workers live."""
+    kind = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+    return kind(vllm_config=vllm_config, **arguments)
 
 
 class WeightReceiver:
