@@ -68,7 +68,7 @@ def test_a_submitted_program_joins_the_cluster_with_the_repository_on_every_node
     program = "; ".join(  # in single quotes: the shell has the double ones
         [
             "import ray",
-            "from launch import cluster",
+            "from runtime import cluster",
             "from perception.config import PlacementConfig",
             "cluster.connect(PlacementConfig(name='cpu', device='cpu'))",
             "where = lambda: (__import__('perception').__path__[0], ray.get_runtime_context().get_node_id())",
