@@ -156,7 +156,7 @@ class LearnerRank:
         return [tuple(float(one.sum()) for one in group) for group in _by_trajectory(groups, plan, values)]
 
     def sender(self, method: str, *arguments: Any) -> Any:
-        """The door to the rank's `WeightSender`."""
+        """Call a method of the rank's `WeightSender`."""
         return getattr(self._sender, method)(*arguments)
 
     def save_checkpoint(self, folder: str, client_state: dict[str, Any]) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 _POLL_S = 0.2
 
@@ -22,7 +20,7 @@ class DeathWatch:
         self._engine = engine
         self._death = asyncio.create_task(self._wait())
 
-    async def or_death(self, call: Awaitable[T], doing: str) -> T:
+    async def or_death(self, call: Awaitable[Any], doing: str) -> Any:
         """What a call to the engine returns. Raises EngineDead, naming `doing`, about when the engine dies."""
         task = asyncio.ensure_future(call)
         try:

@@ -34,10 +34,9 @@ class WeightUpdates:
 
     async def stage(self, bucket: WeightBucket, receiver: int) -> None:
         """Hold a bucket until `end`, as member `receiver` of a broadcast."""
-        doing = "staging a weight bucket"
         if not self._staging:
             self._staging = time.monotonic()
-            await self._rpc(doing, "drop_held")  # of an update that failed
+            await self._rpc("staging a weight bucket", "drop_held")  # of an update that failed
         payload = await bucket.payload if isinstance(bucket.payload, ray.ObjectRef) else bucket.payload
         with ExitStack() as until_held:
             if bucket.transport == "store":
@@ -45,7 +44,7 @@ class WeightUpdates:
             elif bucket.transport != "ipc":
                 # Twice: of the two waits it is `end`'s that can name what it waits for.
                 payload = (*payload, receiver, 2 * self._config.request_timeout_s)
-            await self._rpc(doing, "hold", bucket.transport, payload, bucket.nbytes, bucket.slots)
+            await self._rpc("staging a weight bucket", "hold", bucket.transport, payload, bucket.nbytes, bucket.slots)
         self._nbytes += bucket.nbytes
 
     async def end(self, version: int, checksum: bool) -> UpdateReport:
@@ -98,14 +97,13 @@ class WeightUpdates:
             checksum=(await self._rpc("summing up its weights", "sum_weights"))[0] if checksum else None,
         )
 
-    async def _pause(self) -> None:
+    async def _pause(self) -> Any:
         """Every cache of the old weights is dropped: prefixes, images, their features."""
         if not self._native_versions:
-            await self._engine.pause_generation(mode="keep", clear_cache=True)
-            return
+            return await self._engine.pause_generation(mode="keep", clear_cache=True)
         # What `pause_generation` does but for its last 20 ms of sleep, in which only `_note_switch` has an interest.
         await self._engine.renderer.clear_mm_cache_async()
-        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+        return await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
 
     def _note_switch(self) -> None:
         """For a vLLM that keeps no versions: how many tokens each sample in flight has of the old one."""

@@ -17,5 +17,4 @@ def fetch(handle: ImageHandle) -> bytes:
     try:
         return ray.get(handle.ref, timeout=FETCH_TIMEOUT_S)
     except GetTimeoutError as error:
-        missing = f"image {handle.key} did not come from the object store within {FETCH_TIMEOUT_S:g} s"
-        raise RuntimeError(missing) from error
+        raise RuntimeError(f"image {handle.key} did not come from Ray's store in {FETCH_TIMEOUT_S:g} s") from error

@@ -29,7 +29,6 @@ from perception.types import TensorSlot, WeightBucket
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ALIGNMENT = 16
-_MODULUS = 1 << 64
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DEVICE_ARGUMENT = 6
 """Position of the device index in the arguments of torch's `rebuild_cuda_tensor`."""
@@ -86,7 +85,7 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
 
 def total(sums: Iterable[int]) -> int:
     """The checksum of several sets of tensors, from theirs."""
-    return sum(sums) % _MODULUS
+    return sum(sums) % (1 << 64)
 
 
 def shared_file(payload: Any) -> IO[bytes]:

@@ -39,9 +39,9 @@ class RayCluster:
             return subprocess.run(
                 command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=timeout_s
             )
-        except subprocess.TimeoutExpired as late:
-            log = (late.stdout or b"").decode()[-4000:]  # bytes even with text=True
-            raise TimeoutError(f"the job did not end within {timeout_s:g} s; the end of its log: {log}") from late
+        except subprocess.TimeoutExpired as error:
+            log = (error.stdout or b"").decode()[-4000:]  # bytes even with text=True
+            raise TimeoutError(f"the job did not end within {timeout_s:g} s; the end of its log: {log}") from error
 
 
 @contextlib.contextmanager
