@@ -2,7 +2,7 @@
 
     python -m benchmarks.extension --json
 
-Counted on the plugin that `tests/stack/test_plugins.py` trains with (`tests/plugin/my_perception`): for each addition the
+Counted on the plugin that `tests/stack/test_plugins.py` trains with (`tests/plugin/my_perception`): per addition the
 files it takes, its lines of code (no blanks, comments, docstrings), and the files of this repository that had to be
 edited for it, found as those that name what it registers. Its names must be unknown before the plugin is loaded and
 registered after. There is no rival in this benchmark.
@@ -52,7 +52,9 @@ def code_lines(path: Path) -> int:
 def edited(name: str) -> list[str]:
     """Files of the product that register or select this name."""
     quoted = re.compile(rf"""["'/: ]{name}["':]""")
-    files = (file for folder in PRODUCT for file in sorted((ROOT / folder).rglob("*")) if file.suffix in (".py", ".yaml"))
+    files = (
+        file for folder in PRODUCT for file in sorted((ROOT / folder).rglob("*")) if file.suffix in (".py", ".yaml")
+    )
     return [file.relative_to(ROOT).as_posix() for file in files if quoted.search(file.read_text(encoding="utf-8"))]
 
 

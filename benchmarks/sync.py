@@ -35,6 +35,7 @@ from learner.pool import LearnerPool
 from perception.config import Config
 from rollout import pool as rollout_pool
 from rollout.engine import RolloutEngine
+from rollout.update import WeightUpdates
 from runtime import cluster
 
 
@@ -47,19 +48,18 @@ class CopyingEngine(RolloutEngine):
 
     async def copy_held(self) -> None:
         await self._engine.collective_rpc(_copy_held)
-        self._staging, self._nbytes = 0.0, 0
+        self._updates = WeightUpdates(self._engine, self._watch, self._config)
 
 
 def _copy_held(wrapper: Any) -> None:
     worker = wrapper.worker
     plain = worker.__dict__.setdefault("plain_buffers", {})
-    for number, (arriving, _) in enumerate(worker._relook_held):
-        flat = arriving.result()
+    for number, flat in enumerate(arriving.result() for arriving, _ in worker._relook_inbox._held):
         device = next(worker.model_runner.get_model().parameters()).device
         plain.setdefault(number, torch.empty_like(flat, device=device)).copy_(flat)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    worker._relook_held.clear()
+    worker._relook_inbox.clear()
 
 
 class CountingPool(rollout_pool.RolloutPool):

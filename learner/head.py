@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-BANNED_LOGIT = -1e9
-"""What the engine adds to the logit of a banned id: a probability of exactly 0, and no NaN in the entropy."""
+from perception.types import BANNED_LOGIT
+
 CHUNK_LOGITS = 1 << 26
 """Logits held at once; more tokens go through in chunks that the backward pass computes again."""
 

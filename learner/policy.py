@@ -28,8 +28,8 @@ PACKED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 ROW_BUCKETS = 16
 """Lengths of rows within `micro_tokens` that are compiled for on CUDA, at most."""
 log = logging.getLogger(__name__)
-Fetch = Callable[[object], bytes]
-"""An `ImageHandle.ref` -> the encoded bytes."""
+Fetch = Callable[[ImageHandle], bytes]
+"""The encoded bytes of an image."""
 
 
 class Policy(nn.Module, ABC):
@@ -229,7 +229,7 @@ def _picture_maker(spec: PolicySpec, fetch: Fetch, known: LRUCache[str, Picture]
     def make(handle: ImageHandle) -> Picture:
         if (found := known.get(handle.key)) is not None:
             return found
-        inputs = images(images=[torch.tensor(decode(fetch(handle.ref))).permute(2, 0, 1)], return_tensors="pt")
+        inputs = images(images=[torch.tensor(decode(fetch(handle))).permute(2, 0, 1)], return_tensors="pt")
         grid = inputs["image_grid_thw"][0] if "image_grid_thw" in inputs else None
         if grid is not None:
             tokens = torch.full((int(grid.prod()) // images.merge_size**2,), spec.image_token_id)

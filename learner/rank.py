@@ -21,6 +21,7 @@ from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig
 from perception.types import Group, LearnerReport, PolicySpec, WeightBucket
 from runtime.objects import fetch
+from runtime.weights import join_store, open_store
 
 if TYPE_CHECKING:
     from learner.step import Plan, Totals
@@ -58,9 +59,8 @@ class LearnerRank:
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0 only: open the rendezvous on a free port of this node; returns (address, port)."""
-        address = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(address, 0, self._world, is_master=True, wait_for_workers=False)
-        return address, self._store.port
+        self._store = open_store(ray.util.get_node_ip_address(), self._world, self._config.timeout_s)
+        return self._store.host, self._store.port
 
     def start(self, address: str, port: int) -> float:
         """Join the process group and load the policy; returns seconds. Collective."""
@@ -70,8 +70,7 @@ class LearnerRank:
         from learner.flops import MatrixRate
         from learner.policy import load_policy
         from learner.step import Stepper, make_reference
-        from learner.sync import WeightSender
-        from learner.weights import weights
+        from learner.weights import WeightSender, weights
         from learner.zero import Zero
 
         began = time.perf_counter()
@@ -93,16 +92,15 @@ class LearnerRank:
         return time.perf_counter() - began
 
     def _join(self, address: str, port: int) -> None:
-        timeout = timedelta(seconds=self._config.timeout_s)
         if self._rank > 0:
-            self._store = dist.TCPStore(address, port, self._world, is_master=False, timeout=timeout)
+            self._store = join_store(address, port, self._world, self._config.timeout_s)
         os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._world), "LOCAL_RANK": "0"}
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
             store=self._store,
             rank=self._rank,
             world_size=self._world,
-            timeout=timeout,
+            timeout=timedelta(seconds=self._config.timeout_s),
         )
 
     def update(self, batches: Sequence[Sequence[Group]]) -> LearnerReport:
@@ -164,7 +162,7 @@ class LearnerRank:
         return self._sender.open(receivers)
 
     def fill_bucket(self, index: int) -> WeightBucket | None:
-        return self._sender.pack_bucket(index)
+        return self._sender.fill_bucket(index)
 
     def flush_sync(self) -> None:
         self._sender.flush()

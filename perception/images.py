@@ -10,7 +10,6 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from cachetools import LRUCache
@@ -82,15 +81,15 @@ def _sideways(image: Image.Image) -> bool:
 class ImageCache:
     """Decoded images by content key, the most recently used ones."""
 
-    def __init__(self, fetch: Callable[[Any], bytes], capacity: int) -> None:
-        """`fetch` turns an `ImageHandle.ref` into the encoded bytes."""
+    def __init__(self, fetch: Callable[[ImageHandle], bytes], capacity: int) -> None:
+        """`fetch` gives the encoded bytes of an image."""
         self._fetch = fetch
         self._kept: LRUCache[str, np.ndarray] = LRUCache(capacity)
 
     def get(self, handle: ImageHandle) -> np.ndarray:
         """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError when it does not decode."""
         if handle.key not in self._kept:
-            image = decode(self._fetch(handle.ref))
+            image = decode(self._fetch(handle))
             image.flags.writeable = False
             self._kept[handle.key] = image
         return self._kept[handle.key]

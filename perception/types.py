@@ -200,6 +200,11 @@ class PolicySpec:
     """Placeholder ids: never sampled, and masked in the learner's softmax too."""
 
 
+BANNED_LOGIT = -1e9
+"""What the engine adds to the logit of a banned id, and the learner puts in its place: a probability of exactly 0 in
+float32, as under a mask of -inf, and no NaN in the entropy."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerObject:
     box: tuple[float, float, float, float] | None = None
@@ -362,7 +367,7 @@ class LearnerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSlot:
-    """Where one parameter lies inside a bucket's flat buffer."""
+    """Where one parameter lies inside a bucket's flat buffer (see the example of `WeightBucket`)."""
 
     name: str
     """The policy's `named_parameters()` name."""
@@ -375,17 +380,26 @@ class TensorSlot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBucket:
-    """A flat byte buffer of parameters on its way to an engine."""
+    """A flat byte buffer of parameters on its way to an engine.
+
+    A float32 bias of 3 (12 bytes) and a bfloat16 matrix of 2 x 2 (8 bytes) are
+
+        slots = (TensorSlot(name="bias", dtype="float32", shape=(3,), offset=0),
+                 TensorSlot(name="weight", dtype="bfloat16", shape=(2, 2), offset=16))
+        nbytes = 24
+
+    in a buffer whose bytes 12 to 15 nobody reads.
+    """
 
     slots: tuple[TensorSlot, ...]
     nbytes: int
     transport: str
     """As in `perception.config.PlacementConfig`."""
-    payload: Any
-    """store: a (nbytes,) uint8 array, or an ObjectRef to one. ipc: pickled CUDA IPC handle. nccl, gloo: (host, port,
-    members) of the process group in which the learner, rank 0, broadcasts the buckets in order."""
+    payload: Any = None
+    """store: a (nbytes,) uint8 array, or an ObjectRef to one. ipc: a CUDA IPC handle. nccl, gloo: (host, port, members)
+    of the process group in which the learner, member 0, broadcasts the buckets in order."""
     checksum: int | None = None
-    """Of these parameters (`perception.checksum`); the first bucket also counts the weights that are never sent."""
+    """Of these parameters (`runtime.weights`); the first bucket also counts the weights that are never sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

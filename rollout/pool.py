@@ -9,7 +9,6 @@ from functools import partial
 
 import ray
 
-from perception.checksum import total
 from perception.config import PlacementConfig, RolloutConfig
 from perception.errors import ActorError
 from perception.types import (
@@ -27,6 +26,7 @@ from perception.types import (
 from rollout.engine import EngineDead, RolloutEngine, failed_group, failed_trajectory
 from runtime.actors import ActorPool, Late, Limit, Slot, call, idlest
 from runtime.placement import Seat
+from runtime.weights import total
 
 MAX_RESTARTS = 3
 """Per engine and run: one that dies more often has a cause that a restart does not cure."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import ray
 from cachetools import LRUCache
+from ray.exceptions import GetTimeoutError
 
 from perception.images import content_key
 from perception.types import ImageHandle, Sample
@@ -29,12 +29,11 @@ class ImageStore:
         return self._kept[sample.image_path]
 
 
-def fetch(ref: Any) -> bytes:
-    """Encoded bytes, out of the object store where `ref` is a reference. Raises TimeoutError."""
-    if not isinstance(ref, ray.ObjectRef):
-        return bytes(ref) if not isinstance(ref, bytes) else ref
+def fetch(handle: ImageHandle) -> bytes:
+    """The encoded image. Raises RuntimeError naming it when the object store does not give it in time."""
+    if not isinstance(handle.ref, ray.ObjectRef):
+        return handle.ref
     try:
-        data: bytes = ray.get(ref, timeout=FETCH_TIMEOUT_S)
-    except ray.exceptions.GetTimeoutError as error:
-        raise TimeoutError(f"an image did not come out of the object store within {FETCH_TIMEOUT_S:g} s") from error
-    return data
+        return ray.get(handle.ref, timeout=FETCH_TIMEOUT_S)
+    except GetTimeoutError as error:
+        raise RuntimeError(f"image {handle.key} did not come from Ray's store in {FETCH_TIMEOUT_S:g} s") from error

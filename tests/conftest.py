@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from runtime.loopback import confine_ray
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Before any test module imports torch, ray or wandb: these are read once.
@@ -23,6 +25,7 @@ for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(threads, "1")
 # A test starts the Ray it needs; one that happens to be named here is not ours.
 os.environ.pop("RAY_ADDRESS", None)
+confine_ray()
 if "gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

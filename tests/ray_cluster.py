@@ -1,4 +1,7 @@
-"""A real Ray cluster of two raylets on this machine: own ports, own folder, torn down by process id."""
+"""A real Ray cluster of two raylets on this machine: own ports, own folder, torn down by process id.
+
+It listens on loopback only, and wants the token of this process.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,9 @@ class RayCluster:
             return subprocess.run(
                 command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=timeout_s
             )
-        except subprocess.TimeoutExpired as late:
-            said = (late.stdout or b"").decode()[-4000:]  # bytes even with text=True
-            raise TimeoutError(f"the job did not end within {timeout_s:g} s; it last said: {said}") from late
+        except subprocess.TimeoutExpired as error:
+            log = (error.stdout or b"").decode()[-4000:]  # bytes even with text=True
+            raise TimeoutError(f"the job did not end within {timeout_s:g} s; the end of its log: {log}") from error
 
 
 @contextlib.contextmanager
@@ -91,7 +94,8 @@ def _free_ports(n: int) -> list[int]:
 
 def _start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as out:
-        return subprocess.Popen([BIN / "ray", "start", *arguments], env=_environment(), stdout=out, stderr=out)
+        command = [sys.executable, ROOT / "tests" / "ray_on_loopback.py", "start", *arguments]
+        return subprocess.Popen(command, env=_environment(), stdout=out, stderr=out)
 
 
 def _stop(started: Sequence[subprocess.Popen[bytes]], grace_s: float = 15.0) -> None:
@@ -123,7 +127,9 @@ def _listens(port: int) -> bool:
 def _nodes(cluster: RayCluster) -> int:
     """Nodes the head counts as alive; 0 while its dashboard, which also takes the jobs, is not up."""
     try:
-        with urllib.request.urlopen(f"{cluster.dashboard}/nodes?view=summary", timeout=5.0) as reply:
+        headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(f"{cluster.dashboard}/nodes?view=summary", headers=headers)
+        with urllib.request.urlopen(request, timeout=5.0) as reply:
             nodes = json.load(reply)["data"]["summary"]
     except OSError:
         return 0

@@ -12,10 +12,11 @@ import pytest
 import ray
 import torch
 
-from learner import sync, vision_attention
-from learner.weights import weights
+from learner import vision_attention
+from learner.weights import WeightSender, weights
 from perception.config import LearnerConfig
 from runtime.cluster import ROOT
+from runtime.weights import open_ipc, view
 
 pytestmark = pytest.mark.gpu
 
@@ -40,10 +41,7 @@ def test_windows_attend_as_on_the_cpu() -> None:
 @ray.remote(num_gpus=0.1)
 class _Receiver:
     def read(self, handle: bytes) -> list[int]:
-        import pickle
-
-        rebuild, arguments = pickle.loads(handle)
-        return rebuild(*arguments).cpu().tolist()
+        return open_ipc(handle).cpu().tolist()
 
 
 def test_all_buckets_are_read_in_another_process_without_a_copy() -> None:
@@ -51,14 +49,14 @@ def test_all_buckets_are_read_in_another_process_without_a_copy() -> None:
     try:
         model = torch.nn.Sequential(*(torch.nn.Linear(300, 600) for _ in range(4))).to("cuda", torch.bfloat16)
         config = LearnerConfig(bucket_mb=1)
-        sender = sync.WeightSender(weights(model), config, rank=0, device=torch.device("cuda"), transport="ipc")
-        buckets = [sender.pack_bucket(index) for index in range(sender.open(("engine",)))]
+        sender = WeightSender(weights(model), config, rank=0, device=torch.device("cuda"), transport="ipc")
+        buckets = [sender.fill_bucket(index) for index in range(sender.open(("engine",)))]
         assert len(buckets) == 2
         receiver, received = _Receiver.remote(), {}
         for bucket in buckets:
             assert bucket is not None
             flat = torch.tensor(ray.get(receiver.read.remote(bucket.payload), timeout=60), dtype=torch.uint8)
-            received |= {slot.name: sync.view(flat, slot) for slot in bucket.slots}
+            received |= {slot.name: view(flat, slot) for slot in bucket.slots}
         sender.release()
         for name, parameter in model.named_parameters():
             assert torch.equal(received[name], parameter.cpu()), name

@@ -29,7 +29,7 @@ BUDGET = 2048
 
 def load(spec: PolicySpec, dtype: str = "float32", **settings: object) -> Policy:
     config = LearnerConfig(micro_tokens=BUDGET, **settings)  # type: ignore[arg-type]
-    return load_policy(replace(spec, dtype=dtype), 0.8, config, lambda ref: ref).to("cuda")
+    return load_policy(replace(spec, dtype=dtype), 0.8, config, lambda handle: handle.ref).to("cuda")
 
 
 def in_order(policy: Policy, groups: list[TrainGroup]) -> tuple[Tensor, dict[str, Tensor]]:

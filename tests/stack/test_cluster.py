@@ -1,4 +1,4 @@
-"""Guards the cluster's door: a run submitted to a real two-node Ray cluster joins it and is spread over it as reserved;
+"""Guards where a run executes: submitted to a real two-node Ray cluster it joins it and is spread over it as reserved;
 without a cluster it starts its own; what cannot fit is refused in one line before anything starts."""
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from perception.config import (
 )
 from perception.errors import UserError
 from runtime import cluster
+from tests.listeners import listeners, outside
 from tests.ray_cluster import RayCluster, two_nodes
 
 pytestmark = pytest.mark.timeout(660)  # starting two raylets counts towards the first test
@@ -68,7 +69,7 @@ def test_a_submitted_program_joins_the_cluster_with_the_repository_on_every_node
     program = "; ".join(  # in single quotes: the shell has the double ones
         [
             "import ray",
-            "from launch import cluster",
+            "from runtime import cluster",
             "from perception.config import PlacementConfig",
             "cluster.connect(PlacementConfig(name='cpu', device='cpu'))",
             "where = lambda: (__import__('perception').__path__[0], ray.get_runtime_context().get_node_id())",
@@ -99,6 +100,12 @@ def test_a_training_run_submitted_as_a_job_writes_where_it_was_told(nodes: RayCl
     assert {"giou_greedy", "giou_sampled"} <= set(summary["after"])
     assert (run / "report.html").stat().st_size > 0
     assert (run / "policy" / "model.safetensors").is_file()
+
+
+def test_both_nodes_listen_on_loopback_only(nodes: RayCluster) -> None:
+    found = listeners()
+    assert sum("/raylet " in one[0] for one in found) >= 2
+    assert outside(found) == set()
 
 
 def test_a_reservation_spreads_over_the_nodes_and_is_given_back(joined: None) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
 from perception.config import RolloutConfig
 from perception.types import FailureKind, Feed, Group, Prompt, SamplingSpec, Trajectory, Turn, View
-from rollout.engine import RolloutEngine
+from rollout.engine import EngineDead, RolloutEngine
 from tests.hf_reference import Reference, image
 from tests.tiny_policy import IMAGE_TOKENS, build
 
@@ -192,3 +195,27 @@ def test_more_prompt_tokens_than_one_batch_takes_leave_the_engine_alive(engine: 
     groups = generate(engine, [reference.prompt(seed) for seed in range(64)], few)
     failures = {t.failure.kind for group in groups for t in group.trajectories if t.failure is not None}
     assert failures <= {FailureKind.TRUNCATED}
+
+
+def test_the_death_of_vllm_ends_every_wait_at_once_and_is_named(engine: Any, reference: Reference) -> None:
+    """The last test: the engine's process is killed while it owes an answer to each kind of call."""
+    actor = psutil.Process(ray.get(engine.__ray_call__.remote(lambda self: os.getpid()), timeout=30))
+    (core,) = [child for child in actor.children(recursive=True) if "EngineCor" in child.name()]
+    core.suspend()
+    prompt = reference.prompt(7)
+    calls = {
+        "sampling": engine.generate.remote(prompt, SAMPLING),
+        "sampling ": engine.sample.remote(prompt, 0, (), None, SAMPLING),
+        "staging a weight bucket": engine.stage.remote(next(reference.buckets()), 1),
+        "receiving the staged buckets": engine.end_update.remote(1, True),
+    }
+    assert ray.wait(list(calls.values()), timeout=1.0)[0] == []
+    core.kill()
+    killed = time.monotonic()
+    for doing, call in calls.items():
+        with pytest.raises(EngineDead, match=f"vLLM's engine process died while {doing.strip()}"):
+            ray.get(call, timeout=30)
+    with pytest.raises(EngineDead, match="died while sampling"):
+        ray.get(engine.generate.remote(prompt, SAMPLING), timeout=30)
+    assert time.monotonic() - killed < 10.0  # seconds; CONFIG lets a request take 600
+    assert ray.get(engine.stats.remote(), timeout=30).requests > 0

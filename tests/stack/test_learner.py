@@ -25,11 +25,11 @@ from learner.loss import policy_loss
 from learner.policy import load_policy
 from learner.pool import LearnerPool, deal, mini_batches
 from learner.rows import pieces
-from learner.sync import view
 from learner.zero import learning_rate
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import LearnerReport, PolicySpec, TrainGroup
+from runtime.weights import view
 from tests import tiny_policy
 from tests.train_groups import train_group
 
@@ -149,7 +149,7 @@ class Plain:
 @pytest.fixture(scope="module")
 def plain(spec: PolicySpec, groups: list[TrainGroup]) -> Plain:
     """The same steps in one process: one batch, torch's AdamW, no DeepSpeed."""
-    policy = load_policy(spec, 0.9, LearnerConfig(rows="padded"), lambda ref: ref)
+    policy = load_policy(spec, 0.9, LearnerConfig(rows="padded"), lambda handle: handle.ref)
     reference = copy.deepcopy(policy)
     batch = policy.collate(list(pieces(groups, policy.layout, 1 << 20, padded=True)))
     optimizer = torch.optim.AdamW(policy.parameters(), betas=CONFIG.betas, weight_decay=CONFIG.weight_decay)

@@ -23,10 +23,10 @@ from learner.loss import policy_loss
 from learner.policy import load_policy
 from learner.pool import LearnerPool
 from learner.rows import pieces
-from learner.sync import view
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, LoraConfig, PlacementConfig
 from perception.types import LearnerReport, PolicySpec, TrainGroup
+from runtime.weights import view
 from tests import tiny_policy
 from tests.train_groups import train_group
 
@@ -170,7 +170,7 @@ def test_several_steps_over_a_batch_follow_the_policy_from_its_beginning(
     learning rate falls from step to step."""
     algorithm = replace(ALGORITHM, steps=1, updates=2, epochs=2, importance="token", importance_cap=1.5)
     run = Run(spec, groups, steps=1, algorithm=algorithm, schedule="linear")
-    policy = load_policy(spec, 0.9, LearnerConfig(rows="padded"), lambda ref: ref)
+    policy = load_policy(spec, 0.9, LearnerConfig(rows="padded"), lambda handle: handle.ref)
     batches = [policy.collate(list(pieces(part, policy.layout, 1 << 20))) for part in (groups[:1], groups[1:])]
     with torch.no_grad():
         before = [copy.deepcopy(policy)(batch)[0] for batch in batches]

@@ -1,4 +1,4 @@
-"""A user's own task, component, reader and loss train, from a package outside this repository of which no file changes."""
+"""A user's own task, component, reader and loss, from a package outside this repository of which no file changes."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from perception.types import (
 from reward_workers.pool import RewardError, RewardPool
 from reward_workers.segmenter import build
 from reward_workers.worker import RewardWorker
+from runtime import objects
 
 MASKED = RewardConfig(name="masked", components={"mask_iou": 1.0, "matched_iou": 1.0, "parsed": 1.0}, timeout_s=240)
 PLAIN = RewardConfig(name="plain", components={"think_format": 1.0, "count_ratio": 1.0}, timeout_s=240)
@@ -100,6 +102,17 @@ def trajectory(index: int, text: str) -> Trajectory:
 def answer(scene: Scene) -> str:
     items = [f'{{"bbox_2d": {[2 * v for v in o.box]}, "point_2d": {[2 * v for v in o.point]}}}' for o in scene.objects]
     return f"<think>here</think><answer>[{', '.join(items)}]</answer>"
+
+
+def test_an_image_that_the_object_store_does_not_give_is_named(
+    cluster: None, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = ray.remote(num_cpus=0.1)(lambda: time.sleep(60)).remote()
+    (image,) = asked(scene, [], ref=never).prompt.images
+    monkeypatch.setattr(objects, "FETCH_TIMEOUT_S", 0.2)
+    with pytest.raises(RuntimeError, match=f"image {image.key} did not come from Ray's store in 0.2 s"):
+        objects.fetch(image)
+    ray.cancel(never, force=True)
 
 
 def test_masks_are_compared_with_the_truth(model: ModelConfig, scene: Scene) -> None:

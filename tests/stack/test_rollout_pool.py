@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -14,16 +15,18 @@ import pytest_asyncio
 import ray
 
 from perception.config import PlacementConfig, RolloutConfig
-from perception.types import FailureKind, SamplingSpec, Turn
+from perception.types import FailureKind, Feed, Group, SamplingSpec, Trajectory, Turn, View
 from rollout.pool import RolloutError, RolloutPool
-from tests.hf_reference import Reference
-from tests.tiny_policy import build
+from tests.hf_reference import Reference, image
+from tests.tiny_policy import IMAGE_TOKENS, build
 
 CONFIG = RolloutConfig(max_model_len=1024, kv_cache_mb=64, request_timeout_s=120)
 PLACEMENT = PlacementConfig(name="test", device="cpu", threads=1)
 ROUNDING = 5e-5
 """Float32, after several perturbations. Stale weights or caches are off by 0.1 and more."""
 GREEDY = SamplingSpec(n=1, temperature=0.0, max_new_tokens=24)
+SAMPLED = SamplingSpec(n=8, temperature=1.0, max_new_tokens=900)
+LONG = replace(SAMPLED, n=1)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -75,6 +78,12 @@ def assert_is_the_policy(trainer: Trainer, turn: Turn, seed: int) -> None:
     np.testing.assert_allclose(turn.logprobs, table.max(-1), atol=ROUNDING, rtol=0)
 
 
+def second_look(reference: Reference) -> Feed:
+    text = f"\n<|im_start|>user\n{IMAGE_TOKENS}Again.<|im_end|>\n<|im_start|>assistant\n"
+    view = View(left=0, top=0, right=56, bottom=56, height=84, width=84)
+    return Feed(input_ids=tuple(reference.processor.tokenizer(text).input_ids), images=(image(50, 84, 84),), view=view)
+
+
 async def test_changed_weights_change_the_next_sample(trainer: Trainer) -> None:
     before = await greedy(trainer, seed=1)
     assert_is_the_policy(trainer, before, seed=1)
@@ -87,24 +96,25 @@ async def test_changed_weights_change_the_next_sample(trainer: Trainer) -> None:
         before = after
 
 
-async def test_requests_in_flight_survive_an_update(trainer: Trainer) -> None:
-    reference = trainer.reference
-    prompt = reference.prompt(2)
-    sampling = SamplingSpec(n=8, temperature=1.0, max_new_tokens=400)
-    old = Reference(reference.policy)
+async def step_in_flight(trainer: Trainer, *calls: Coroutine[Any, Any, Group | Trajectory]) -> list[Trajectory]:
+    """An update while the calls are sampling. Of what comes back, the trajectories that both policies have sampled,
+    each part with the log-probs of its own policy."""
+    reference, old = trainer.reference, Reference(trainer.reference.policy)
     old.model.load_state_dict(reference.model.state_dict())
-
-    running = asyncio.create_task(trainer.pool.generate(prompt, sampling))
+    running = [asyncio.create_task(call) for call in calls]
     await asyncio.sleep(0.3)
     await trainer.step()
-    group = await running
+    done = [one for task in running for one in trajectories(await task)]
 
-    turns = [t.turns[0] for t in group.trajectories if len(t.turns[0].versions) == 2]
-    assert turns, "no sample was in flight during the update"
-    for turn in turns:
+    met = [one for one in done if len(one.turns[-1].versions) == 2]
+    for trajectory in met:
+        *earlier, turn = trajectory.turns
         first, second = turn.versions
         assert (first.version, second.version) == (trainer.version - 1, trainer.version)
         assert (first.start, second.start, second.end) == (0, first.end, len(turn.token_ids))
+        row = [token for t in earlier for token in (*t.input_ids, *t.token_ids)]
+        images = tuple(image for t in trajectory.turns for image in t.images)
+        prompt = replace(reference.prompt(0), token_ids=(*row, *turn.input_ids), images=images)
         for span, policy in ((first, old), (second, reference)):
             table = policy.logprobs(prompt, turn.token_ids, 1.0)
             expected = table[np.arange(len(turn.token_ids)), turn.token_ids]
@@ -112,6 +122,51 @@ async def test_requests_in_flight_survive_an_update(trainer: Trainer) -> None:
             np.testing.assert_allclose(
                 np.array(turn.logprobs)[part], expected[part], atol=1e-4, rtol=0
             )  # long rows round more
+    return met
+
+
+def trajectories(done: Group | Trajectory) -> tuple[Trajectory, ...]:
+    return done.trajectories if isinstance(done, Group) else (done,)
+
+
+async def test_requests_in_flight_survive_an_update(trainer: Trainer) -> None:
+    group = trainer.pool.generate(trainer.reference.prompt(2), replace(SAMPLED, max_new_tokens=400))
+    assert await step_in_flight(trainer, group), "no sample was in flight during the update"
+
+
+# vLLM sends the pixels of an image only with the first of the requests that share it. An update recomputes those in
+# flight from their first token, and the one with the pixels may have ended.
+
+
+async def test_an_image_whose_first_request_has_ended_survives_an_update(trainer: Trainer) -> None:
+    prompt = trainer.reference.prompt(100)
+    await trainer.pool.sample(prompt, 0, (), None, replace(SAMPLED, n=1, max_new_tokens=4))
+    others = [trainer.pool.sample(prompt, index, (), None, LONG) for index in range(1, 5)]
+    assert await step_in_flight(trainer, *others)
+
+
+async def test_a_group_whose_first_answer_has_ended_survives_an_update(trainer: Trainer) -> None:
+    for seed in range(200, 230):
+        prompt = trainer.reference.prompt(seed)
+        group = await trainer.pool.generate(prompt, SAMPLED)
+        first, *others = (trajectory.sampled_tokens for trajectory in group.trajectories)
+        if first < 40 and max(others) > 700:
+            break
+    await trainer.sync()  # the same weights; the image leaves the caches
+    met = await step_in_flight(trainer, trainer.pool.generate(prompt, SAMPLED))
+    assert met and all(trajectory.index for trajectory in met)
+
+
+async def test_a_prompt_seen_before_and_its_second_look_survive_an_update(trainer: Trainer) -> None:
+    prompt = trainer.reference.prompt(300)
+    group = await trainer.pool.generate(prompt, SAMPLED)
+    assert await step_in_flight(trainer, trainer.pool.generate(prompt, SAMPLED))
+
+    group = await trainer.pool.generate(prompt, replace(SAMPLED, max_new_tokens=40))
+    feed = second_look(trainer.reference)
+    looks = [trainer.pool.sample(prompt, one.index, one.turns, feed, LONG) for one in group.trajectories]
+    met = await step_in_flight(trainer, *looks)
+    assert met and all(len(trajectory.turns) == 2 for trajectory in met)
 
 
 async def test_an_unknown_parameter_is_refused(trainer: Trainer) -> None:
@@ -148,7 +203,13 @@ async def processes(trainer: Trainer) -> tuple[psutil.Process, psutil.Process]:
 
 async def test_a_killed_engine_comes_back_with_the_current_weights(trainer: Trainer) -> None:
     _, core = await processes(trainer)
+    trainer.pool.begin_update()
+    core.suspend()
+    staging = asyncio.create_task(trainer.pool.stage(next(trainer.reference.buckets())))
+    await asyncio.sleep(0.5)
     core.kill()
+    with pytest.raises(RolloutError, match="engine 0 died while staging weight bucket 1: "):
+        await asyncio.wait_for(staging, 10.0)
     turns = await asyncio.gather(*(greedy(trainer, seed) for seed in (5, 6)))
     assert trainer.pool.restarts == 1
     for seed, turn in zip((5, 6), turns, strict=True):

@@ -17,12 +17,12 @@ import ray
 import torch
 
 from learner.pool import LearnerPool
-from learner.sync import WeightSender
-from learner.weights import weights
+from learner.weights import WeightSender, weights
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig, RolloutConfig
 from perception.types import SamplingSpec, UpdateReport, WeightBucket
 from rollout.pool import RolloutError, RolloutPool
 from tests.hf_reference import Reference
+from tests.listeners import listeners, outside
 from tests.tiny_policy import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ async def sync(
     change: Callable[[WeightBucket], WeightBucket] = lambda bucket: bucket,
 ) -> list[UpdateReport]:
     for index in range(out.open(engines.begin_update())):
-        bucket = out.pack_bucket(index)
+        bucket = out.fill_bucket(index)
         assert bucket is not None
         await engines.stage(change(bucket))
     out.flush()
@@ -128,7 +128,7 @@ async def test_staging_leaves_requests_in_flight_alone(engines: RolloutPool, oth
     await asyncio.sleep(0.1)
     out = sender(other, "gloo")
     for index in range(out.open(engines.begin_update())):
-        await engines.stage(out.pack_bucket(index))
+        await engines.stage(out.fill_bucket(index))
     out.flush()
     assert not running.done()
     group = await running  # to its end, with everything staged
@@ -169,22 +169,22 @@ async def test_a_single_wrong_parameter_fails_the_checksum(
         await sync(sender(other, "store"), engines, 3, change)
 
 
-async def test_what_is_late_is_named(engines: RolloutPool, other: Reference) -> None:
+async def test_a_bucket_that_does_not_arrive_is_named(engines: RolloutPool, other: Reference) -> None:
     silent = sender(other, "gloo")
     silent.open(engines.begin_update())
     assert silent._broadcast is not None
-    bucket = WeightBucket(slots=(), nbytes=16, transport="gloo", payload=silent._broadcast.address)
+    bucket = WeightBucket(slots=(), nbytes=16, transport="gloo", payload=silent._address)
     await impose(engines, replace(engines._config, request_timeout_s=1.0))
     await engines.stage(bucket)
-    late = r"rollout engine \d, taking new weights: receiving the staged buckets took more than 1 s"
-    with pytest.raises(RolloutError, match=late):
+    missing = r"rollout engine \d, taking new weights: receiving the staged buckets took more than 1 s"
+    with pytest.raises(RolloutError, match=missing):
         await engines.end_update(1)
     await impose(engines, engines._config)
 
 
 async def impose(engines: RolloutPool, config: RolloutConfig) -> None:
     for slot in engines._slots:
-        await slot.actor.__ray_call__.remote(lambda self: setattr(self, "_config", config))
+        await slot.actor.__ray_call__.remote(lambda self: setattr(self._updates, "_config", config))
 
 
 async def test_a_zero_3_learner_of_two_ranks_sends_every_parameter(engines: RolloutPool, other: Reference) -> None:
@@ -202,6 +202,9 @@ async def test_a_zero_3_learner_of_two_ranks_sends_every_parameter(engines: Roll
             await engines.end_update(version)
             await learner.release_buckets()
             await assert_engines_are(engines, other, version)
+        found, (host, port, _) = listeners(), bucket.payload
+        assert (host, port) in {one[1:] for one in found} and any("EngineCore" in one[0] for one in found)
+        assert outside(found) == set()  # neither the process groups nor their rendezvous
     finally:
         learner.shutdown()
 

@@ -27,7 +27,7 @@ FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 
 def load(spec: PolicySpec, rows: str) -> Policy:
-    return load_policy(spec, TEMPERATURE, LearnerConfig(rows=rows), lambda ref: ref)  # type: ignore[arg-type]
+    return load_policy(spec, TEMPERATURE, LearnerConfig(rows=rows), lambda handle: handle.ref)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -111,7 +111,7 @@ def test_damaged_bytes_decode_or_say_so(cut: int, value: int) -> None:
 def test_cache_keeps_the_last_used_and_counts() -> None:
     encoded = {f"ref{i}": png(noise(2, 2, i)) for i in range(3)}
     handles = [ImageHandle(key=content_key(data), height=2, width=2, ref=ref) for ref, data in encoded.items()]
-    cache = ImageCache(fetch=encoded.__getitem__, capacity=2)
+    cache = ImageCache(fetch=lambda handle: encoded[handle.ref], capacity=2)
     first, second, third = handles
     assert cache.get(first) is cache.get(first)
     cache.get(second)

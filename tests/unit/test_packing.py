@@ -133,7 +133,7 @@ def test_useful_flops_by_hand(tmp_path: Path) -> None:
     """The tiny policy: 2 text layers of 64 wide, 2 heads of 32, 1 key head; vision 2 blocks of 64, the second one over
     the whole image, windows of 8 x 8 patches; one image of 12 x 12 patches, merged 2 x 2."""
     spec = tiny_policy.build(tmp_path)
-    policy = load_policy(spec, 1.0, LearnerConfig(), lambda ref: ref)
+    policy = load_policy(spec, 1.0, LearnerConfig(), lambda handle: handle.ref)
     entry = train_group(spec, np.random.default_rng(3), n=2, side=168)
     (work,) = pieces([entry], policy.layout, 1 << 20)
     first, second = (t.sampled_tokens for t in entry.group.trajectories)
@@ -155,10 +155,10 @@ def test_useful_flops_by_hand(tmp_path: Path) -> None:
 def test_adapters_need_no_gradient_of_the_weights(tmp_path: Path) -> None:
     spec = tiny_policy.build(tmp_path)
     entry = train_group(spec, np.random.default_rng(3), n=2, images=0)
-    plain = load_policy(spec, 1.0, LearnerConfig(), lambda ref: ref)
+    plain = load_policy(spec, 1.0, LearnerConfig(), lambda handle: handle.ref)
     (work,) = pieces([entry], plain.layout, 1 << 20)
     full = FlopCounter(plain.model, vision_trained=True, adapters=False)([work])
-    adapted = load_policy(spec, 1.0, LearnerConfig(lora=LoraConfig(rank=2)), lambda ref: ref)
+    adapted = load_policy(spec, 1.0, LearnerConfig(lora=LoraConfig(rank=2)), lambda handle: handle.ref)
     less = FlopCounter(adapted.model, vision_trained=False, adapters=True)([work])
     assert 2 / 3 < less / full < 0.75  # two thirds, and the adapters' own
 

@@ -33,7 +33,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> PolicySpec:
 
 
 def load(spec: PolicySpec, **settings: object) -> Policy:
-    return load_policy(spec, TEMPERATURE, LearnerConfig(**settings), lambda ref: ref)  # type: ignore[arg-type]
+    return load_policy(spec, TEMPERATURE, LearnerConfig(**settings), lambda handle: handle.ref)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_the_heads_memory_does_not_grow_with_the_tokens(monkeypatch: pytest.Monk
 def test_the_entropys_gradient_is_that_of_the_textbook(
     stock: Policy, spec: PolicySpec, groups: list[TrainGroup]
 ) -> None:
-    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda ref: ref, entropy_gradient=True)
+    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda handle: handle.ref, entropy_gradient=True)
     batch = policy.collate(list(pieces(groups[1:2], policy.layout, 1 << 20)))
     policy(batch)[1].sum().backward()
     ours = gradients(policy)

@@ -1,6 +1,10 @@
-"""Guards the bucket format: aligned, complete, no larger than asked, bit for bit what went in; and the checksum."""
+"""Guards the weight wire: buckets aligned, complete, no larger than asked, bit for bit what went in; the checksum; both
+ends of each transport that a CPU has."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.sync import ALIGNMENT, checksum, pack, plan_buckets, view
+from perception.types import WeightBucket
+from runtime.weights import (
+    ALIGNMENT,
+    Broadcast,
+    Inbox,
+    checksum,
+    fill,
+    open_store,
+    plan_buckets,
+    shared_file,
+    view,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 SHAPES = st.lists(
@@ -23,11 +38,11 @@ def tensors(shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tens
 @given(SHAPES, st.integers(1, 4000))
 def test_every_parameter_comes_back_exactly(shapes: list[tuple[tuple[int, ...], torch.dtype]], limit: int) -> None:
     parameters = tensors(shapes)
-    plans = plan_buckets({name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}, limit)
+    plans = plan_buckets({name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}, limit, "store")
     buffer = torch.full((max(plan.nbytes for plan in plans),), 255, dtype=torch.uint8)
     received: dict[str, Tensor] = {}
     for plan in plans:
-        flat = pack(plan, parameters, buffer).clone()
+        flat = fill(plan, parameters, buffer).clone()
         assert flat.shape == (plan.nbytes,)
         assert plan.nbytes <= limit or len(plan.slots) == 1
         for slot in plan.slots:
@@ -41,7 +56,7 @@ def test_every_parameter_comes_back_exactly(shapes: list[tuple[tuple[int, ...], 
 
 def test_layout_by_hand() -> None:
     shapes = {"a": ((3,), torch.float32), "b": ((2, 2), torch.bfloat16), "c": ((100,), torch.float32)}
-    first, second = plan_buckets(shapes, limit=64)
+    first, second = plan_buckets(shapes, 64, "store")
     assert [(s.name, s.dtype, s.shape, s.offset) for s in first.slots] == [
         ("a", "float32", (3,), 0),
         ("b", "bfloat16", (2, 2), 16),
@@ -50,10 +65,10 @@ def test_layout_by_hand() -> None:
     assert (second.slots[0].name, second.nbytes) == ("c", 400)
 
 
-def test_a_wrong_shape_is_not_packed_in_silence() -> None:
-    (plan,) = plan_buckets({"a": ((3,), torch.float32)}, limit=64)
+def test_a_wrong_shape_is_not_filled_in_silence() -> None:
+    (plan,) = plan_buckets({"a": ((3,), torch.float32)}, 64, "store")
     with pytest.raises(RuntimeError, match="size"):
-        pack(plan, {"a": torch.zeros(4)}, torch.zeros(64, dtype=torch.uint8))
+        fill(plan, {"a": torch.zeros(4)}, torch.zeros(64, dtype=torch.uint8))
 
 
 def test_the_checksum_survives_stacking_and_padding_by_rows() -> None:
@@ -75,3 +90,57 @@ def test_the_checksum_tells_elements_columns_layers_and_every_bit_apart() -> Non
             sums.add(checksum([("layers.0.w", bits.view(torch.bfloat16))]))
     # Flips of one bit up and the same bit down in another row and column must not meet either.
     assert len(sums) == 3 + 2 * 15
+
+
+def buckets(parameters: dict[str, Tensor], transport: str) -> Iterator[tuple[WeightBucket, Tensor]]:
+    """Plan and flat bytes of each bucket of at most 100 bytes."""
+    for plan in plan_buckets({name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}, 100, transport):
+        yield plan, fill(plan, parameters, torch.zeros(plan.nbytes, dtype=torch.uint8))
+
+
+PARAMETERS = tensors([((3,), torch.float32), ((2, 2), torch.bfloat16), ((5, 7), torch.float32), ((), torch.int64)])
+
+
+def assert_holds(inbox: Inbox, parameters: dict[str, Tensor]) -> None:
+    received = dict(inbox.tensors())
+    assert list(received) == list(parameters)
+    assert all(torch.equal(received[name], parameters[name]) for name in parameters)
+    assert checksum(received.items()) == checksum(parameters.items())
+
+
+def test_buckets_arrive_through_files_which_may_then_go() -> None:
+    inbox, files = Inbox(), []
+    for plan, flat in buckets(PARAMETERS, "store"):
+        with shared_file(flat.numpy()) as file:
+            inbox.take("store", file.name, plan.nbytes, plan.slots)
+            files.append(Path(file.name))
+    assert len(files) == 3 and not any(file.exists() for file in files)
+    assert inbox.all_arrived()
+    assert_holds(inbox, PARAMETERS)
+    inbox.clear()
+    assert list(inbox.tensors()) == []
+
+
+def test_buckets_arrive_by_broadcast_and_a_new_group_replaces_the_old() -> None:
+    inboxes = [Inbox(), Inbox()]
+    for scale in (1, 2):
+        parameters = {name: parameter * scale for name, parameter in PARAMETERS.items()}
+        store = open_store("127.0.0.1", 3, 20.0)
+        sender = Broadcast("gloo", lambda store=store: store, 0, 3, 20.0)  # type: ignore[misc]
+        for plan, flat in buckets(parameters, "gloo"):
+            for receiver, inbox in enumerate(inboxes, start=1):
+                inbox.take("gloo", ("127.0.0.1", store.port, 3, receiver, 20.0), plan.nbytes, plan.slots)
+            assert not inbox.all_arrived()
+            sender.send(flat).result(timeout=20)
+        for inbox in inboxes:
+            assert_holds(inbox, parameters)
+            assert inbox.all_arrived()
+            inbox.clear()
+        sender.close()
+
+
+def test_a_receiver_that_does_not_join_a_broadcast_is_reported() -> None:
+    store = open_store("127.0.0.1", 2, 0.5)
+    sender = Broadcast("gloo", lambda: store, 0, 2, 0.5)
+    with pytest.raises(TimeoutError, match=r"not all of 1 engines joined the weight broadcast in 0.5 s"):
+        sender.send(torch.zeros(4, dtype=torch.uint8)).result(timeout=20)

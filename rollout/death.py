@@ -1,0 +1,39 @@
+"""The death of a vLLM engine ends every wait on it. vLLM itself then fails requests, and leaves other calls waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+_POLL_S = 0.2
+
+
+class EngineDead(RuntimeError):
+    """The vLLM engine behind this actor is gone; only a new actor helps."""
+
+
+class DeathWatch:
+    """Watches one `AsyncLLM` from inside its event loop, until `stop`."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._death = asyncio.create_task(self._wait())
+
+    async def or_death(self, call: Awaitable[Any], doing: str) -> Any:
+        """What a call to the engine returns. Raises EngineDead, naming `doing`, about when the engine dies."""
+        task = asyncio.ensure_future(call)
+        try:
+            await asyncio.wait((task, self._death), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            task.cancel()
+        if self._engine.errored and (not task.done() or task.exception()):
+            raise EngineDead(f"vLLM's engine process died while {doing}")
+        return task.result()
+
+    def stop(self) -> None:
+        self._death.cancel()
+
+    async def _wait(self) -> None:
+        while not self._engine.errored:
+            await asyncio.sleep(_POLL_S)

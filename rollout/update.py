@@ -1,0 +1,121 @@
+"""New weights in a running vLLM engine: staged while it samples, loaded in a pause; and which version sampled what."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from contextlib import ExitStack
+from typing import Any
+
+import ray
+
+from perception.config import RolloutConfig
+from perception.types import UpdateReport, VersionSpan, WeightBucket
+from rollout.death import DeathWatch
+from runtime.weights import shared_file
+
+_ARRIVAL_POLL_S = 0.005
+
+
+class UpdateFailed(RuntimeError):
+    """New weights did not get into the engine; the message names the stage."""
+
+
+class WeightUpdates:
+    """The updates of one `AsyncLLM`, one after the other. Every call raises EngineDead when it dies."""
+
+    def __init__(self, engine: Any, watch: DeathWatch, config: RolloutConfig) -> None:
+        self._engine, self._watch, self._config = engine, watch, config
+        self._native_versions = hasattr(engine, "update_weight_version")
+        self._version = 0
+        self._switches: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        self._staging, self._nbytes, self._doing = 0.0, 0, ""
+
+    async def stage(self, bucket: WeightBucket, receiver: int) -> None:
+        """Hold a bucket until `end`, as member `receiver` of a broadcast."""
+        if not self._staging:
+            self._staging = time.monotonic()
+            await self._rpc("staging a weight bucket", "drop_held")  # of an update that failed
+        payload = await bucket.payload if isinstance(bucket.payload, ray.ObjectRef) else bucket.payload
+        with ExitStack() as until_held:
+            if bucket.transport == "store":
+                payload = until_held.enter_context(await asyncio.to_thread(shared_file, payload)).name
+            elif bucket.transport != "ipc":
+                # Twice: of the two waits it is `end`'s that can name what it waits for.
+                payload = (*payload, receiver, 2 * self._config.request_timeout_s)
+            await self._rpc("staging a weight bucket", "hold", bucket.transport, payload, bucket.nbytes, bucket.slots)
+        self._nbytes += bucket.nbytes
+
+    async def end(self, version: int, checksum: bool) -> UpdateReport:
+        """Pause, load all that is staged, resume. Raises UpdateFailed naming the stage that took too long."""
+        limit = self._config.request_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await self._end(version, checksum)
+        except TimeoutError as error:
+            raise UpdateFailed(f"{self._doing} took more than {limit:g} s (rollout.request_timeout_s)") from error
+
+    async def label(self, version: int) -> None:
+        """What is sampled from here on is `version`'s. The engine must be paused or idle."""
+        if self._native_versions:
+            await self._engine.update_weight_version(str(version))
+        else:
+            self._note_switch()
+        self._version = version
+
+    def spans(self, request: str, completion: Any) -> tuple[VersionSpan, ...]:
+        """Which versions sampled the tokens of a request's finished vLLM `CompletionOutput`. Once for each."""
+        if self._native_versions:
+            spans = completion.weight_versions or ()
+            return tuple(VersionSpan(version=int(s.version), start=s.start, end=s.end) for s in spans)
+        earlier = self._switches.pop((request, completion.index), ())
+        switches = (*earlier, (self._version, len(completion.token_ids)))
+        starts = [0, *(end for _, end in switches)]
+        return tuple(
+            VersionSpan(version=version, start=start, end=end)
+            for start, (version, end) in zip(starts, switches, strict=False)
+            if end > start
+        )
+
+    async def _end(self, version: int, checksum: bool) -> UpdateReport:
+        staging, nbytes = self._staging or time.monotonic(), self._nbytes
+        self._staging, self._nbytes = 0.0, 0
+        while not all(await self._rpc("receiving the staged buckets", "all_held")):
+            await asyncio.sleep(_ARRIVAL_POLL_S)
+        began = time.monotonic()
+        await self._step("pausing", self._pause())
+        load = asyncio.gather(self._engine.collective_rpc("load_held"), self.label(version))
+        await self._step("loading the staged buckets", load)
+        await self._step("resuming", self._engine.resume_generation())
+        resumed = time.monotonic()
+        return UpdateReport(
+            version=version,
+            transfer_seconds=began - staging,
+            pause_seconds=resumed - began,
+            nbytes=nbytes,
+            checksum=(await self._rpc("summing up its weights", "sum_weights"))[0] if checksum else None,
+        )
+
+    async def _pause(self) -> Any:
+        """Every cache of the old weights is dropped: prefixes, images, their features."""
+        if not self._native_versions:
+            return await self._engine.pause_generation(mode="keep", clear_cache=True)
+        # What `pause_generation` does but for its last 20 ms of sleep, in which only `_note_switch` has an interest.
+        await self._engine.renderer.clear_mm_cache_async()
+        return await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+
+    def _note_switch(self) -> None:
+        """For a vLLM that keeps no versions: how many tokens each sample in flight has of the old one."""
+        for state in self._engine.output_processor.request_states.values():
+            if state.detokenizer is not None:
+                sample = (state.external_req_id, state.request_index)
+                self._switches.setdefault(sample, []).append((self._version, state.detokenizer.num_output_tokens()))
+
+    async def _rpc(self, doing: str, method: str, *arguments: Any) -> list[Any]:
+        """What the method of `WeightReceiver` returns on every worker."""
+        return await self._step(doing, self._engine.collective_rpc(method, args=arguments))
+
+    async def _step(self, doing: str, call: Awaitable[Any]) -> Any:
+        self._doing = doing
+        return await self._watch.or_death(call, doing)

@@ -1,0 +1,238 @@
+"""Both ends of the weight wire: parameters -> flat buckets -> an engine, through a file, CUDA IPC or a broadcast.
+
+The learner's end (`learner.weights`) plans buckets, fills them and hands them over; the engine's worker
+(`rollout.worker_extension`) takes them into an `Inbox`. Both ends sum up what they hold with `checksum`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+import socket
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from perception.types import TensorSlot, WeightBucket
+
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+ALIGNMENT = 16
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_DEVICE_ARGUMENT = 6
+"""Position of the device index in the arguments of torch's `rebuild_cuda_tensor`."""
+_SPARE_BYTES = 2 << 30
+"""A GPU with less memory left keeps received weights on the host."""
+
+
+def plan_buckets(shapes: Shapes, limit: int, transport: str) -> list[WeightBucket]:
+    """Cut parameters, in order, into buckets of at most `limit` bytes, yet without their payload.
+
+    A larger parameter gets a bucket of its own.
+    """
+    plans: list[WeightBucket] = []
+    slots: list[TensorSlot] = []
+    end = 0
+    for name, (shape, dtype) in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if slots and _aligned(end) + size > limit:
+            plans.append(WeightBucket(slots=tuple(slots), nbytes=end, transport=transport))
+            slots, end = [], 0
+        offset = _aligned(end)
+        slots.append(TensorSlot(name=name, dtype=str(dtype).removeprefix("torch."), shape=shape, offset=offset))
+        end = offset + size
+    if slots:
+        plans.append(WeightBucket(slots=tuple(slots), nbytes=end, transport=transport))
+    return plans
+
+
+def fill(plan: WeightBucket, parameters: Mapping[str, Tensor], buffer: Tensor) -> Tensor:
+    """Copy the plan's parameters into `buffer`, uint8 of at least nbytes; returns the part used, (nbytes,) uint8."""
+    for slot in plan.slots:
+        view(buffer, slot).copy_(parameters[slot.name].detach())
+    return buffer[: plan.nbytes]
+
+
+def view(buffer: Tensor, slot: TensorSlot) -> Tensor:
+    """The slot's tensor, sharing memory with the flat uint8 buffer."""
+    dtype: torch.dtype = getattr(torch, slot.dtype)
+    size = torch.Size(slot.shape).numel() * dtype.itemsize
+    return buffer[slot.offset : slot.offset + size].view(dtype).view(slot.shape)
+
+
+def checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """Of named tensors on any device. An engine may stack them by rows (q over k over v) without changing it.
+
+    Each tensor counts as the weighted sum, mod 2**64, of its columns, themselves the sums over its rows of the bit
+    patterns as signed integers; a vector is one column. The weight of a column depends on its number and on the layer
+    numbers in the name. It is odd, so a single changed element always shows, and it comes from SplitMix64 (Steele et
+    al., 2014, "Fast splittable pseudorandom number generators"), so that errors cannot be expected to cancel. Rows of
+    zeros count nothing: an engine may pad with them.
+    """
+    return total(_weighted_sum(name, tensor.detach()) for name, tensor in tensors)
+
+
+def total(sums: Iterable[int]) -> int:
+    """The checksum of several sets of tensors, from theirs."""
+    return sum(sums) % (1 << 64)
+
+
+def shared_file(payload: Any) -> IO[bytes]:
+    """A file that holds a payload of bytes until it is closed, for `Inbox.take` in another process of this machine.
+
+    In shared memory where there is room (containers often have 64 MiB), else in the folder for temporary files.
+    """
+    content, memory = memoryview(payload), Path("/dev/shm")
+    room = memory.is_dir() and shutil.disk_usage(memory).free > content.nbytes
+    file = tempfile.NamedTemporaryFile(dir=memory if room else None, prefix="relook-weights-")  # noqa: SIM115
+    file.write(content)
+    file.flush()
+    return file
+
+
+def ipc_handle(buffer: Tensor) -> bytes:
+    """A CUDA tensor for another process on the same device; the buffer must outlive its use there."""
+    return pickle.dumps(reduce_tensor(buffer))
+
+
+def open_ipc(handle: bytes) -> Tensor:
+    """The tensor of an `ipc_handle` made by another process, without a copy."""
+    rebuild, (*arguments,) = pickle.loads(handle)
+    arguments[_DEVICE_ARGUMENT] = torch.cuda.current_device()  # processes number their visible devices differently
+    return rebuild(*arguments)
+
+
+def open_store(host: str, world: int, timeout_s: float) -> dist.TCPStore:
+    """A rendezvous on a free port of the address `host` alone; torch's own would listen on every address."""
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port, limit = listener.getsockname()[1], timedelta(seconds=timeout_s)
+    return dist.TCPStore(host, port, world, True, limit, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def join_store(host: str, port: int, world: int, timeout_s: float) -> dist.TCPStore:
+    """The rendezvous that another process has opened."""
+    return dist.TCPStore(host, port, world, False, timedelta(seconds=timeout_s))
+
+
+class Broadcast:
+    """A member of the process group in which member 0 broadcasts weights. It joins, sends and receives in a thread."""
+
+    def __init__(self, transport: str, store: Callable[[], dist.Store], member: int, world: int, timeout_s: float):
+        self._nccl, self._world, self._timeout_s = transport == "nccl", world, timeout_s
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._group = self._thread.submit(self._join, store, member)
+
+    def send(self, flat: Tensor) -> Future[None]:
+        """Start on (nbytes,) uint8, which must stay as it is until the future is done."""
+        return self._thread.submit(self._send, flat)
+
+    def receive(self, nbytes: int) -> Future[Tensor]:
+        """The next bucket, (nbytes,) uint8."""
+        return self._thread.submit(self._receive, nbytes)
+
+    def close(self) -> None:
+        """Leave the group without waiting for members that may be gone."""
+        if self._group.done() and self._group.exception() is None:
+            self._group.result().abort()
+        self._thread.shutdown(wait=False)
+
+    def _join(self, store: Callable[[], dist.Store], member: int) -> Any:
+        make: Any = dist.ProcessGroupNCCL if self._nccl else dist.ProcessGroupGloo
+        return make(store(), member, self._world, timedelta(seconds=self._timeout_s))
+
+    def _send(self, flat: Tensor) -> None:
+        try:
+            group = self._group.result()
+        except RuntimeError as error:
+            missing = f"not all of {self._world - 1} engines joined the weight broadcast in {self._timeout_s:g} s"
+            raise TimeoutError(missing) from error
+        group.broadcast(flat if self._nccl else flat.cpu(), 0).wait()
+        if self._nccl:
+            torch.cuda.current_stream(flat.device).synchronize()
+
+    def _receive(self, nbytes: int) -> Tensor:
+        group, cuda = self._group.result(), torch.cuda.is_available()
+        if not self._nccl:
+            flat = torch.empty(nbytes, dtype=torch.uint8, pin_memory=cuda)
+            group.broadcast(flat, 0).wait()
+            return flat
+        stream = torch.cuda.Stream()  # not the one on which the model is sampling
+        with torch.cuda.stream(stream):
+            flat = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+            group.broadcast(flat, 0).wait()
+            if torch.cuda.mem_get_info()[0] < _SPARE_BYTES:
+                flat = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).copy_(flat, non_blocking=True)
+            stream.synchronize()
+        return flat
+
+
+class Inbox:
+    """Where an engine's worker holds the buckets of one update until it loads them."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Future[Tensor], Sequence[TensorSlot]]] = []
+        self._membership: tuple[Any, ...] = ()
+        self._broadcast: Broadcast | None = None
+
+    def take(self, transport: str, payload: Any, nbytes: int, slots: Sequence[TensorSlot]) -> None:
+        """Take a bucket of `nbytes` bytes.
+
+        `payload`: store: the path of a `shared_file`, which may then be closed. ipc: an `ipc_handle`. nccl, gloo:
+        (host, port, members, receiver, timeout in seconds) of the process group whose next broadcast is this bucket.
+        """
+        flat: Future[Tensor] = Future()
+        if transport == "store":
+            flat.set_result(torch.from_file(payload, shared=False, size=nbytes, dtype=torch.uint8))
+        elif transport == "ipc":
+            flat.set_result(open_ipc(payload))
+        else:
+            flat = self._member(transport, *payload).receive(nbytes)
+        self._held.append((flat, slots))
+
+    def all_arrived(self) -> bool:
+        """Whether every bucket taken is here. Raises what went wrong with one that will not come."""
+        return all(flat.done() and flat.result() is not None for flat, _ in self._held)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name, sharing memory with the buckets. Waits for those that have not arrived."""
+        for flat, slots in self._held:
+            for slot in slots:
+                yield slot.name, view(flat.result(), slot)
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def _member(self, transport: str, host: str, port: int, world: int, receiver: int, timeout_s: float) -> Broadcast:
+        membership = (transport, host, port, world, receiver, timeout_s)
+        if self._broadcast is None or self._membership != membership:
+            if self._broadcast is not None:
+                self._broadcast.close()
+            store = partial(join_store, host, port, world, timeout_s)
+            self._broadcast, self._membership = Broadcast(transport, store, receiver, world, timeout_s), membership
+        return self._broadcast
+
+
+def _weighted_sum(name: str, tensor: Tensor) -> int:
+    rows = tensor.reshape(len(tensor), -1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
+    columns = rows.view(_INTEGERS[tensor.element_size()]).sum(0, dtype=torch.int64).cpu().numpy()
+    seed = zlib.crc32(" ".join(re.findall(r"\d+", name)).encode())
+    mixed = (np.arange(1, len(columns) + 1, dtype=np.uint64) + np.uint64(seed << 32)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    weights = (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
+    return int((columns.astype(np.uint64) * weights).sum())
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
