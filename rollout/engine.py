@@ -22,6 +22,7 @@ import ray
 from PIL import Image
 
 from perception.config import RolloutConfig
+from perception.families import engine_name
 from perception.images import ImageCache
 from perception.types import (
     EngineInfo,
@@ -161,7 +162,7 @@ class RolloutEngine:
             group = failed_group(prompt, sampling.n, output)
         else:
             feed = Feed(input_ids=prompt.token_ids, images=prompt.images, view=None)
-            done = (self._trajectory(c.index, feed, output.request_id, c) for c in output.outputs)
+            done = (self._trajectory(c.index, feed, output, c) for c in output.outputs)
             group = Group(prompt=prompt, trajectories=tuple(done))
         self._stats.failures += sum(t.failure is not None for t in group.trajectories)
         self._stats.sampled_tokens += sum(t.sampled_tokens for t in group.trajectories)
@@ -184,8 +185,9 @@ class RolloutEngine:
         if isinstance(output, str):
             trajectory = replace(failed_trajectory(prompt, index, output), turns=turns)
         else:
-            new = self._trajectory(index, feed, output.request_id, output.outputs[0])
-            length, cached = self._prefix(output, len(ids), len(images)) if turns else (0, 0)
+            new = self._trajectory(index, feed, output, output.outputs[0])
+            length = turns[-1].prompt_tokens + len(turns[-1].token_ids) if turns else 0
+            cached = min(length, output.num_cached_tokens or 0)
             last = (replace(turn, prefix_tokens=length, prefix_cached=cached) for turn in new.turns)
             trajectory = replace(new, turns=(*turns, *last))
         self._stats.failures += trajectory.failure is not None
@@ -200,7 +202,7 @@ class RolloutEngine:
         if not self._staging:
             self._staging = time.monotonic()
             await self._engine.collective_rpc("drop_held")  # of an update that failed
-        slots = [(s.name, s.dtype, s.shape, s.offset) for s in bucket.slots]
+        slots = [(engine_name(s.name, self._policy.renames), s.dtype, s.shape, s.offset) for s in bucket.slots]
         payload = await bucket.payload if isinstance(bucket.payload, ray.ObjectRef) else bucket.payload
         if bucket.transport == "store":
             with tempfile.NamedTemporaryFile(dir=_shared_folder(bucket.nbytes), prefix="relook-weights-") as file:
@@ -297,14 +299,7 @@ class RolloutEngine:
         self._stats.cached_tokens += final.num_cached_tokens or 0
         return final
 
-    def _prefix(self, output: RequestOutput, ids: int, images: int) -> tuple[int, int]:
-        """Length of a later turn's prefix (`ids` unexpanded tokens, `images` images), and how much of it was cached."""
-        tokens = output.prompt_token_ids or ()
-        runs = [len(list(run)) for token, run in itertools.groupby(tokens) if token == self._policy.image_token_id]
-        length = ids + sum(runs[:images]) - images
-        return length, min(length, output.num_cached_tokens or 0)
-
-    def _trajectory(self, index: int, feed: Feed, request: str, completion: CompletionOutput) -> Trajectory:
+    def _trajectory(self, index: int, feed: Feed, request: RequestOutput, completion: CompletionOutput) -> Trajectory:
         ids = tuple(completion.token_ids)
         logprobs = cast("FlatLogprobs", completion.logprobs)
         turn = Turn(
@@ -312,10 +307,11 @@ class RolloutEngine:
             images=feed.images,
             token_ids=ids,
             logprobs=tuple(logprobs.logprobs),
-            versions=self._spans(request, completion),
+            versions=self._spans(request.request_id, completion),
             text=str(self._tokenizer.decode(list(ids), skip_special_tokens=True)),
             finish_reason=completion.finish_reason or "unfinished",
             view=feed.view,
+            prompt_tokens=len(request.prompt_token_ids or ()),
         )
         return Trajectory(index=index, turns=(turn,) if ids else (), failure=_failure(turn))
 
