@@ -23,8 +23,8 @@ _MARKS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_e
 def read_policy_spec(model: ModelConfig) -> PolicySpec:
     """What engine and learner must agree on, from the policy's own files."""
     chat = PromptMaker(model, {})
-    marks = {chat.image_token_id, *chat.processor.image_token_ids, *chat.processor.video_token_ids}
-    marks |= {getattr(chat.config, mark, None) for mark in _MARKS}
+    marks: set[Any] = {getattr(chat.config, mark, None) for mark in _MARKS} | {*chat.processor.image_token_ids}
+    marks |= {*chat.tokenizer.convert_tokens_to_ids(chat.processor.all_special_multimodal_tokens)}
     return PolicySpec(
         path=str(Path(model.path).resolve()),
         dtype=model.dtype,
