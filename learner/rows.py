@@ -1,7 +1,7 @@
 """Trajectories -> the tokens a policy computes on, and their share of every micro-batch.
 
 A group is its prompt, once, and one tail per trajectory: [sampled | fed | sampled | ...], the last sampled token left
-out because nothing follows that it could predict. `packing` and `padding` turn pieces of groups into tensors.
+out because nothing follows that it could predict. `packing` and `families.generic` turn pieces of groups into tensors.
 """
 
 from __future__ import annotations

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.flops import FlopCounter
 from learner.loss import denominator, policy_loss, token_sums
-from learner.policy import PACKED_FAMILIES, Policy
+from learner.policy import Policy
 from learner.rows import Piece, bins, pieces
 from learner.zero import Zero
 from perception.config import AlgorithmConfig, LearnerConfig
@@ -78,9 +77,7 @@ class Stepper:
     ) -> None:
         self._policy, self._reference, self._zero, self._device = policy, reference, zero, device
         self._config, self._algorithm, self._max_new_tokens = config, algorithm, max_new_tokens
-        self._flops: FlopCounter | None = None
-        if policy.model.config.model_type in PACKED_FAMILIES:
-            self._flops = FlopCounter(policy.model, policy.vision_trained, bool(config.lora.rank))
+        self._flops = policy.family.flops(policy.model, policy.vision_trained, bool(config.lora.rank))
 
     def plan(self, groups: Sequence[Group]) -> Plan:
         budget, padded = self._config.micro_tokens, self._policy.padded

@@ -18,6 +18,7 @@ Rate = Annotated[float, Gt(0.0)]
 NonNegative = Annotated[float, Ge(0.0)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 LookMode = Literal["none", "inline", "relook"]
+AnswerFrame = Literal["resized", "thousand"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +30,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     shape: str | None = None
     """If `path` is missing, random weights of this shape (`launch.policies.SHAPES`) are written there."""
-    answer_frame: Literal["resized", "thousand"] = "resized"
-    """Frame the policy answers in: pixels of the resized image (Qwen2.5-VL) or 0..1000 (Qwen3-VL)."""
+    answer_frame: AnswerFrame | None = None
+    """Frame the policy answers in: pixels of the resized image (Qwen2.5-VL) or 0..1000 (Qwen3-VL); None: its family's
+    (`perception.families`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

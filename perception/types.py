@@ -161,8 +161,10 @@ class Turn:
     finish_reason: str
     view: View | None = None
     """What the last image of `images` shows; None: the whole image, as in every first turn."""
+    prompt_tokens: int = 0
+    """Tokens of the dialogue before `token_ids`, image tokens included."""
     prefix_tokens: int = 0
-    """In a later turn: tokens of the dialogue before it, image tokens included ..."""
+    """In a later turn: those of them that were there before its `input_ids` ..."""
     prefix_cached: int = 0
     """... and how many of them the engine still had in its prefix cache."""
 
@@ -195,9 +197,12 @@ class PolicySpec:
     dtype: str
     """float32 or bfloat16."""
     image_token_id: int
+    """Stands for one image in an UNEXPANDED prompt; what it expands to is its family's business."""
     eos_token_ids: tuple[int, ...]
     banned_token_ids: tuple[int, ...]
-    """Placeholder ids: never sampled, and masked in the learner's softmax too."""
+    """Ids that stand for images: never sampled, and masked in the learner's softmax too."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Beginnings of `named_parameters()` names -> what the engine loads them by (`perception.families`)."""
 
 
 BANNED_LOGIT = -1e9

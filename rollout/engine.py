@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from PIL import Image
 
 from perception.config import RolloutConfig
+from perception.families import engine_name
 from perception.images import ImageCache
 from perception.types import (
     BANNED_LOGIT,
@@ -143,7 +144,7 @@ class RolloutEngine:
         if isinstance(output, str):
             return failed_group(prompt, sampling.n, output)
         feed = Feed(input_ids=prompt.token_ids, images=prompt.images, view=None)
-        done = (self._trajectory(c.index, feed, output.request_id, c) for c in output.outputs)
+        done = (self._trajectory(c.index, feed, output, c) for c in output.outputs)
         return Group(prompt=prompt, trajectories=tuple(done))
 
     async def sample(
@@ -162,8 +163,9 @@ class RolloutEngine:
         output = await self._request([*ids, *feed.input_ids], [*images, *feed.images], spec, seed)
         if isinstance(output, str):
             return replace(failed_trajectory(prompt, index, output), turns=turns)
-        new = self._trajectory(index, feed, output.request_id, output.outputs[0])
-        length, cached = self._prefix(output, len(ids), len(images)) if turns else (0, 0)
+        new = self._trajectory(index, feed, output, output.outputs[0])
+        length = turns[-1].prompt_tokens + len(turns[-1].token_ids) if turns else 0
+        cached = min(length, output.num_cached_tokens or 0)
         last = (replace(turn, prefix_tokens=length, prefix_cached=cached) for turn in new.turns)
         return replace(new, turns=(*turns, *last))
 
@@ -172,7 +174,8 @@ class RolloutEngine:
 
         `receiver` is this engine's member number in a broadcast, from 1.
         """
-        await self._updates.stage(bucket, receiver)
+        slots = tuple(replace(slot, name=engine_name(slot.name, self._policy.renames)) for slot in bucket.slots)
+        await self._updates.stage(replace(bucket, slots=slots), receiver)
 
     async def end_update(self, version: int, checksum: bool) -> UpdateReport:
         """Once all staged buckets are here: pause, load them, resume.
@@ -216,14 +219,7 @@ class RolloutEngine:
             final = output
         return final
 
-    def _prefix(self, output: RequestOutput, ids: int, images: int) -> tuple[int, int]:
-        """Length of a later turn's prefix (`ids` unexpanded tokens, `images` images), and how much of it was cached."""
-        tokens = output.prompt_token_ids or ()
-        runs = [len(list(run)) for token, run in itertools.groupby(tokens) if token == self._policy.image_token_id]
-        length = ids + sum(runs[:images]) - images
-        return length, min(length, output.num_cached_tokens or 0)
-
-    def _trajectory(self, index: int, feed: Feed, request: str, completion: CompletionOutput) -> Trajectory:
+    def _trajectory(self, index: int, feed: Feed, request: RequestOutput, completion: CompletionOutput) -> Trajectory:
         ids = tuple(completion.token_ids)
         logprobs = cast("FlatLogprobs", completion.logprobs)
         turn = Turn(
@@ -231,10 +227,11 @@ class RolloutEngine:
             images=feed.images,
             token_ids=ids,
             logprobs=tuple(logprobs.logprobs),
-            versions=self._updates.spans(request, completion),
+            versions=self._updates.spans(request.request_id, completion),
             text=str(self._tokenizer.decode(list(ids), skip_special_tokens=True)),
             finish_reason=completion.finish_reason or "unfinished",
             view=feed.view,
+            prompt_tokens=len(request.prompt_token_ids or ()),
         )
         return Trajectory(index=index, turns=(turn,) if ids else (), failure=_failure(turn))
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from launch.record import run_directory
@@ -16,6 +17,7 @@ from launch.record.wandb_sink import logged_in
 from perception.config import Config, ModelConfig
 from perception.datasets import load
 from perception.errors import UserError
+from perception.families import FAMILIES, engine_renames, family_of
 from perception.registry import find_plugins
 from perception.tasks import TASKS
 from perception.types import Sample, Truth
@@ -47,6 +49,7 @@ def check(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
     check_settings(config)
     check_output(config)
     check_model(config.model)
+    check_family(config)
     check_segmenter(config.model)
     check_resources(config)
     train = load(config.data, "train")
@@ -112,31 +115,45 @@ def check_output(config: Config) -> None:
 
 
 def check_model(model: ModelConfig) -> None:
-    """The policy's directory is whole: configuration, tokenizer, image processor, readable weights."""
+    """The policy is an image-text model, and whole: configuration, tokenizer, image processor, readable weights."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # seconds
+
     path = Path(model.path)
     _check_files("model.path", path, _POLICY_FILES)
     settings = {name: _read_json(path / name) for name in _POLICY_FILES}
+    kind, names = settings["config.json"].get("model_type"), ", ".join(FAMILIES)
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise UserError(f"model.path={path}: {kind} is not supported: only image-text models are, such as {names}")
     processor = next((path / name for name in _PROCESSOR_FILES if (path / name).is_file()), None)
     if processor is None:
-        raise UserError(
-            f"model.path={path}: {_PROCESSOR_FILES[0]} is missing (the image processor); "
-            "copy it from the model you started from"
-        )
+        missing = f"{kind} has no {_PROCESSOR_FILES[0]}, and only models with an image processor are supported"
+        raise UserError(f"model.path={path}: {missing}; copy it from the model you started from")
     _read_json(processor)
-    if "image_token_id" not in settings["config.json"]:
-        raise UserError(
-            f"{path}/config.json has no image_token_id: not a vision-language model; choose another model.path"
-        )
     weights = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
         weights = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
     if not weights:
-        raise UserError(
-            f"model.path={path}: no *.safetensors there (the weights); export the model with save_pretrained"
-        )
+        raise UserError(f"model.path={path}: no *.safetensors there (the weights); write them by save_pretrained")
     for file in weights:
         _check_weights(file)
+
+
+def check_family(config: Config) -> None:
+    """The policy's family can do what the settings ask for."""
+    settings, device = _read_json(Path(config.model.path) / "config.json"), config.placement.device
+    kind, tower = settings["model_type"], settings.get("vision_config", {}).get("model_type")
+    family = family_of(kind)
+    if device in family.unfit:
+        fit = ", ".join(name for name in FAMILIES if device not in FAMILIES[name].unfit)
+        why = f"{kind} cannot be trained with placement.device={device}: {family.unfit[device]}"
+        raise UserError(f"model.path={config.model.path}: {why}; supported there are {fit}")
+    if config.look.mode == "relook" and not family.images_alone:
+        raise UserError(f"look=relook: {kind} sees one image otherwise than two; take look=none or look=inline")
+    if config.learner.checksum and engine_renames(kind, tower):
+        raise UserError(f"learner.checksum=true: the engine leaves weights out that {kind} does not use; take false")
+    if config.model.answer_frame == "resized" and not family.native:
+        raise UserError(f"model.answer_frame=resized: {kind} has no such frame; take model.answer_frame=thousand")
 
 
 def check_segmenter(model: ModelConfig) -> None:
@@ -192,17 +209,20 @@ def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
         of_task = {task: [s for s in samples if s.task == task] for task in {s.task for s in samples}}
         longest = [max(own, key=lambda s: len(s.question)) for own in of_task.values()]
         inline = config.look.mode == "inline"
-        text = {sample.id: len(prompts.tokens(sample, inline)) for sample in longest}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path={config.model.path}: the tokenizer cannot build a prompt: {error}") from error
-    image = max(prompts.image_tokens(*size) for size in {(s.height, s.width) for s in samples})
-    worst = max(text, key=text.__getitem__)
+        text = {sample.id: prompts.tokens(sample, inline) for sample in longest}
+        image = prompts.longest_image({(s.height, s.width) for s in samples})
+    except (OSError, ValueError, KeyError, ImportError, TemplateError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"model.path={config.model.path}: no prompt can be built: {why}") from error
+    worst, ids = max(text.items(), key=lambda item: len(item[1]))
+    if (shown := ids.count(prompts.image_token_id)) != 1:
+        raise UserError(f"model.path={config.model.path}: the chat template shows {shown} images for one; correct it")
     further = _further_passes(config, prompts, {sample.task for sample in samples})
-    needed = text[worst] + image - 1 + config.rollout.max_new_tokens + further
+    needed = len(ids) + image - 1 + config.rollout.max_new_tokens + further
     if needed > config.rollout.max_model_len:
         raise UserError(
             f"rollout.max_model_len={config.rollout.max_model_len} is too short; raise it to {needed} = "
-            f"{text[worst] - 1} text tokens ({worst}) + {image} image tokens + "
+            f"{len(ids) - 1} text tokens ({worst}) + {image} image tokens + "
             f"rollout.max_new_tokens={config.rollout.max_new_tokens}"
             + (f" + {further} of further looks" if further else "")
         )

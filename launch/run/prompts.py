@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
 
 from perception.config import ModelConfig, TaskConfig
+from perception.families import engine_renames, family_of
 from perception.frames import smart_resize
 from perception.tasks import TASKS
 from perception.types import ImageHandle, PolicySpec, Prompt, Sample
 
 _ANSWER = "an answer that stands nowhere else"
-PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_MARKS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def read_policy_spec(model: ModelConfig) -> PolicySpec:
     """What engine and learner must agree on, from the policy's own files."""
-    config = json.loads((Path(model.path) / "config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    chat = PromptMaker(model, {})
+    marks: set[Any] = {getattr(chat.config, mark, None) for mark in _MARKS} | {*chat.processor.image_token_ids}
+    marks |= {*chat.tokenizer.convert_tokens_to_ids(chat.processor.all_special_multimodal_tokens)}
     return PolicySpec(
         path=str(Path(model.path).resolve()),
         dtype=model.dtype,
-        image_token_id=config["image_token_id"],
-        eos_token_ids=(tokenizer.eos_token_id,),
-        banned_token_ids=tuple(sorted({config[key] for key in PLACEHOLDERS if key in config})),
+        image_token_id=chat.image_token_id,
+        eos_token_ids=chat.ends,
+        banned_token_ids=tuple(sorted(marks - {None})),
+        renames=engine_renames(chat.config.model_type, getattr(chat.config, "vision_config", chat.config).model_type),
     )
 
 
 class PromptMaker:
-    """Builds unexpanded prompts: one image placeholder per image, nothing re-tokenised later."""
+    """Builds unexpanded prompts: one image placeholder per image, nothing re-tokenised later.
+
+    Raises what transformers raises for a directory it cannot read, and ValueError where images have no placeholder.
+    """
 
     def __init__(self, model: ModelConfig, tasks: Mapping[str, TaskConfig]) -> None:
-        self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(model.path)
+        self.config: Any = AutoConfig.from_pretrained(model.path)
+        self.processor: Any = AutoProcessor.from_pretrained(model.path, backend="torchvision")
+        if getattr(self.processor, "image_token", None) is None:
+            raise ValueError(f"{type(self.processor).__name__} has no placeholder for images")
+        self.tokenizer: Any = self.processor.tokenizer
+        self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        ended = self._encode(self._chat(_said("user", ""), _said("assistant", _ANSWER)).partition(_ANSWER)[2])[:1]
+        own = [token for token in ended if token in self.tokenizer.added_tokens_decoder]
+        self.ends: tuple[int, ...] = tuple(dict.fromkeys([self.tokenizer.eos_token_id, *own]))
+        """Ids that end an answer: the tokenizer's, then what the chat format ends a turn with."""
         self._tasks = tasks
         self._again: dict[str, tuple[int, ...]] = {}
-        self._frame = model.answer_frame
-        images = AutoImageProcessor.from_pretrained(model.path)
-        self._factor = images.patch_size * images.merge_size
-        self._min_pixels, self._max_pixels = images.size["shortest_edge"], images.size["longest_edge"]
+        family = family_of(self.config.model_type)
+        self._native, self._frame = family.native, model.answer_frame or family.frame
 
     def form(self, task: str) -> str:
         """The registered task behind a data set's `task`."""
@@ -52,37 +66,52 @@ class PromptMaker:
         """Chat-formatted ids of one image and one question; raises KeyError for a task without a template."""
         template, question = self._tasks[sample.task], TASKS[self.form(sample.task)].question(sample)
         asked = (template.inline if inline else template.template).replace("{question}", question)
-        return self._encode(self._chat([{"role": "system", "content": template.system}, _user(asked)]))
+        text = self._chat(_said("system", template.system), _said("user", asked, image=True), ask=True)
+        # The tokenizer puts its first token before, unless the chat format has.
+        return self._encode(text, special=not text.startswith(self.tokenizer.bos_token or text))
 
     def again(self, task: str) -> tuple[int, ...]:
         """What is fed after an answer's end-of-turn id to show a second image and ask again."""
         if task not in self._again:
-            self._again[task] = self._encode(self._next_turn(task))
+            template = self._tasks[task]
+            before = [_said("system", template.system), _said("user", "", image=True), _said("assistant", _ANSWER)]
+            text = self._chat(*before, _said("user", template.again, image=True), ask=True)
+            ids = self._encode(text.partition(_ANSWER)[2])
+            self._again[task] = ids[1:] if ids[0] in self.ends else ids
         return self._again[task]
 
-    def _next_turn(self, task: str) -> str:
-        template = self._tasks[task]
-        before = [{"role": "system", "content": template.system}, _user("")]
-        text = self._chat([*before, {"role": "assistant", "content": _ANSWER}, _user(template.again)])
-        return text.partition(_ANSWER)[2].removeprefix(self.tokenizer.eos_token)
+    def _chat(self, *messages: dict[str, Any], ask: bool = False) -> str:
+        """With `ask`, up to where an answer begins."""
+        form = {"chat_template": self.processor.chat_template or self.tokenizer.chat_template, "tokenize": False}
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, **form))
 
-    def _chat(self, messages: list[dict[str, Any]]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+    def _encode(self, text: str, special: bool = False) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=special))
 
     def answer_frame(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the frame the policy answers in for an image of this size."""
-        return (1000, 1000) if self._frame == "thousand" else self._resized(height, width)
+        return (1000, 1000) if self._frame == "thousand" else self._resized(height, width)[:2]
 
     def image_tokens(self, height: int, width: int) -> int:
         """Tokens the policy's image processor makes of an image of this size (pixels)."""
-        tall, wide = self._resized(height, width)
-        return tall * wide // self._factor**2
+        if self._native:
+            tall, wide, factor = self._resized(height, width)
+            return tall * wide // factor**2
+        shown = {"text": [self.processor.image_token], "images": [Image.new("RGB", (width, height))]}
+        return len(self.processor(**shown, add_special_tokens=False)["input_ids"][0])
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        return smart_resize(height, width, self._factor, self._min_pixels, self._max_pixels)
+    def longest_image(self, sizes: Collection[tuple[int, int]]) -> int:
+        """Most tokens of any of these; where only the processor can tell, of 64 from the widest to the tallest."""
+        tried = sorted(sizes, key=lambda size: size[0] / size[1])
+        if not self._native:
+            tried = [max(sizes, key=math.prod), tried[-1], *tried[:: -(-len(tried) // 64)]]
+        return max(self.image_tokens(*size) for size in tried)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int, int]:
+        """(height, width, side of one token's square)."""
+        images = self.processor.image_processor
+        factor, limits = images.patch_size * images.merge_size, images.size
+        return *smart_resize(height, width, factor, limits["shortest_edge"], limits["longest_edge"]), factor
 
     def prompt(self, sample: Sample, image: ImageHandle, seed: int, inline: bool = False) -> Prompt:
         height, width = self.answer_frame(sample.height, sample.width)
@@ -97,8 +126,8 @@ class PromptMaker:
         )
 
 
-def _user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+def _said(role: str, text: str, image: bool = False) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "image"}] * image + [{"type": "text", "text": text}]}
 
 
 def prompt_seed(run_seed: int, step: int, position: int) -> int:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Qwen2VLImageProcessor
 
 from launch.run.prompts import PromptMaker
 from launch.warm_start import policies
@@ -54,7 +53,7 @@ def train_policy(out: Path, config: WarmStart, tasks: dict[str, TaskConfig], log
     policies.save(model, tokenizer, out, shape.max_side)
     model.model.visual.config._attn_implementation_internal = vision_attention.NAME
     prompts = PromptMaker(ModelConfig(path=str(out), segmenter=""), tasks)
-    batches = iter(DataLoader(_Batches(out, config, prompts), batch_size=None, num_workers=1, prefetch_factor=8))
+    batches = iter(DataLoader(_Batches(config, prompts), batch_size=None, num_workers=1, prefetch_factor=8))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     started, losses = time.monotonic(), []
@@ -99,9 +98,8 @@ def corpus(style: SceneStyle, tasks: dict[str, TaskConfig]) -> Iterator[str]:
 class _Batches(IterableDataset):
     """Pairs of half-batches, one look and two looks: rows of like length, so that little is padding."""
 
-    def __init__(self, policy: Path, config: WarmStart, prompts: PromptMaker) -> None:
+    def __init__(self, config: WarmStart, prompts: PromptMaker) -> None:
         self._config, self._prompts = config, prompts
-        self._processor = Qwen2VLImageProcessor.from_pretrained(policy)
 
     def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
         torch.set_num_threads(1)
@@ -115,10 +113,10 @@ class _Batches(IterableDataset):
 
     def _collate(self, dialogues: Sequence[Dialogue]) -> dict[str, torch.Tensor]:
         """Right-padded rows, labels on the last completion only."""
-        tokenizer = self._prompts.tokenizer
-        image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        pixels = self._processor(images=[image for d in dialogues for image in d.images], return_tensors="pt")
-        sizes = iter((pixels["image_grid_thw"].prod(-1) // self._processor.merge_size**2).tolist())
+        tokenizer, image_id = self._prompts.tokenizer, self._prompts.image_token_id
+        images = self._prompts.processor.image_processor
+        pixels = images(images=[image for d in dialogues for image in d.images], return_tensors="pt")
+        sizes = iter((pixels["image_grid_thw"].prod(-1) // images.merge_size**2).tolist())
         rows, answers = [], []
         for dialogue in dialogues:
             row: list[int] = []

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from learner.policy import ROW_BUCKETS, Policy, load_policy, row_multiple
+from learner.families.qwen_vl import ROW_BUCKETS, row_multiple
+from learner.policy import Policy, load_policy
 from learner.pool import LearnerPool
 from learner.rows import pieces
 from perception import metric_catalog as catalog

@@ -85,7 +85,7 @@ def test_the_second_answer_is_the_truth_enlarged(prompts: PromptMaker) -> None:
 
 def test_only_the_last_completion_is_learned(folder: Path, prompts: PromptMaker) -> None:
     config = WarmStart(batch=6, second_looks=3)
-    once, twice = next(iter(_Batches(folder, config, prompts)))
+    once, twice = next(iter(_Batches(config, prompts)))
     for half in (once, twice):
         assert half["input_ids"].shape == half["labels"].shape and len(half["input_ids"]) == 3
         for ids, labels in zip(half["input_ids"], half["labels"], strict=True):

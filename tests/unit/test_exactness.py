@@ -14,8 +14,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from learner.model import multiply_patches
-from learner.policy import PackedPolicy, PaddedPolicy, Policy, load_policy
+from learner.families.generic import PaddedPolicy
+from learner.families.qwen_vl import PackedPolicy, multiply_patches
+from learner.policy import Policy, load_policy
 from perception.config import LearnerConfig
 from perception.types import PolicySpec, TrainGroup, Trajectory
 from tests import tiny_families

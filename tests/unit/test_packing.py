@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from learner.flops import FlopCounter, MatrixRate
+from learner.families.qwen_vl import FlopCounter
+from learner.flops import MatrixRate
 from learner.packing import Span, owners, pack
 from learner.policy import load_policy
 from learner.rows import Layout, Piece, Segment, Tail, bins, pieces, token_batch

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 import learner.head
-from learner.policy import PaddedPolicy, Policy, load_policy
+from learner.families.generic import PaddedPolicy
+from learner.policy import Policy, load_policy
 from learner.rows import bins, pieces
 from perception.config import LearnerConfig, LoraConfig
 from perception.types import PolicySpec, TrainGroup, Trajectory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ def model(tmp_path: Path) -> ModelConfig:
     segmenter.mkdir()
     processor = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 3136, "longest_edge": 50176}}
     for name, content in (
-        ("config.json", {"image_token_id": 5}),
+        ("config.json", {"model_type": "qwen2_5_vl"}),
         ("tokenizer.json", {}),
         ("tokenizer_config.json", {}),
         ("preprocessor_config.json", processor),
@@ -83,9 +84,62 @@ def test_other_damage_to_a_model(model: ModelConfig) -> None:
     (Path(model.path) / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
         preflight.check_model(model)
-    (Path(model.path) / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="not a vision-language model"):
+
+
+def of_kind(model: ModelConfig, model_type: str, **settings: object) -> None:
+    (Path(model.path) / "config.json").write_text(json.dumps({"model_type": model_type, **settings}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "clip", "no_such_model"])
+def test_only_image_text_models_are_taken(model: ModelConfig, kind: str) -> None:
+    of_kind(model, kind)
+    with pytest.raises(
+        UserError, match=rf"{kind} is not supported: only image-text models.*qwen2_vl.*internvl"
+    ) as said:
         preflight.check_model(model)
+    assert "\n" not in str(said.value)
+
+
+def test_a_model_without_an_image_processor_is_refused_by_name(model: ModelConfig) -> None:
+    of_kind(model, "llava")
+    preflight.check_model(model)
+    (Path(model.path) / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"llava has no preprocessor_config\.json, and only models with an image proc"):
+        preflight.check_model(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "room", "change", "words"),
+    [
+        (
+            "gemma3",
+            "model",
+            {},
+            r"gemma3 cannot be trained with placement\.device=cpu: .*causal.*supported there are.*llava",
+        ),
+        ("qwen3_5", "model", {}, r"qwen3_5 cannot be trained with placement\.device=cpu"),
+        ("llava_onevision", "look", {"mode": "relook"}, r"look=relook: llava_onevision"),
+        ("llava_onevision", "model", {"answer_frame": "resized"}, r"answer_frame=resized: llava_onevision has no such"),
+        ("llava_onevision", "learner", {"checksum": True}, r"learner\.checksum=true: .* llava_onevision"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused_by_name(
+    model: ModelConfig, tmp_path: Path, kind: str, room: str, change: dict[str, object], words: str
+) -> None:
+    of_kind(model, kind, vision_config={"model_type": "siglip_vision_model"})
+    settings = replace(config(tmp_path), model=model)
+    if change:
+        preflight.check_family(settings)
+    with pytest.raises(UserError, match=words) as said:
+        preflight.check_family(changed(settings, room, **change))
+    assert "\n" not in str(said.value)
+    of_kind(model, "qwen2_5_vl", vision_config={})
+    preflight.check_family(changed(settings, room, **change))
+
+
+def test_gemma3_is_taken_on_cuda(model: ModelConfig, tmp_path: Path) -> None:
+    of_kind(model, "gemma3")
+    preflight.check_family(changed(replace(config(tmp_path), model=model), "placement", device="cuda"))
 
 
 def test_a_damaged_segmenter(model: ModelConfig) -> None:
@@ -169,6 +223,33 @@ def test_the_longest_prompt_must_fit(tiny: Path, tmp_path: Path) -> None:
     preflight.check_lengths(changed(settings, "rollout", max_model_len=needed), samples)
     with pytest.raises(UserError, match=rf"raise it to {needed} = {text} text tokens \(s1\) \+ 64 image tokens"):
         preflight.check_lengths(changed(settings, "rollout", max_model_len=needed - 1), samples)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "internvl"])
+def test_the_longest_prompt_of_a_family_without_a_formula(family: str, tmp_path: Path) -> None:
+    from tests.tiny_families import build
+
+    settings = changed(config(tmp_path), "model", path=build(family, tmp_path / "policy").path)
+    samples = [sample(0, question="x" * 20), sample(1)]
+    # One token per character of "You see. USER: <image>\nFind xxx...x. ASSISTANT:", the image's one left out, and the
+    # first token and the space before it.
+    text = 2 + len("You see. USER: \nFind . ASSISTANT:") + 20
+    image = {"llava_onevision": 88, "internvl": 22}[family]
+    preflight.check_lengths(changed(settings, "rollout", max_model_len=text + image + 64), samples)
+    with pytest.raises(UserError, match=rf"raise it to {text + image + 64} = {text} text .* {image} image tokens"):
+        preflight.check_lengths(changed(settings, "rollout", max_model_len=text + image + 63), samples)
+
+
+def test_a_chat_template_that_does_not_show_the_image_is_refused(tiny: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny, policy)
+    (policy / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}{% endfor %}")
+    settings = changed(config(tmp_path), "model", path=str(policy))
+    with pytest.raises(UserError, match="chat template shows 0 images for one"):
+        preflight.check_lengths(settings, [sample(0)])
+    (policy / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    with pytest.raises(UserError, match="no prompt can be built: no system role"):
+        preflight.check_lengths(settings, [sample(0)])
 
 
 def test_check_stops_at_missing_data(model: ModelConfig, tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+"""The Qwen-VL families on packed rows: M-RoPE positions, images as patches in native resolution, DeepStack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from cachetools import LRUCache
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from learner import text_attention, vision_attention
+from learner.families import Family, register
+from learner.packing import PackedBatch, pack
+from learner.policy import Policy
+from learner.rows import Picture, Piece
+from learner.zero import full_shape
+from perception.config import LearnerConfig
+from perception.types import ImageHandle
+
+ROW_BUCKETS = 16
+"""Lengths of rows within `micro_tokens` that are compiled for on CUDA, at most."""
+
+
+@register("qwen2_vl")
+@register("qwen2_5_vl")
+@register("qwen3_vl")
+class QwenVL(Family):
+    def policy(self, rows: Literal["packed", "padded"]) -> type[Policy]:
+        sliding = getattr(self.config.get_text_config(), "use_sliding_window", False)
+        return super().policy(rows) if rows == "padded" or sliding else PackedPolicy
+
+    def prepare(self, key: str, pixels: Tensor) -> Picture:
+        images = self.processor.image_processor
+        inputs = images(images=[pixels], return_tensors="pt")
+        grid = inputs["image_grid_thw"][0]
+        tokens = torch.full((int(grid.prod()) // images.merge_size**2,), self.spec.image_token_id)
+        return Picture(key=key, tokens=tokens, inputs=dict(inputs), grid=grid)
+
+    def flops(self, model: Any, vision_trained: bool, adapters: bool) -> FlopCounter:
+        return FlopCounter(model, vision_trained, adapters)
+
+
+class PackedPolicy(Policy):
+    """A model of the Qwen-VL families on packed rows: the vision tower runs once per image, the vocabulary head only
+    where a sampled token is predicted."""
+
+    attention: ClassVar[Any] = {"text_config": text_attention.NAME, "vision_config": "sdpa"}
+    padded = False
+
+    def __init__(self, family: Family, temperature: float, config: LearnerConfig, entropy_gradient: bool) -> None:
+        super().__init__(family, temperature, config, entropy_gradient)
+        self.layout = replace(self.layout, picture=self.picture, positions=self.positions)
+        self.features: LRUCache[str, Picture] = LRUCache(config.feature_cache_mb << 20, _feature_bytes)
+        """Of images seen before, where the vision tower is frozen."""
+        # Not by the loader: it takes a name with "flash" in it, which the tower's form of call needs, for a package.
+        self.model.config.vision_config._attn_implementation_internal = vision_attention.NAME
+        multiply_patches(self.model)
+        self._row_multiple = row_multiple(config.micro_tokens)
+        if config.compile:
+            torch._dynamo.config.recompile_limit = 4 * ROW_BUCKETS
+            for layer in self.model.model.language_model.layers:
+                layer.compile(dynamic=False)  # once per row length
+            for block in self.model.model.visual.blocks:
+                block.compile()  # for any number of patches
+
+    def picture(self, handle: ImageHandle) -> Picture:
+        return self.features.get(handle.key) or self.family.picture(handle)
+
+    def positions(self, ids: Tensor, grids: Tensor) -> Tensor:
+        """M-RoPE positions (3, T) of expanded ids (T,) holding the images of `grids` (images, 3)."""
+        is_image = (ids == self.model.config.image_token_id).to(torch.int32)
+        positions, _ = self.model.model.get_rope_index(ids[None], is_image[None], image_grid_thw=grids)
+        return positions[:, 0]
+
+    def collate(self, pieces: Sequence[Piece]) -> PackedBatch:
+        return pack(pieces, self.layout, self._row_multiple if self.model.device.type == "cuda" else 1)
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(N,) float32 log pi(token) and (N,) float32 entropy in nats."""
+        embeddings = self.model.get_input_embeddings()(batch.input_ids)[0]
+        extra: dict[str, Any] = {}
+        levels = self._image_levels(batch.pictures)
+        if levels is not None:
+            levels = levels.index_select(1, batch.image_source).to(embeddings.dtype)
+            embeddings = embeddings.index_copy(0, batch.image_slots, levels[0])
+            extra = self._deep_features(levels[1:], batch)
+        mask = text_attention.packed_mask(batch.spans, len(embeddings), embeddings.device)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeddings[None], position_ids=batch.position_ids, use_cache=False, packed=mask, **extra
+        ).last_hidden_state
+        return self.head(hidden[0].index_select(0, batch.predictors), batch.targets, self.vocabulary)
+
+    def _deep_features(self, levels: Tensor, batch: PackedBatch) -> dict[str, Any]:
+        """What Qwen3-VL adds to the first layers' hidden states at the image tokens (DeepStack, arXiv 2406.04334)."""
+        if not len(levels):
+            return {}
+        places = torch.zeros(batch.input_ids.shape, dtype=torch.bool, device=levels.device)
+        places[0, batch.image_slots] = True
+        in_row_order = batch.image_slots.argsort()
+        return {"visual_pos_masks": places, "deepstack_visual_embeds": list(levels[:, in_row_order])}
+
+    def _image_levels(self, pictures: Sequence[Picture]) -> Tensor | None:
+        """(levels, image tokens, hidden size) of the images end to end; None where no rank needs any."""
+        if self.vision_trained:
+            return self._see(pictures)
+        known = {p.key: p if p.features is not None else self.features.get(p.key) for p in pictures}
+        new = [picture for picture in pictures if known[picture.key] is None]
+        self.images += len(pictures)
+        self.images_known += len(pictures) - len(new)
+        if self._any_rank(bool(new)):
+            with torch.no_grad():
+                computed = self._see(new)
+            sizes = [len(picture.tokens) for picture in new]
+            for picture, levels in zip(new, computed.split(sizes, dim=1) if new else (), strict=True):
+                if levels.nbytes <= self.features.maxsize:
+                    self.features[picture.key] = replace(picture, inputs={}, features=levels.cpu())
+                known[picture.key] = replace(picture, features=levels)
+        found = [p.features.to(self.model.device) for p in known.values() if p is not None and p.features is not None]
+        return torch.cat(found, dim=1) if found else None
+
+    def _see(self, pictures: Sequence[Picture]) -> Tensor:
+        """The vision tower over these images, over a blank one where there is none."""
+        seen_by = pictures or [self.blank]
+        values = torch.cat([picture.inputs["pixel_values"] for picture in seen_by]).to(self.model.device)
+        grids = torch.stack([picture.grid for picture in seen_by if picture.grid is not None]).to(self.model.device)
+        seen = self.model.model.get_image_features(values, grids)
+        deeper = getattr(seen, "deepstack_features", None) or ()
+        return torch.stack([torch.cat(level) for level in (seen.pooler_output, *deeper)])
+
+    def _any_rank(self, mine: bool) -> bool:
+        """Under ZeRO-3 all ranks run the vision tower or none does."""
+        if not hasattr(next(self.model.parameters()), "ds_id"):
+            return mine
+        flag = torch.tensor(float(mine), device=self.model.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def row_multiple(micro_tokens: int) -> int:
+    """What the length of a row on CUDA is a multiple of; 128 is FlexAttention's block."""
+    return max(128, -(-micro_tokens // ROW_BUCKETS // 128) * 128)
+
+
+class _PatchProduct(nn.Conv3d):
+    """A convolution of patches by kernels of a patch's size, as the matrix product that it is: several times faster."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(patches, channels, time, height, width) -> (patches, width of the tower)."""
+        return linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+
+def multiply_patches(model: Any) -> None:
+    """The processor has cut images into patches."""
+    model.model.visual.patch_embed.proj.__class__ = _PatchProduct
+
+
+class FlopCounter:
+    """How much arithmetic a step cannot avoid.
+
+    useful FLOPs of a micro-batch = sum over its groups of
+        2 * text parameters * tokens              linear layers; a group's prompt once, its trajectories once each
+      + 4 * heads * head dim * layers * pairs     scores and values of every (query, key) that may see each other
+      + 2 * hidden size * vocabulary * sampled    head, only where a sampled token is predicted
+      + 2 * vision parameters * patches           once per image
+      + 4 * vision width * sum over blocks of its windows' squared lengths
+    times 3 for what is trained (forward, and twice as much backward), 2 where only activations' gradients pass (frozen
+    weights under adapters), 1 for a frozen vision tower, 0 for features that are known already.
+
+    Whatever is computed beyond that (prompts again in every row, padding, recomputed layers) makes the MFU smaller.
+    """
+
+    def __init__(self, model: Any, vision_trained: bool, adapters: bool) -> None:
+        text, tower = model.config.get_text_config(), model.model.visual
+        self._text_passes, self._vision_passes = 2 if adapters else 3, 3 if vision_trained else 1
+        self._text = _matrices(model.model.language_model.layers)
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self._pair = 4 * text.num_attention_heads * dim * text.num_hidden_layers
+        self._sampled = 2 * text.hidden_size * text.vocab_size
+        self._vision = model.config.vision_config
+        self._width = getattr(self._vision, "embed_dim", None) or self._vision.hidden_size
+        self._patch = 2 * (_matrices(tower.patch_embed) + _matrices(tower.blocks))
+        mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+        self._merged = 2 * sum(_matrices(merger) for merger in mergers)
+
+    def __call__(self, pieces: Sequence[Piece]) -> float:
+        """Useful FLOPs of one micro-batch, forward and backward."""
+        tokens = pairs = sampled = 0
+        for piece in pieces:
+            prompt = len(piece.prompt.ids)
+            tokens += piece.packed
+            pairs += prompt * (prompt + 1) // 2
+            pairs += sum(tail.length * prompt + tail.length * (tail.length + 1) // 2 for tail in piece.tails)
+            sampled += sum(len(tail.targets) for tail in piece.tails)
+        text = 2.0 * self._text * tokens + self._pair * pairs + self._sampled * sampled
+        images = {p.key: p for piece in pieces for p in _pictures(piece) if p.features is None}
+        vision = sum(self._image(picture) for picture in images.values())
+        return self._text_passes * text + self._vision_passes * vision
+
+    def _image(self, picture: Picture) -> float:
+        assert picture.grid is not None
+        frames, height, width = picture.grid.tolist()
+        whole = getattr(self._vision, "fullatt_block_indexes", range(self._vision.depth))
+        squares = len(whole) * frames * (height * width) ** 2
+        if len(whole) < self._vision.depth:
+            side = self._vision.window_size // self._vision.patch_size
+            squares += (self._vision.depth - len(whole)) * frames * _tiles(height, side) * _tiles(width, side)
+        linear = self._patch * frames * height * width + self._merged * len(picture.tokens)
+        return float(linear + 4 * self._width * squares)
+
+
+def _pictures(piece: Piece) -> list[Picture]:
+    return [*piece.prompt.pictures, *(picture for tail in piece.tails for _, picture in tail.pictures)]
+
+
+def _tiles(length: int, side: int) -> int:
+    """Sum of squared lengths of the windows that tile one axis."""
+    full, rest = divmod(length, side)
+    return full * side**2 + rest**2
+
+
+def _matrices(module: Any) -> int:
+    """Parameters of linear maps."""
+    return sum(torch.Size(full_shape(p)).numel() for p in module.parameters() if len(full_shape(p)) > 1)
+
+
+def _feature_bytes(picture: Picture) -> int:
+    assert picture.features is not None
+    return picture.features.nbytes

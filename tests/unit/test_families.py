@@ -1,0 +1,196 @@
+"""Guards that a family other than Qwen-VL's is seen by launch, learner and engine as transformers itself sees it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import learner.families
+import perception.families
+from launch.run.prompts import PromptMaker, read_policy_spec
+from learner.families import Family
+from learner.families.generic import PaddedPolicy
+from learner.policy import load_policy
+from learner.rows import Picture
+from perception.config import LearnerConfig, LoraConfig, ModelConfig, TaskConfig
+from perception.errors import UserError
+from perception.families import engine_name, engine_renames, family_of
+from perception.registry import Registry
+from perception.types import ImageHandle, PolicySpec, Trajectory
+from tests import tiny_families
+from tests.gradients import evaluate
+from tests.train_groups import train_group
+
+TEMPERATURE = 0.8
+FORM = TaskConfig(system="Be brief.", template="Find {question}.", inline="", again="Again.")
+
+
+@pytest.fixture(scope="module", params=["llava_onevision", "internvl"])
+def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PolicySpec:
+    return tiny_families.build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def maker(spec: PolicySpec) -> PromptMaker:
+    return PromptMaker(ModelConfig(path=spec.path, segmenter=""), {"segment": FORM})
+
+
+def family(spec: PolicySpec) -> str:
+    return str(AutoModelForImageTextToText.from_pretrained(spec.path).config.model_type)
+
+
+def test_the_spec_is_read_from_the_policys_own_files(spec: PolicySpec) -> None:
+    assert read_policy_spec(ModelConfig(path=spec.path, segmenter="")) == spec
+
+
+def test_a_prompt_has_one_first_token_and_one_placeholder(spec: PolicySpec, maker: PromptMaker) -> None:
+    ids = maker.tokens("the cat", "segment")
+    image = maker.tokenizer.decode([spec.image_token_id])
+    assert maker.tokenizer.decode(ids) == f"<s> Be brief. USER: {image}\nFind the cat. ASSISTANT:"
+    assert ids.count(maker.tokenizer.bos_token_id) == ids.count(spec.image_token_id) == 1
+    # After the answer's </s>, which was sampled, and with no first token again.
+    assert maker.tokenizer.decode(maker.again("segment")) == f"USER: {image}\nAgain. ASSISTANT:"
+    assert maker.answer_frame(112, 140) == (1000, 1000)
+
+
+def test_image_tokens_by_hand(spec: PolicySpec, maker: PromptMaker) -> None:
+    """LLaVA-OneVision, tiles of 4 x 4 tokens: the whole image is one; of its 2 x 2 or 1 x 2 parts what is not padding
+    counts, and one token ends every line. InternVL: 4 tokens a tile, two marks."""
+    by_hand = {
+        # 56 x 84 goes on 1 x 2 tiles: 4 x 8 tokens less one column of padding on either side.
+        "llava_onevision": {(112, 112): 16 + 8 * 8 + 8, (56, 84): 16 + 4 * 6 + 4},
+        # 112 x 112 are 2 x 2 tiles and the whole; 56 x 168 three in a line and the whole.
+        "internvl": {(112, 112): 2 + 4 * 5, (56, 168): 2 + 4 * 4},
+    }[family(spec)]
+    assert {size: maker.image_tokens(*size) for size in by_hand} == by_hand
+    assert maker.longest_image(list(by_hand)) == max(by_hand.values())
+
+
+def test_of_many_sizes_the_largest_and_the_extreme_ones_are_tried(
+    maker: PromptMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[int, int]] = []
+    monkeypatch.setattr(maker, "image_tokens", lambda *size: tried.append(size) or sum(size))
+    sizes = {(side, 1000 - side) for side in range(100, 900)} | {(1500, 1500)}
+    assert maker.longest_image(sizes) == 3000
+    assert {(100, 900), (899, 101), (1500, 1500)} <= set(tried) and len(tried) < 70
+
+
+def reference(spec: PolicySpec, trajectory: Trajectory) -> Tensor:
+    """Log-probs of the sampled tokens by the processor's joint call on all images and a plain forward pass."""
+    processor: Any = AutoProcessor.from_pretrained(spec.path, backend="torchvision")
+    model = AutoModelForImageTextToText.from_pretrained(spec.path)
+    images = [Image.open(io.BytesIO(handle.ref)) for turn in trajectory.turns for handle in turn.images]
+    inputs: dict[str, Tensor] = {}
+    expanded: list[list[int]] = []
+    if images:
+        text = [processor.image_token * len(images)]
+        inputs = dict(processor(text=text, images=images, add_special_tokens=False, return_tensors="pt"))
+        expanded = [
+            processor(text=[processor.image_token], images=[one], add_special_tokens=False)["input_ids"][0]
+            for one in images
+        ]
+        assert inputs.pop("input_ids")[0].tolist() == [token for one in expanded for token in one]
+        inputs.pop("attention_mask")
+    row: list[int] = []
+    predictors: list[int] = []
+    parts = iter(expanded)
+    for turn in trajectory.turns:
+        for token in turn.input_ids:
+            row += next(parts) if token == spec.image_token_id else [token]
+        predictors += range(len(row) - 1, len(row) - 1 + len(turn.token_ids))
+        row += turn.token_ids
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row]), **inputs).logits[0, predictors]
+    logits[:, list(spec.banned_token_ids)] = -torch.inf
+    sampled = torch.tensor([token for turn in trajectory.turns for token in turn.token_ids])
+    return torch.log_softmax(logits / TEMPERATURE, -1).gather(1, sampled[:, None]).squeeze(1)
+
+
+def test_logprobs_of_rows_with_images_of_different_sizes_are_those_of_transformers(spec: PolicySpec) -> None:
+    rng = np.random.default_rng(0)
+    groups = [
+        train_group(spec, rng, n=2, side=61),
+        train_group(spec, rng, n=2, side=112, images=2),
+        train_group(spec, rng, n=2, images=0),
+        train_group(spec, rng, n=2, turns=2),
+    ]
+    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda ref: ref)  # type: ignore[arg-type,return-value]
+    found, gradient = evaluate(policy, groups, 1 << 20)
+    assert len(found) == 8
+    for (group, index), logprobs in found.items():
+        expected = reference(spec, groups[group].group.trajectories[index])
+        assert (logprobs - expected).abs().max() < 5e-6
+    assert any("vision_tower" in name and value.norm() > 0 for name, value in gradient.items())
+
+
+def test_a_rank_without_work_runs_the_vision_tower_and_teaches_nothing(spec: PolicySpec) -> None:
+    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda ref: ref)  # type: ignore[arg-type,return-value]
+    ran: list[str] = []
+    policy.model.model.vision_tower.register_forward_hook(lambda *_: ran.append("vision"))
+    batch = policy.collate([])
+    (policy(batch)[0] * batch.tokens.real).sum().backward()
+    assert ran and all(p.grad is None or not p.grad.any() for p in policy.parameters())
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "llava"])
+def test_adapters_and_frozen_towers_find_their_layers(name: str, tmp_path: Any) -> None:
+    spec = tiny_families.build(name, tmp_path)
+    adapted = load_policy(spec, 1.0, LearnerConfig(lora=LoraConfig(rank=2)), lambda ref: ref)  # type: ignore[arg-type,return-value]
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert trained and all("language_model" in n and "lora_" in n for n in trained)
+    frozen = load_policy(spec, 1.0, LearnerConfig(freeze_vision=True), lambda ref: ref)  # type: ignore[arg-type,return-value]
+    assert {n for n, p in frozen.named_parameters() if not p.requires_grad} == {
+        n for n, _ in frozen.named_parameters() if "vision_tower" in n
+    }
+
+
+def test_a_family_of_ones_own_is_used(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner.families, "FAMILIES", Registry("model family"))
+    monkeypatch.setattr(perception.families, "FAMILIES", Registry("model family"))
+
+    class Mine(PaddedPolicy):
+        def inputs(self, ids: Tensor, pictures: Sequence[Picture]) -> dict[str, Tensor]:
+            return super().inputs(ids, pictures) | {"position_ids": torch.zeros_like(ids)}
+
+    @learner.families.FAMILIES.register("llava")
+    class MyFamily(Family):
+        def policy(self, rows: Any) -> type[PaddedPolicy]:
+            return Mine
+
+        def picture(self, handle: ImageHandle) -> Picture:
+            return super().picture(handle)
+
+    perception.families.FAMILIES.register("llava")(perception.families.Family(frame="resized", native=True))
+    assert family_of("llava").frame == "resized" and family_of("qwen2_5_vl").frame == "thousand"
+    spec = tiny_families.build("llava", tmp_path)
+    policy = load_policy(spec, 1.0, LearnerConfig(), lambda ref: ref)  # type: ignore[arg-type,return-value]
+    assert isinstance(policy, Mine) and isinstance(policy.family, MyFamily)
+    assert "position_ids" in policy.collate([]).inputs
+    with pytest.raises(UserError, match="unknown model family 'lava'; did you mean 'llava'"):
+        perception.families.FAMILIES["lava"]
+
+
+def test_names_on_the_way_to_the_engine() -> None:
+    renames = engine_renames("llava_onevision", "siglip_vision_model")
+    long = "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert engine_name("model.vision_tower.encoder.layers.0.mlp.fc1.weight", renames) == long
+    assert engine_name(long, renames) == long
+    assert engine_name("model.language_model.norm.weight", renames) == "model.language_model.norm.weight"
+    # Pixtral's tower in a LLaVA, InternVL's own and Qwen's have one name everywhere.
+    for kind, tower in (("llava", "pixtral"), ("internvl", "internvl_vision"), ("qwen2_5_vl", None)):
+        assert engine_renames(kind, tower) == ()
+
+
+def test_the_answer_frames_of_the_released_models() -> None:
+    frames = {name: family_of(name).frame for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "anything")}
+    assert frames.pop("qwen2_5_vl") == "resized"
+    assert set(frames.values()) == {"thousand"}
