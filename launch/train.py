@@ -1,8 +1,8 @@
 """GRPO for models that see: sample groups, score them, rank the rewards, take a step, send the weights back.
 
 python -m launch.train recipe=quickstart learner.lr=2e-5
-python -m launch.train --multirun learner.lr=2e-5,5e-5
-python -m launch.train recipe=quickstart resume=quickstart
+python -m launch.train --multirun recipe=quickstart learner.lr=2e-5,5e-5
+python -m launch.train recipe=quickstart run.resume=quickstart
 ray job submit --working-dir . -- python -m launch.train recipe=quickstart
 """
 
@@ -20,7 +20,7 @@ from launch.record.summary import show
 from launch.report import write_report
 from launch.run.batch import StepBatch, reward_kl
 from launch.run.calibrate import calibrate
-from launch.run.checks import check
+from launch.run.checks import check, toy_settings
 from launch.run.config import entry
 from launch.run.failures import check_failures
 from launch.run.parity import parity_gate
@@ -128,6 +128,8 @@ class Session:
 def run(config: Config) -> None:
     prepare(config, say=print)
     samples, held_out = check(config)
+    for warning in toy_settings(config):
+        print(f"warning: {warning}")
     state = RunState.resume(config, samples) if config.run.resume else RunState.fresh(config, samples)
     cluster.connect(config.placement)
     with (

@@ -40,7 +40,7 @@ def _group_rewards(group: ScoredGroup, config: RewardConfig, store: RankStore | 
 
 def _by_group(group: ScoredGroup, config: RewardConfig) -> list[float]:
     """The one soft rank, which has the weights of all ranked components together, or 1 where none are named."""
-    weight = sum(config.ranked.values()) if config.ranked else 1.0
+    weight = sum(map(_weight, config.ranked.values())) if config.ranked else 1.0
     return [weight * rank for rank in group_ranks(group, config.group, failed=config.unparsed_reward is None)]
 
 
@@ -49,7 +49,7 @@ def _by_component(group: ScoredGroup, config: RewardConfig, store: RankStore | N
     measured = np.array([bool(score.metrics) for score in group.scores])
     rows = [_row(score, tuple(config.ranked)) for score in group.scores if score.metrics]
     values = np.array(rows, np.float64).reshape(len(rows), len(config.ranked))
-    weights = tuple(config.ranked.values())
+    weights = tuple(map(_weight, config.ranked.values()))
     extras = np.zeros(len(measured))
     if store is not None:
         extras[measured] = store.aggregate(store.rank(group.group.prompt.sample.task, values), weights)
@@ -63,7 +63,7 @@ def _reward(score: Score, config: RewardConfig, ranked: float) -> float:
         return 0.0
     if score.failure is not None and config.unparsed_reward is not None:
         return config.unparsed_reward
-    return ranked + sum(weight * score.metrics[name] for name, weight in config.components.items())
+    return ranked + sum(_weight(one) * score.metrics[name] for name, one in config.components.items())
 
 
 def _is_evidence(score: Score, config: RewardConfig) -> bool:
@@ -72,3 +72,7 @@ def _is_evidence(score: Score, config: RewardConfig) -> bool:
 
 def _row(score: Score, names: Sequence[str]) -> list[float]:
     return [score.metrics[name] for name in names]
+
+
+def _weight(component: float | dict[str, float]) -> float:
+    return component["weight"] if isinstance(component, dict) else component

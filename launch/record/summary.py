@@ -57,7 +57,7 @@ def show(run_dir: Path) -> None:
     """Print a finished run's before/after table and where to look next; for a stopped one, how to go on."""
     console = Console(width=100)
     if not (run_dir / run_directory.SUMMARY).is_file():
-        console.print(f"stopped with a checkpoint; go on with resume={run_dir.name}")
+        console.print(f"stopped with a checkpoint; go on with run.resume={run_dir.name}")
         return
     summary = json.loads((run_dir / run_directory.SUMMARY).read_text())
     before, after = summary["before"], summary["after"]
