@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up by themselves. CUDA=1 installs and uses the CUDA set.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: setup demo test test-gpu lint clean
+.PHONY: setup demo test test-gpu lint docs clean
 
 KIND := $(if $(CUDA),cuda,cpu)
 PYTHON := $(shell for p in python3.11 python3 python; do \
@@ -31,6 +31,9 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: setup
+	.venv/bin/python docs/config_reference.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -26,7 +26,7 @@ class ModelConfig:
     segmenter: str
     """SAM2 directory: `config.yaml` + `model.safetensors`, or `random:<hiera name>` for random weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the policy's weights, in engine and learner."""
+    """Number format of the policy's weights, in engine and learner."""
     shape: str | None = None
     """If `path` is missing, random weights of this shape (`conf/shape/`) are written there."""
     answer_frame: Literal["resized", "thousand"] | None = None
@@ -77,7 +77,7 @@ class LookConfig:
     max_passes: Annotated[int, Ge(2)] = 2
     """Passes of a trajectory, the first one included."""
     margin: NonNegative = 0.5
-    """Around what was answered, in longer sides of it."""
+    """What a view shows around the answer, in longer sides of it."""
     smallest: Annotated[float, Gt(0.0), Le(1.0)] = 0.25
     """Side of the smallest view, as a share of the image's shorter side."""
     min_zoom: Annotated[float, Ge(1.0)] = 1.3
@@ -104,7 +104,7 @@ class EcdfConfig:
     digits: Natural | None = None
     """Round each rank to so many decimals; None: no rounding."""
     aggregate: Literal["sum", "mean"] = "sum"
-    """Of the components' weighted ranks."""
+    """Sum or mean of the components' weighted ranks."""
     warmup: Natural = 1
     """Steps that must have been seen before ranks are used; raw values serve until then."""
     exclude_unparsed: bool = True
@@ -199,13 +199,13 @@ class LoraConfig:
 class LearnerConfig:
     ranks: Positive = 1
     zero_stage: Literal[1, 2, 3] = 2
-    """Data-parallel processes, and what DeepSpeed shards among them: optimizer states, + gradients, + weights."""
+    """Data-parallel processes; DeepSpeed shards optimizer states (1), gradients too (2), weights too (3) among them."""
     offload_optimizer: bool = False
     """Optimizer states and their step in host memory (ZeRO-Offload)."""
     lr: Rate = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0
-    """AdamW's."""
+    """AdamW: learning rate, decay rates of its two moments, decoupled weight decay."""
     warmup_steps: Natural = 0
     schedule: Literal["constant", "linear"] = "constant"
     """Optimizer steps over which the rate rises from 0; then it stays, or falls to 0 at the end of the run."""
@@ -239,7 +239,7 @@ class RolloutConfig:
     engines: Positive = 1
     """vLLM engines, each with a copy of the policy."""
     temperature: Annotated[float, Gt(0.0), Le(2.0)] = 1.0
-    """Of sampling, in training and for `giou_sampled`."""
+    """Sampling temperature, in training and for `giou_sampled`."""
     max_new_tokens: Positive = 256
     max_model_len: Positive = 4096
     """Tokens of one answer, and of a whole trajectory: prompts, images and answers."""
@@ -273,7 +273,7 @@ class PlacementConfig:
     learner_gpus: NonNegative = 0.0
     """CPUs and GPUs that each engine, reward worker and learner rank claims from Ray; fractions share one."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Ray's, over the nodes of a cluster."""
+    """Ray's placement strategy, over the nodes of a cluster."""
     transport: Literal["store", "ipc", "nccl", "gloo"] = "store"
     """Weights by Ray's object store (shared memory on a node), by CUDA IPC (engine and learner on one GPU), or
     broadcast by learner rank 0 to every engine: nccl between GPUs, gloo between hosts."""
@@ -292,7 +292,7 @@ class PipelineConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WandbConfig:
     project: str = "relook"
-    """Of the W&B run."""
+    """W&B project the run belongs to."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online when the user is logged in, else offline; never asks."""
 
@@ -303,7 +303,7 @@ class RunConfig:
     output: str = "runs"
     """The run's directory is `<output>/<name>/`. On a cluster: a path every node's driver can reach."""
     seed: int = 42
-    """Of data order, sampling and everything else that is drawn."""
+    """Seed of data order, sampling and everything else that is drawn."""
     resume: str | None = None
     """A run's name or directory: go on from its newest checkpoint."""
     deterministic: bool = False
@@ -319,14 +319,14 @@ class RunConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     run: RunConfig
-    """Where a run stands, and what it leaves."""
+    """The run as a whole: its name, seed and files."""
     plugins: tuple[str, ...] = ()
     """Importable modules or paths (a package folder or a .py file) with your own tasks, components, readers, surrogates
     and families; loaded in every worker process."""
     model: ModelConfig
     """The policy and the segmenter."""
     data: DataConfig
-    """What is asked about."""
+    """The samples, and how they are read."""
     task: dict[str, TaskConfig]
     """How each task is put to the policy, by its name as samples carry it: segment, ground, count."""
     look: LookConfig
