@@ -37,15 +37,15 @@ from perception.errors import UserError
 
 ARMS = {
     "binary": ("reward=vision_reasoner", "look=none"),
-    "look": ("reward=vision_reasoner", "look=inline", "~reward.components.non_repeat_plain"),
-    "rank": ("reward=dr_seg", "look=none", "~reward.components.look"),
-    "both": ("reward=dr_seg",),  # look=inline comes with it
-    "raw": ("reward=dr_seg", "reward.rank=none"),
-    "relook": ("reward=dr_seg", "look=relook", "~reward.components.look"),
+    "look": ("reward=vision_reasoner_look", "look=inline"),
+    "rank": ("reward=dr_seg_no_look", "look=none"),
+    "both": ("reward=dr_seg", "look=inline"),
+    "raw": ("reward=dr_seg", "look=inline", "reward.rank=none"),
+    "relook": ("reward=dr_seg_no_look", "look=relook"),
 }
 COMMON = (
     "learner.ranks=1",
-    f"++data.also.{table.SHIFTED}=data/world/shifted.json",
+    f"data.also.{table.SHIFTED}=data/world/shifted.json",
     "wandb.mode=disabled",
     "run.rollouts_kept=2",
     "run.checkpoint_every=1000",

@@ -112,7 +112,7 @@ def _row_tokens(trajectory: Trajectory, prompts: PromptMaker) -> int:
 def main() -> None:
     samples, answers, rounds = (256, "held-out scenes"), (4, "per scene"), (3, "of all modes")
     arguments = options(__doc__, overrides=True, samples=samples, answers=answers, rounds=rounds)
-    own = ["look=relook", f"data.eval_samples={arguments.samples}", "run.name=look"]
+    own = ["recipe=quickstart", "look=relook", f"data.eval_samples={arguments.samples}", "run.name=look"]
     with told():
         config = compose([*own, *arguments.overrides])
         prepare(config, say=lambda text: None)

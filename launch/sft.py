@@ -8,44 +8,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from launch.run.command_line import call
+from launch.run.command_line import command
 from launch.run.config import read_tasks
 from launch.warm_start.policy import SEED_BASE, SEEDS_PER_RUN, WarmStart, train_policy
 from launch.warm_start.segmenter import TOOL_STYLE, train_tool
+from perception.config import Natural, Positive, Rate
 from perception.scenes import stream
 
 
-def sft(
-    target: Literal["policy", "tool"] = "policy",
-    out: Path | None = None,
-    steps: int | None = None,
-    batch: int | None = None,
-    lr: float | None = None,
-    seed: int = 0,
-    threads: int = 1,
-) -> None:
-    """Train `target` and write it to `out`."""
-    torch.set_num_threads(threads)
-    if target == "policy":
-        shipped = WarmStart()
-        config = WarmStart(steps=steps or shipped.steps, batch=batch or shipped.batch, lr=lr or shipped.lr, seed=seed)
-        train_policy(out or Path("assets/policy"), config, read_tasks("brief"), _say)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmStartSettings:
+    target: Literal["policy", "tool"] = "policy"
+    out: Path | None = None
+    """None: where the shipped model stands."""
+    steps: Positive | None = None
+    batch: Positive | None = None
+    lr: Rate | None = None
+    """None: as the shipped model was trained."""
+    seed: Natural = 0
+    threads: Positive = 1
+
+
+def sft(settings: WarmStartSettings) -> None:
+    """Train the target and write it."""
+    torch.set_num_threads(settings.threads)
+    given = {name: value for name in ("steps", "batch", "lr") if (value := getattr(settings, name)) is not None}
+    if settings.target == "policy":
+        config = replace(WarmStart(seed=settings.seed), **given)
+        train_policy(settings.out or Path("assets/policy"), config, read_tasks("brief"), _say)
     else:
-        train_tool(
-            out or Path("assets/segmenter"),
-            stream(SEED_BASE + seed * SEEDS_PER_RUN, TOOL_STYLE),
-            steps=steps or 3600,
-            batch=batch or 8,
-            lr=lr or 2e-3,
-            seed=seed,
-            device="cpu",
-            log=_say,
-        )
+        scenes = stream(SEED_BASE + settings.seed * SEEDS_PER_RUN, TOOL_STYLE)
+        rest = {"steps": 3600, "batch": 8, "lr": 2e-3, "seed": settings.seed} | given
+        train_tool(settings.out or Path("assets/segmenter"), scenes, **rest, device="cpu", log=_say)
 
 
 def _say(text: str) -> None:
@@ -53,4 +53,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    call(sft)
+    command(WarmStartSettings, sft)

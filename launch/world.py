@@ -9,27 +9,43 @@ from different seeds. The same arguments write the same bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from launch.run.command_line import call
+from launch.run.command_line import command
 from perception import masks
+from perception.config import Natural, Positive
 from perception.datasets import coco
 from perception.datasets.objects import TrueObject
 from perception.scenes import SHIFTED, WORLD, SceneStyle, ask, generate
 
-EVAL_SEED = 500_000_000
-SHIFTED_SEED = 600_000_000
+SPLITS = {"train": (0, WORLD), "eval": (500_000_000, WORLD), "shifted": (600_000_000, SHIFTED)}
+"""First seed and style of each."""
 
 
-def write(out: Path = Path("data/world"), train: int = 4096, eval: int = 256, side: int = 224, seed: int = 0) -> None:
-    splits = (("train", train, 0, WORLD), ("eval", eval, EVAL_SEED, WORLD), ("shifted", eval, SHIFTED_SEED, SHIFTED))
-    for split, count, first, style in splits:
-        seeds = range(first + seed, first + seed + count)
-        coco.write(out / f"{split}.json", records(seeds, replace(style, side=side)))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    out: Path = Path("data/world")
+    train: Positive = 4096
+    eval: Positive = 256
+    """Scenes of `eval.json`, and of `shifted.json`."""
+    side: Positive = 224
+    """Of every image, in pixels."""
+    seed: Natural = 0
+
+    def write(self) -> None:
+        counts = {"train": self.train, "eval": self.eval, "shifted": self.eval}
+        for split, (first, style) in SPLITS.items():
+            seeds = range(first + self.seed, first + self.seed + counts[split])
+            coco.write(self.out / f"{split}.json", records(seeds, replace(style, side=self.side)))
+
+
+def write(out: Path, **sizes: int) -> None:
+    """Write `World(out=out, **sizes)`."""
+    World(out=out, **sizes).write()
 
 
 def records(seeds: range, style: SceneStyle) -> Iterator[coco.Record]:
@@ -53,4 +69,4 @@ def records(seeds: range, style: SceneStyle) -> Iterator[coco.Record]:
 
 
 if __name__ == "__main__":
-    call(write)
+    command(World, World.write)

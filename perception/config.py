@@ -1,8 +1,7 @@
-"""The typed settings of every room: what `conf/` is validated against (`launch/config.py`).
+"""The typed settings: the one place of every default and of the sentence that explains it (`make docs` lists them).
 
-Frozen dataclasses, so that a worker can be handed exactly the part it needs. Bounds stand beside the type and are
-enforced by pydantic when the program starts; an unknown key, an ill-typed or out-of-range value never reaches a
-worker.
+`conf/` holds only what differs. Frozen dataclasses, so that a worker can be handed exactly the part it needs; bounds
+stand beside the type and pydantic enforces them at the start. A sentence stands under the field or fields it explains.
 """
 
 from __future__ import annotations
@@ -28,42 +27,40 @@ class ModelConfig:
     segmenter: str
     """SAM2 directory: `config.yaml` + `model.safetensors`, or `random:<hiera name>` for random weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the policy's weights, in engine and learner."""
     shape: str | None = None
-    """If `path` is missing, random weights of this shape (`launch.policies.SHAPES`) are written there."""
+    """If `path` is missing, random weights of this shape (`conf/shape/`) are written there."""
     answer_frame: AnswerFrame | None = None
-    """Frame the policy answers in: pixels of the resized image (Qwen2.5-VL) or 0..1000 (Qwen3-VL); None: its family's
-    (`perception.families`)."""
+    """The policy answers in pixels of the resized image (Qwen2.5-VL) or 0..1000 (Qwen3-VL). None: its family's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     format: str
-    """Registered reader: coco, jsonl."""
+    """A registered reader's name: jsonl or coco."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The reader's own options; checked against its signature."""
     train: str
     """Path of the training annotations (JSON for coco, JSONL for jsonl)."""
     eval: str
-    """Path of the held-out annotations, same format."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """The reader's own options; checked against its signature."""
+    """Path of the held-out annotations, same format; a run is judged by them."""
     also: dict[str, str] = field(default_factory=dict)
     """Further held-out sets, evaluated with the first one: name -> path of the annotations."""
     eval_samples: Positive = 128
     """The first so many samples of each held-out set, always the same."""
     world_side: Positive | None = None
-    """If `train` is missing, the synthetic world (`launch.world`) is written beside it, with images of this side."""
     world_train: Positive = 4096
-    """How many training scenes are then written."""
+    """If `train` is missing, the synthetic world is written there: side of its images, training scenes."""
     max_pixels: Positive = 50_000_000
     """A larger image is refused before anything starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskConfig:
-    """How one task is put to the policy."""
-
     form: str | None = None
     """Registered task (`perception.tasks`) that reads and writes the answers; None: the one of the same name."""
     system: str
+    """System turn."""
     template: str
     """User turn; `{question}` is replaced. The image placeholder is put before it."""
     inline: str
@@ -74,14 +71,14 @@ class TaskConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookConfig:
-    """Look-to-Confirm: `inline` is Dr. Seg's single pass, `relook` looks again where an answer is unsure."""
-
     mode: LookMode = "none"
+    """none: one pass. inline: Dr. Seg's single pass with `<look>` blocks. relook: again where an answer is unsure."""
     trigger: Literal["confidence", "always", "never"] = "confidence"
-    """When to look again: below the learned threshold, whenever there is something to enlarge, or never."""
+    """When relook looks again: below the learned threshold, whenever there is something to enlarge, or never."""
     max_passes: Annotated[int, Ge(2)] = 2
+    """Passes of a trajectory, the first one included."""
     margin: NonNegative = 0.5
-    """Around what was answered, in longer sides of it."""
+    """What a view shows around the answer, in longer sides of it."""
     smallest: Annotated[float, Gt(0.0), Le(1.0)] = 0.25
     """Side of the smallest view, as a share of the image's shorter side."""
     min_zoom: Annotated[float, Ge(1.0)] = 1.3
@@ -100,25 +97,27 @@ class LookConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EcdfConfig:
-    """Distribution-Ranked Reward (Dr. Seg): a metric's quantile among recent ones (`reward_workers/ranking.py`)."""
-
     capacity: Positive = 2048
     initial_zero_rows: Natural = 0
+    """Rollouts a queue holds, the newest ones, and rows of zeros it starts with."""
     ties: Literal["le", "mid"] = "mid"
+    """A rank is the share of lower and equal values (le), or equal ones count half (mid)."""
     digits: Natural | None = None
     """Round each rank to so many decimals; None: no rounding."""
     aggregate: Literal["sum", "mean"] = "sum"
+    """Sum or mean of the components' weighted ranks."""
     warmup: Natural = 1
     """Steps that must have been seen before ranks are used; raw values serve until then."""
     exclude_unparsed: bool = True
+    """An answer that does not parse does not enter the queue."""
     per_task: bool = True
+    """A queue per task, or one for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRankConfig:
-    """Soft rank among all candidate masks of a prompt, every pass of every sample (`reward_workers/group_rank.py`)."""
-
     by: Literal["iou", "dice", "ap"] = "iou"
+    """Metric of the masks that are compared."""
     temperature: Rate = 0.1
     """Difference of the metric that counts as clearly better; towards 0 the rank becomes a hard one."""
 
@@ -135,22 +134,24 @@ def weights(chosen: Weights) -> dict[str, float]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
     name: str
+    """The preset's name in messages."""
     components: Weights
-    """Added to the reward as they are."""
+    """Added to the reward as they are: component name -> weight, or {weight: 0.3, alpha: 0.5} with its parameters."""
     ranked: Weights = field(default_factory=dict)
-    """Components that `rank` is about."""
+    """Components that `rank` is about, written the same way."""
     rank: Literal["none", "ecdf", "group"] = "none"
-    """none: `ranked` is added raw. ecdf: as quantiles of recent rollouts. group: one soft rank of the masks takes its
-    place, with the sum of its weights."""
-    ecdf: EcdfConfig = field(default_factory=EcdfConfig)
-    group: GroupRankConfig = field(default_factory=GroupRankConfig)
+    """`ranked` is added raw, as quantiles of recent rollouts, or replaced by one soft rank of the masks (group)."""
+    ecdf: EcdfConfig = EcdfConfig()
+    """Distribution-Ranked Reward (Dr. Seg): a metric's quantile among recent ones (`reward_workers/ranking.py`)."""
+    group: GroupRankConfig = GroupRankConfig()
+    """Soft rank among all candidate masks of a prompt, of every pass and sample (`reward_workers/group_rank.py`)."""
     unparsed_reward: float | None = 0.0
     """Reward of a failed trajectory; null lets its components stand (the published systems' rule)."""
     multimask: bool = False
     """SAM2 proposes three masks and the most confident one is kept."""
     workers: Positive = 1
     image_cache: Positive = 64
-    """SAM2 embeddings kept per worker."""
+    """Reward workers, each with its own SAM2, and the image embeddings each of them keeps."""
     timeout_s: Rate = 120.0
     """Longest wait for a group's score."""
     max_failure_rate: Fraction = 0.5
@@ -159,79 +160,80 @@ class RewardConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
-    """The objective (`learner/loss.py`), the advantages (`learner/advantages.py`), and how a batch becomes steps."""
-
     steps: Positive
     prompts_per_step: Positive
     group_size: Annotated[int, Ge(2)]
+    """Steps of the run, prompts of a step, and answers sampled for each prompt."""
     loss: str = "ppo"
-    """Registered surrogate (`learner/loss.py`): ppo, clipped token ratio (GRPO, DAPO, Dr. GRPO); gspo, clipped sequence
-    ratio; cispo, clipped detached weight."""
+    """A registered surrogate's name. ppo: clipped token ratio; gspo: clipped sequence ratio; cispo: clipped weight."""
     aggregate: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens (DAPO), mean over trajectories of their token means (GRPO as published), or sum over
     trajectories x `rollout.max_new_tokens` (Dr. GRPO)."""
     clip_low: Rate = 0.2
     clip_high: Rate = 0.2
+    """The ratio is clipped to 1 - clip_low .. 1 + clip_high."""
     scale: Literal["group", "batch", "none"] = "group"
     """Advantages over the standard deviation of the group, of the whole step's rewards, or as they are (Dr. GRPO)."""
     kl_coef: NonNegative = 0.0
     """KL to the starting policy. 0 keeps no reference model."""
     kl: Literal["k1", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    """Estimator of that KL, and where it is put."""
     entropy_coef: NonNegative = 0.0
     """Bonus on the entropy, in the loss."""
     importance: Literal["none", "token", "sequence"] = "token"
-    """Truncated weight learner / engine for what separates the two; none: the engine's log-probs are the old policy."""
     importance_cap: Rate = 2.0
+    """Truncated weight learner / engine for what separates the two; none: the engine's log-probs are the old policy."""
     dynamic: Literal["none", "drop", "refill"] = "none"
     """Groups whose rewards are all equal: kept, left out, or replaced by further prompts (DAPO)."""
     dynamic_rounds: Positive = 4
     """With refill: how often at most a step samples."""
     updates: Positive = 1
-    """Optimizer steps over a batch: it is cut into so many mini-batches."""
     epochs: Positive = 1
-    """Passes over a batch."""
+    """Mini-batches a batch is cut into, one optimizer step each, and passes over the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters on the language model's linear layers (peft); the engine gets the merged weights."""
-
     rank: Natural = 0
     """0: no adapters, every weight that is not frozen is trained."""
     alpha: Positive = 32
+    """The adapters' product is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get one, by the last part of their name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     ranks: Positive = 1
     zero_stage: Literal[1, 2, 3] = 2
+    """Data-parallel processes; DeepSpeed shards optimizer states (1), gradients too (2), weights too (3) among them."""
     offload_optimizer: bool = False
     """Optimizer states and their step in host memory (ZeRO-Offload)."""
     lr: Rate = 1e-6
-    warmup_steps: Natural = 0
-    """Optimizer steps."""
-    schedule: Literal["constant", "linear"] = "constant"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0
+    """AdamW: learning rate, decay rates of its two moments, decoupled weight decay."""
+    warmup_steps: Natural = 0
+    schedule: Literal["constant", "linear"] = "constant"
+    """Optimizer steps over which the rate rises from 0; then it stays, or falls to 0 at the end of the run."""
     grad_clip: Rate = 1.0
+    """Largest norm of a step's gradient."""
     rows: Literal["packed", "padded"] = "packed"
-    """packed: a group is one row with its prompt once. padded: one row per trajectory; also what a model family that
-    packing does not know gets."""
+    """A group is one row, its prompt once; or one row per trajectory, also for families that packing does not know."""
     micro_tokens: Positive = 16384
     """Tokens of a micro-batch, per rank; a group that is longer is cut between its trajectories."""
     checkpointing: Literal["off", "selective", "on"] = "off"
     """Layers whose activations are recomputed in the backward pass: none, every other one, all."""
     compile: bool = False
     """torch.compile of text layers, vision blocks and vocabulary head (CUDA)."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters on the language model's linear layers (peft); the engine gets the merged weights."""
     freeze_vision: bool = False
-    """The vision tower is not trained; its features are then kept by image across steps."""
     feature_cache_mb: Natural = 1024
-    """Host memory for the features of a frozen vision tower."""
+    """The vision tower is not trained; its features are then kept by image across steps, in so much host memory."""
     bucket_mb: Positive = 256
-    """Size of a weight-sync bucket."""
+    """Size of a weight-sync bucket (MiB)."""
     checksum: bool = False
     """After each sync, prove that every parameter landed in the engine."""
     parity_limit: Rate = 0.02
@@ -243,42 +245,49 @@ class LearnerConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig:
     engines: Positive = 1
+    """vLLM engines, each with a copy of the policy."""
     temperature: Annotated[float, Gt(0.0), Le(2.0)] = 1.0
+    """Sampling temperature, in training and for `giou_sampled`."""
     max_new_tokens: Positive = 256
     max_model_len: Positive = 4096
+    """Tokens of one answer, and of a whole trajectory: prompts, images and answers."""
     max_num_seqs: Positive = 64
+    """Sequences an engine decodes at a time."""
     max_images: Positive = 2
+    """Images of a trajectory; look=relook shows one a pass."""
     block_size: Positive = 32
+    """Tokens of a KV cache block; whole blocks are shared by equal prefixes."""
     kv_cache_mb: Natural = 0
-    """KV cache in MiB; 0: vLLM's own share of the GPU (`gpu_memory`)."""
     gpu_memory: Fraction = 0.3
-    """Share of the GPU's memory vLLM may take."""
+    """KV cache in MiB; 0: what is left of `gpu_memory`, the share of the GPU's memory that vLLM may take."""
     enforce_eager: bool = True
+    """No CUDA graphs: a faster start, slower sampling."""
     start_timeout_s: Rate = 600.0
     request_timeout_s: Rate = 600.0
+    """Longest wait for an engine to be ready, and for one request's answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineConfig:
-    """Rollouts and learning, one after the other or side by side (`launch/run/pipeline.py`)."""
-
     max_staleness: Natural = 0
     """How many steps rollouts may be behind the weights they are learned with; 0: the synchronous loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementConfig:
-    """Who sits where. Fractions of CPUs and GPUs each actor claims from Ray."""
-
     name: str
+    """The placement's name in messages."""
     device: Literal["cpu", "cuda"]
+    """What engine, segmenter and learner compute on."""
     engine_cpus: NonNegative = 1.0
     engine_gpus: NonNegative = 0.0
     reward_cpus: NonNegative = 1.0
     reward_gpus: NonNegative = 0.0
     learner_cpus: NonNegative = 1.0
     learner_gpus: NonNegative = 0.0
+    """CPUs and GPUs that each engine, reward worker and learner rank claims from Ray; fractions share one."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's placement strategy, over the nodes of a cluster."""
     transport: Literal["store", "ipc", "nccl", "gloo"] = "store"
     """Weights by Ray's object store (shared memory on a node), by CUDA IPC (engine and learner on one GPU), or
     broadcast by learner rank 0 to every engine: nccl between GPUs, gloo between hosts."""
@@ -291,46 +300,54 @@ class PlacementConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WandbConfig:
     project: str = "relook"
+    """W&B project the run belongs to."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online when the user is logged in, else offline; never asks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    name: str
+    name: str = "run"
     output: str = "runs"
-    """Where `<output>/<name>/` is made. On a cluster: a path every node's driver can reach."""
+    """The run's directory is `<output>/<name>/`. On a cluster: a path every node's driver can reach."""
     seed: int = 42
+    """Seed of data order, sampling and everything else that is drawn."""
     resume: str | None = None
-    """A run's name or directory to go on from."""
+    """A run's name or directory: go on from its newest checkpoint."""
     deterministic: bool = False
     """Bit-exact on the CPU: sequences are sampled one at a time, and torch uses deterministic algorithms only."""
     eval_every: Natural = 0
     """Steps between held-out evaluations; 0: only before and after."""
     checkpoint_every: Natural = 50
+    """Steps between checkpoints."""
     rollouts_kept: Natural = 16
-    """Groups per step written to rollouts parquet."""
+    """Groups per step written to rollouts parquet, with their pictures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One run, whole."""
-
-    resume: str | None = None
-    """Short for `run.resume`, which takes its value from here."""
     run: RunConfig
-    model: ModelConfig
-    data: DataConfig
-    task: dict[str, TaskConfig]
-    """By task name, as samples carry it: segment, ground, count."""
-    look: LookConfig
-    reward: RewardConfig
-    algorithm: AlgorithmConfig
-    learner: LearnerConfig
-    rollout: RolloutConfig
-    placement: PlacementConfig
-    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """The run as a whole: its name, seed and files."""
     plugins: tuple[str, ...] = ()
     """Importable modules or paths (a package folder or a .py file) with your own tasks, components, readers, surrogates
     and families; loaded in every worker process."""
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    model: ModelConfig
+    """The policy and the segmenter."""
+    data: DataConfig
+    """The samples, and how they are read."""
+    task: dict[str, TaskConfig]
+    """How each task is put to the policy, by its name as samples carry it: segment, ground, count."""
+    look: LookConfig
+    """Look-to-Confirm."""
+    reward: RewardConfig
+    """What an answer is rewarded for."""
+    algorithm: AlgorithmConfig
+    """The objective (`learner/loss.py`), the advantages (`learner/advantages.py`), and how a batch becomes steps."""
+    learner: LearnerConfig
+    rollout: RolloutConfig
+    placement: PlacementConfig
+    """DeepSpeed's ranks, vLLM's engines, and who sits where."""
+    pipeline: PipelineConfig = PipelineConfig()
+    """How far rollouts may run ahead of the learner."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""

@@ -38,6 +38,8 @@ _SEGMENTER_FILES = {"config.yaml": "the model's shape", "model.safetensors": "th
 
 MAIN = ""
 """Name of the held-out set a run is judged by."""
+REAL = 100_000_000
+"""Parameters of a policy beyond which it is no toy."""
 
 
 def check(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
@@ -62,17 +64,12 @@ def check(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
 
 def check_settings(config: Config) -> None:
     """Settings that contradict one another."""
-    prompts, ranks = config.algorithm.prompts_per_step, config.learner.ranks
-    if ranks > prompts:
-        raise UserError(
-            f"learner.ranks={ranks} is more than algorithm.prompts_per_step={prompts}: "
-            "a rank would have nothing to learn from; lower learner.ranks"
-        )
-    if config.algorithm.updates > prompts:
-        raise UserError(
-            f"algorithm.updates={config.algorithm.updates} is more than algorithm.prompts_per_step={prompts}: "
-            "a mini-batch would be empty; lower algorithm.updates"
-        )
+    prompts = config.algorithm.prompts_per_step
+    for key, parts in (("learner.ranks", config.learner.ranks), ("algorithm.updates", config.algorithm.updates)):
+        if parts > prompts:
+            raise UserError(
+                f"{key}={parts} is more than algorithm.prompts_per_step={prompts}: one would be empty; lower {key}"
+            )
     if config.learner.compile and (config.placement.device != "cuda" or config.learner.zero_stage == 3):
         raise UserError(
             f"learner.compile=true with placement.device={config.placement.device}, learner.zero_stage="
@@ -129,14 +126,25 @@ def check_model(model: ModelConfig) -> None:
         missing = f"{kind} has no {_PROCESSOR_FILES[0]}, and only models with an image processor are supported"
         raise UserError(f"model.path={path}: {missing}; copy it from the model you started from")
     _read_json(processor)
-    weights = sorted(path.glob("*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weights = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    weights = _weight_files(path)
     if not weights:
         raise UserError(f"model.path={path}: no *.safetensors there (the weights); write them by save_pretrained")
     for file in weights:
-        _check_weights(file)
+        _parameters(file)
+
+
+def toy_settings(config: Config) -> list[str]:
+    """One warning for each setting that suits a toy, where the policy has more than `REAL` parameters."""
+    size = sum(map(_parameters, _weight_files(Path(config.model.path))))
+    learner, rollout = config.learner, config.rollout
+    toys = {
+        f"learner.lr={learner.lr:g}, where published runs take 1e-6": learner.lr >= 1e-5 and not learner.lora.rank,
+        f"rollout.max_new_tokens={rollout.max_new_tokens}, which cuts answers short": rollout.max_new_tokens < 256,
+        f"rollout.max_model_len={rollout.max_model_len}, which one image may fill": rollout.max_model_len < 1024,
+        "model.dtype=float32, where bfloat16 takes half the memory": config.model.dtype == "float32",
+    }
+    found = [what for what, is_toy in toys.items() if is_toy and size > REAL]
+    return [f"{what}: that suits a toy, not {size / 1e6:.0f} M parameters" for what in found]
 
 
 def check_family(config: Config) -> None:
@@ -162,7 +170,7 @@ def check_segmenter(model: ModelConfig) -> None:
         return
     path = Path(model.segmenter)
     _check_files("model.segmenter", path, _SEGMENTER_FILES)
-    _check_weights(path / "model.safetensors")
+    _parameters(path / "model.safetensors")
 
 
 def check_data(config: Config, train: Sequence[Sample], held_out: Mapping[str, Sequence[Sample]]) -> None:
@@ -178,8 +186,8 @@ def check_data(config: Config, train: Sequence[Sample], held_out: Mapping[str, S
         for sample in samples:
             if sample.task not in config.task:
                 raise UserError(
-                    f"{path}: sample {sample.id} has the task {sample.task!r}, but prompt words exist for "
-                    f"{', '.join(config.task)}; add task.{sample.task} or change the data"
+                    f"{path}: sample {sample.id} has the task {sample.task!r}, but templates exist for "
+                    f"{', '.join(config.task) or 'none'}; add task.{sample.task} or change the data"
                 )
     looks: frozenset[Truth] = frozenset({"masks"}) if config.look.mode == "relook" else frozenset()
     why = f"reward={config.reward.name}" + (f" with look={config.look.mode}" if looks else "")
@@ -260,10 +268,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_weights(path: Path) -> None:
-    """Reads the header only, which also tells a file cut short."""
+def _weight_files(path: Path) -> list[Path]:
+    """All *.safetensors of a policy, or the shards that its index names."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    return sorted(path.glob("*.safetensors"))
+
+
+def _parameters(path: Path) -> int:
+    """How many numbers the file holds. Reads the header only, which also tells a file cut short. Raises UserError."""
     try:
-        with safe_open(path, framework="np"):
-            pass
+        with safe_open(path, framework="np") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}; copy it again") from error

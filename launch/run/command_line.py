@@ -1,17 +1,22 @@
-"""The command line's edge: `name=value` arguments for the small commands, and a user's mistake told in one line."""
+"""From `key=value` words to typed settings; a user's mistake is one line that names the nearest valid key."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_type_hints
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from perception.errors import ActorError, DataError, UserError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -25,27 +30,48 @@ def told() -> Iterator[None]:
         sys.exit(1 if isinstance(error, ActorError) else 2)
 
 
-def call(function: Callable[..., Any]) -> None:
-    """Call `function` with the command line's `name=value` arguments; exit 2 with one line when they do not fit."""
+def command(kind: type[T], run: Callable[[T], object]) -> None:
+    """Run a small command with the settings its command line gives; exit 2 with one line when they do not fit."""
     with told():
-        function(**parse(function, sys.argv[1:]))
+        run(parse(kind, sys.argv[1:]))
 
 
-def parse(function: Callable[..., Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """Arguments by name, converted to the annotated types. Raises UserError."""
-    hints = get_type_hints(function)
-    known = list(inspect.signature(function).parameters)
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        if not equals or name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown argument {argument!r}; did you mean {near}=...? (known: {', '.join(known)})")
-        try:
-            values[name] = TypeAdapter(hints[name]).validate_python(text)
-        except ValidationError as error:
-            raise UserError(f"{name}={text}: {error.errors()[0]['msg']}") from error
-    required = [n for n, p in inspect.signature(function).parameters.items() if p.default is inspect.Parameter.empty]
-    if missing := [name for name in required if name not in values]:
-        raise UserError(f"missing argument {missing[0]}=...")
-    return values
+def parse(kind: type[T], words: Sequence[str]) -> T:
+    """The dataclass `kind` that `key=value` words make. Raises UserError."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.from_cli(list(words)), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(one_line(error)) from error
+    return typed(kind, plain)
+
+
+def typed(kind: type[T], plain: Any) -> T:
+    """`plain` as the dataclass `kind`. Raises UserError for the first unknown, missing or ill-typed key."""
+    try:
+        rules = ConfigDict(extra="forbid")  # of an outer type, so that nested stdlib dataclasses take them
+        return TypeAdapter(dict[str, kind], config=rules).validate_python({"": plain})[""]  # type: ignore[valid-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][1:] if part != "float")  # a union's branch, as pydantic says
+        if first["type"] == "unexpected_keyword_argument":
+            raise UserError(unknown(key, valid_keys(kind))) from error
+        if first["type"] == "missing":
+            raise UserError(f"no value for {key}: give {key}=...") from error
+        raise UserError(f"{key}={first['input']!r}: {first['msg']}") from error
+
+
+def valid_keys(kind: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a dataclass of settings; a mapping's own keys are the user's."""
+    keys = []
+    for name, hint in get_type_hints(kind).items() if is_dataclass(kind) else ():
+        keys += [f"{prefix}{name}", *valid_keys(hint, f"{prefix}{name}.")]
+    return keys
+
+
+def unknown(key: str, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
+    return f"unknown key {key!r}; did you mean {near[0]!r}?"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]

@@ -1,35 +1,50 @@
-"""From the command line to a typed `Config`; every mistake is one line that names the nearest valid key."""
+"""From the command line to a typed `Config`: Hydra composes `conf/` over the typed defaults, pydantic checks them.
+
+The dataclasses of `perception/config.py` enter Hydra as plain mappings, "???" where they have no default (its
+structured configs refuse `Literal` and frozen classes); a field that is a mapping takes new keys without a `+`.
+"""
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from launch.run.command_line import told
+from launch.run.command_line import one_line, told, typed, unknown, valid_keys
 from perception.config import Config, TaskConfig
 from perception.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
-class _Root(BaseModel):
-    """Nested stdlib dataclasses take their model's rules."""
+def defaults(kind: Any) -> dict[str, Any]:
+    """A dataclass of settings as the mapping that Hydra composes over."""
+    hints = get_type_hints(kind)
+    return {one.name: _default(one, hints[one.name]) for one in fields(kind)}
 
-    model_config = ConfigDict(extra="forbid")
-    config: Config
+
+def _default(one: Field, hint: Any) -> Any:
+    if is_dataclass(hint):
+        return defaults(hint)
+    if get_origin(hint) is dict:
+        return OmegaConf.create({}, flags={"struct": False})
+    return "???" if one.default is MISSING else one.default
+
+
+ConfigStore.instance().store(name="typed_defaults", node=defaults(Config))
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -38,23 +53,18 @@ def compose(overrides: Sequence[str]) -> Config:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return validate(hydra.compose("config", list(overrides)))
     except HydraException as error:
-        raise UserError(f"config: {_first_line(error)}") from error
+        raise UserError(_explain(error)) from error
 
 
 def validate(tree: DictConfig) -> Config:
-    """The typed settings of a composed tree. Raises UserError for the first unknown, missing or ill-typed key."""
+    """The typed settings of a composed tree. Raises UserError for what is missing, unknown or ill-typed."""
     try:
-        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        if missing := sorted(OmegaConf.missing_keys(tree)):
+            raise UserError(f"no value for {', '.join(missing)}: give {missing[0]}=... (command line or recipe)")
+        plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"config: {_first_line(error)}") from error
-    try:
-        return _Root.model_validate({"config": plain}).config
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"][1:]))
-        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            raise UserError(_unknown(key, valid_keys())) from error
-        raise UserError(f"config: {key}={first['input']!r}: {first['msg']}") from error
+        raise UserError(f"config: {one_line(error)}") from error
+    return typed(Config, plain)
 
 
 def read_tasks(name: str) -> dict[str, TaskConfig]:
@@ -83,36 +93,18 @@ def entry(run: Callable[[Config], None]) -> NoReturn:
     sys.exit(0)
 
 
-def valid_keys(kind: Any = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the settings."""
-    if not is_dataclass(kind):
-        return []
-    hints = get_type_hints(kind)
-    below = [valid_keys(_inner(hints[f.name]), f"{prefix}{f.name}.") for f in fields(kind)]
-    return [f"{prefix}{f.name}" for f in fields(kind)] + [key for keys in below for key in keys]
-
-
-def _inner(hint: Any) -> Any:
-    """The dataclass behind `X | None`; a dict's keys are the user's own."""
-    if get_origin(hint) is dict:
-        return None
-    return next((part for part in get_args(hint) if is_dataclass(part)), hint)
-
-
 def _explain(error: HydraException) -> str:
-    """An unknown key with its nearest valid one, or Hydra's own words."""
-    valid = [*valid_keys(), *(path.name for path in CONF.iterdir() if path.is_dir())]
-    for override in sys.argv[1:]:
-        key, equals, _ = override.partition("=")
-        if equals and not key.startswith(("-", "+", "~", "hydra")) and key not in valid:
-            return _unknown(key, valid)
-    return f"config: {_first_line(error)}"
+    """The recipes where none was chosen, an unknown key with its nearest valid one, or Hydra's own words."""
+    if str(error).startswith("You must specify 'recipe'"):
+        return f"no recipe was chosen; give recipe=NAME, one of{_recipes()}"
+    if found := re.match(r"Could not override '([^']+)'", str(error)):
+        return unknown(found[1], [*valid_keys(Config), "recipe"])
+    if found := re.search(r"Could not find '(.+)/(.+)'\s+Available options in .+:\s([^:]*)\sConfig", str(error)):
+        return f"{found[1]}={found[2]}: no such choice; there are {', '.join(found[3].split())}"
+    return f"config: {one_line(error)}"
 
 
-def _unknown(key: str, valid: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
-    return f"config: unknown key {key!r}; did you mean {near[0]!r}?"
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]
+def _recipes() -> str:
+    """A line each: name, and the first line of its file's comment."""
+    files, comment = sorted((CONF / "recipe").glob("*.yaml")), re.compile(r"^# (?!@)(.*)", re.M)
+    return "".join(f"\n  {file.stem:12}  {comment.findall(file.read_text(encoding='utf-8'))[0]}" for file in files)

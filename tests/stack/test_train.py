@@ -90,7 +90,7 @@ def finish(output: Path, *overrides: str) -> None:
 
 @pytest.fixture(scope="module")
 def finished(stopped: Path) -> Path:
-    finish(stopped.parent, "resume=small")
+    finish(stopped.parent, "run.resume=small")
     return stopped
 
 

@@ -182,7 +182,16 @@ def test_every_arm_fits_the_settings(tmp_path: Path) -> None:
     assert {arm: config.look.mode for arm, config in found.items()} == {
         "binary": "none", "look": "inline", "rank": "none", "both": "inline", "raw": "inline", "relook": "relook"
     }  # fmt: skip
-    assert [arm for arm, config in found.items() if "look" in config.reward.components] == ["look", "both", "raw"]
+    form = {"think_format": 1.0, "answer_format": 1.0}
+    assert {arm: config.reward.components for arm, config in found.items()} == {
+        "binary": form | {"non_repeat_plain": 1.0, "accuracy": 1.0},
+        "look": form | {"non_repeat": 1.0, "accuracy": 1.0, "look": 1.0},
+        "rank": form | {"non_repeat": 1.0},
+        "both": form | {"non_repeat": 1.0, "look": 1.0},
+        "raw": form | {"non_repeat": 1.0, "look": 1.0},
+        "relook": form | {"non_repeat": 1.0},
+    }
+    assert {arm for arm, config in found.items() if not config.reward.ranked} == {"binary", "look"}
     assert [arm for arm, config in found.items() if config.reward.rank == "ecdf"] == ["rank", "both", "relook"]
     assert all(set(config.data.also) == {"shifted"} for config in found.values())
     with pytest.raises(UserError, match="lr"):

@@ -1,94 +1,325 @@
-"""Settings: every key of the typed config can be set from the command line, and every mistake names what was meant."""
+"""Settings: what stands where, that every key can be set from the command line, and what is said of a mistake."""
 
 from __future__ import annotations
 
-import subprocess
+import logging
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
-from launch.run.config import CONF, compose, valid_keys
-from perception.config import Config
+from docs import config_reference
+from launch.run.command_line import command, parse, valid_keys
+from launch.run.config import CONF, compose, defaults, entry
+from launch.world import World
+from perception.config import Config, EcdfConfig, Positive, TaskConfig
 from perception.errors import UserError
+
+GROUPS = ("model", "data", "task", "look", "reward", "algorithm", "placement")
+RECIPES = ("dr_seg", "quickstart", "shape_3b")
+OWN = ("model.path=policy", "model.segmenter=sam2", "data.train=train.jsonl", "data.eval=eval.jsonl")
+"""What recipe=dr_seg leaves to the user."""
 
 
 def config(*overrides: str) -> Config:
-    return compose(["run.name=test", *overrides])
+    return compose(["recipe=quickstart", *overrides])
 
 
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
-def test_every_recipe_is_valid(recipe: str) -> None:
-    assert config(f"recipe={recipe}").run.name == "test"
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-@pytest.mark.parametrize("group", ["reward", "placement", "task"])
-def test_every_choice_of_a_group_is_valid(group: str) -> None:
-    for path in (CONF / group).glob("*.yaml"):
-        if path.stem != "base":
-            config(f"{group}={path.stem}")
+# ---------------------------------------------------------------- what stands where
 
 
-def test_every_typed_setting_stands_in_the_yaml_so_that_it_can_be_overridden() -> None:
+def test_every_recipe_is_valid_and_names_its_run() -> None:
+    assert choices("recipe") == list(RECIPES)
+    for recipe in RECIPES:
+        own = OWN if recipe == "dr_seg" else ()
+        assert compose([f"recipe={recipe}", *own]).run.name == recipe
+
+
+def test_every_choice_of_a_group_is_valid() -> None:
+    """The first choice of every group together, the second ones, and so on."""
+    for row in zip_longest(*([f"{group}={choice}" for choice in choices(group)] for group in GROUPS)):
+        config(*filter(None, row), *OWN)
+
+
+def test_every_typed_setting_can_be_overridden() -> None:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        tree = OmegaConf.to_container(hydra.compose("config", ["run.name=test"]), resolve=True)
+        tree = OmegaConf.to_container(hydra.compose("config", ["recipe=quickstart"]))
 
     def stands(key: str) -> bool:
         here = tree
         for part in key.split("."):
-            if here is None:  # an optional part that is switched off as a whole
-                return True
             if part not in here:
                 return False
             here = here[part]
         return True
 
-    assert [key for key in valid_keys() if not stands(key)] == []
+    assert [key for key in valid_keys(Config) if not stands(key)] == []
 
 
-def test_the_recipe_yields_to_the_command_line() -> None:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def written(group: str, choice: str) -> tuple[dict[str, Any], list[Any]]:
+    """What a file of conf/ says by itself, and its defaults list."""
+    tree = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text()) or {}
+    return tree, tree.pop("defaults", [])
+
+
+def beneath(group: str, choice: str) -> dict[str, Any]:
+    """What a file of conf/ is laid over: typed defaults, and the files that it names."""
+    base = OmegaConf.create(defaults(Config))
+    for line in written(group, choice)[1]:
+        if isinstance(line, dict):  # override /GROUP: CHOICE
+            ((where, other),) = line.items()
+            room = where.removeprefix("override /")
+            base.merge_with({room: written(room, other)[0]})
+        elif line != "_self_":
+            base.merge_with({group: written(group, line)[0]})
+    return OmegaConf.to_container(base)
+
+
+@pytest.mark.parametrize("group", [*GROUPS, "recipe"])
+def test_no_yaml_key_repeats_what_it_is_laid_over(group: str) -> None:
+    for choice in choices(group):
+        own = written(group, choice)[0]
+        known = dict(leaves(beneath(group, choice)))
+        repeated = [
+            f"{group}/{choice}: {key}={value}"
+            for key, value in leaves(own if group == "recipe" else {group: own})
+            if key in known and OmegaConf.create([value]) == OmegaConf.create([known[key]])
+        ]
+        assert repeated == []
+
+
+def test_the_test_above_sees_a_repetition() -> None:
+    known = dict(leaves(beneath("reward", "dr_seg_paper")))
+    assert known["reward.ecdf.aggregate"] == "sum" and known["reward.ecdf.digits"] == 1  # typed; of reward=dr_seg
+    assert dict(leaves(beneath("recipe", "shape_3b")))["placement.transport"] == "ipc"
+
+
+def test_every_setting_has_a_sentence_and_the_reference_is_current() -> None:
+    said = config_reference.sentences()
+    assert [
+        (kind.__name__, one.name)
+        for _, kind, one in config_reference.settings()
+        if not said.get((kind.__name__, one.name))
+    ] == []
+    assert config_reference.PAGE.read_text() == config_reference.reference(), "run `make docs`"
+
+
+def test_the_reference_tells_type_bounds_default_and_sentence() -> None:
+    rows = config_reference.reference().splitlines()
+    steps = "| `look.explore` | number >= 0, <= 1 | `0.1` | While training: share of the confident answers"
+    assert any(row.startswith(steps) for row in rows)
+    assert any(row.startswith("| `placement.device` | `cpu`, `cuda` | required | ") for row in rows)
+    documented = {key for row in rows for key in row.split(" | ")[0].strip("| ").replace("`", "").split("<br>")}
+    assert set(valid_keys(Config)) <= documented
+
+
+# ---------------------------------------------------------------- composing
+
+
+def test_the_command_line_has_the_last_word() -> None:
     learner = config("learner.lr=2e-5", "learner.zero_stage=3").learner
     assert (learner.lr, learner.zero_stage, learner.ranks) == (2e-5, 3, 2)
+    assert compose(["recipe=quickstart", "recipe=shape_3b"]).run.name == "shape_3b"
 
 
-def test_the_look_modes_components_join_the_rewards_own_which_win() -> None:
-    look = [f"++look.components.{given}" for given in ("look=0.3", "mask_iou=9", "point_score=9")]
-    own = config("reward=quickstart", "look=none").reward.components
-    reward = config("reward=quickstart", "look=none", *look, "++reward.ranked.point_score=0.5").reward
-    assert reward.components == own | {"look": 0.3} and reward.ranked == {"point_score": 0.5}
+def test_open_mappings_take_new_keys_without_a_plus() -> None:
+    task = "{system: s, template: t, inline: i, again: a}"
+    found = config(
+        "reward.components.look=0.5",
+        "reward.ranked.point_score={weight: 0.3, alpha: 2}",
+        "data.also.harder=other.json",
+        "data.options.split.name=val",
+        f"task.mine={task}",
+        "plugins=[mine,theirs.py]",
+    )
+    assert found.reward.components == config().reward.components | {"look": 0.5}
+    assert found.reward.ranked == {"point_score": {"weight": 0.3, "alpha": 2}}
+    assert (found.data.also, found.data.options) == ({"harder": "other.json"}, {"split": {"name": "val"}})
+    assert found.task["mine"] == TaskConfig(system="s", template="t", inline="i", again="a")
+    assert found.plugins == ("mine", "theirs.py")
+
+
+def test_looking_changes_no_reward() -> None:
+    found = [config("reward=dr_seg", f"look={mode}") for mode in ("none", "inline", "relook")]
+    assert [one.look.mode for one in found] == ["none", "inline", "relook"]
+    assert found[0].reward == found[1].reward == found[2].reward
+
+
+def test_dr_seg_without_looks_is_dr_seg_but_for_that_component() -> None:
+    whole, rest = config("reward=dr_seg").reward, config("reward=dr_seg_no_look").reward
+    assert whole.components == {"think_format": 1, "answer_format": 1, "look": 1, "non_repeat": 1}
+    assert rest == replace(
+        whole, name="dr_seg_no_look", components={"think_format": 1, "answer_format": 1, "non_repeat": 1}
+    )
+
+
+def test_the_published_recipe_has_the_published_values() -> None:
+    """Dr. Seg's training_scripts/drseg_7b.yaml and run_drseg_7b_4x80G.sh."""
+    found = compose(["recipe=dr_seg", *OWN])
+    learner, algorithm, rollout = found.learner, found.algorithm, found.rollout
+    assert (learner.lr, learner.schedule, learner.weight_decay, learner.betas) == (1e-6, "constant", 1e-2, (0.9, 0.999))
+    assert (learner.grad_clip, learner.ranks, learner.checkpointing, found.model.dtype) == (1.0, 4, "on", "bfloat16")
+    assert (algorithm.prompts_per_step, algorithm.group_size, algorithm.updates, algorithm.scale) == (16, 8, 1, "group")
+    assert (algorithm.kl, algorithm.kl_in, algorithm.kl_coef, algorithm.entropy_coef) == ("k3", "loss", 1e-2, 1e-3)
+    assert (rollout.temperature, rollout.max_new_tokens, rollout.max_model_len) == (1.0, 3000, 1300 + 3000)
+    assert (found.look.mode, found.reward.name, found.run.seed) == ("inline", "dr_seg", 42)
+    expected = EcdfConfig(initial_zero_rows=128, ties="le", digits=1, warmup=0, exclude_unparsed=False, per_task=False)
+    assert found.reward.ecdf == expected and found.reward.ecdf.capacity == 2048
+
+
+# ---------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("learner.lr=abc", "learner.lr='abc'"),
-        ("learner.lr=-1", "greater than 0"),
+        ("learner.lr=abc", "learner.lr='abc': Input should be a valid number"),
+        ("learner.lr=-1", "learner.lr=-1: Input should be greater than 0"),
         ("learner.ranks=2.5", "learner.ranks=2.5"),
-        ("+learner.foo=1", "unknown key 'learner.foo'"),
-        ("learner.foo=1", "config: Could not override 'learner.foo'"),
-        ("reward=none_such", "config: In 'config': Could not find 'reward/none_such'"),
+        ("learner.lrr=1", "unknown key 'learner.lrr'; did you mean 'learner.lr'?"),
+        ("+learner.lrr=1", "unknown key 'learner.lrr'; did you mean 'learner.lr'?"),
+        ("learnr.lr=1", "unknown key 'learnr.lr'; did you mean 'learner.lr'?"),
+        ("resume=last", "unknown key 'resume'; did you mean 'run.resume'?"),
+        ("data.world_sde=3", "unknown key 'data.world_sde'; did you mean 'data.world_side'?"),
+        ("reward=none_such", "reward=none_such: no such choice; there are dr_seg, dr_seg_no_look"),
+        ("reward.components.mask_iou=much", "reward.components.mask_iou='much': Input should be a valid number"),
         ("algorithm.group_size=1", "greater than or equal to 2"),
         ("rollout.temperature=3", "less than or equal to 2"),
         ("placement.device=tpu", "'cpu' or 'cuda'"),
+        ("task.mine.system=s", "no value for task.mine.template: give task.mine.template=..."),
+        ("run.name=${nothing}", "Interpolation key 'nothing' not found"),
     ],
 )
-def test_an_ill_typed_value_is_one_line_that_names_it(override: str, said: str) -> None:
+def test_a_mistake_is_one_line_that_names_it(override: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         config(override)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_what_nobody_gave_is_named() -> None:
+    with pytest.raises(UserError) as error:
+        compose(["recipe=dr_seg", "data.eval=eval.jsonl"])
+    assert str(error.value).startswith("no value for data.train, model.path, model.segmenter: give data.train=...")
+
+
+def test_without_a_recipe_all_are_listed_with_a_line_each() -> None:
+    with pytest.raises(UserError) as error:
+        compose(["learner.lr=1e-5"])
+    head, *lines = str(error.value).splitlines()
+    assert "recipe=NAME" in head and [line.split()[0] for line in lines] == list(RECIPES)
+    assert lines[1].endswith("  The demo: minutes on two CPU cores. `make demo` runs it.")
+
+
+@pytest.fixture
+def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Calls a program's entry as from a shell; returns its exit status. What Hydra does to logging is undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def call(program: Any, *words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["program", *words])
+        try:
+            program()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    yield call
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("words", "status", "said"),
     [
-        ("learner.lrr=1", "error: config: unknown key 'learner.lrr'; did you mean 'learner.lr'?"),
-        ("recipe=nope", "Available options in 'recipe'"),
+        (["recipe=quickstart", "learner.lrr=1"], 2, "error: unknown key 'learner.lrr'; did you mean 'learner.lr'?\n"),
+        (["recipe=nope"], 2, "error: recipe=nope: no such choice; there are dr_seg, quickstart, shape_3b\n"),
+        (["recipe=quickstart", "algorithm.steps=0"], 2, "error: algorithm.steps=0: Input should be greater than 0\n"),
+        (["recipe=quickstart", "algorithm.steps=3"], 0, ""),
     ],
 )
-def test_a_mistake_on_the_command_line_exits_2_with_one_line(argument: str, said: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.train", argument], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 2
-    assert said in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+def test_a_mistake_on_the_command_line_exits_2_with_one_line(
+    words: list[str], status: int, said: str, command_line: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(lambda: entry(lambda config: None), *words) == status
+    assert capsys.readouterr().err == said
+
+
+def test_the_program_without_a_recipe_exits_2_and_lists_them(
+    command_line: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(lambda: entry(lambda config: None)) == 2
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["error:", *RECIPES]
+
+
+def test_a_sweep_names_each_run_after_what_differs(command_line: Any) -> None:
+    seen = []
+    words = ["--multirun", "recipe=quickstart", "learner.lr=2e-5,5e-5"]
+    assert command_line(lambda: entry(lambda config: seen.append((config.run.name, config.learner.lr))), *words) == 0
+    assert seen == [("quickstart-learner.lr=2e-05", 2e-5), ("quickstart-learner.lr=5e-05", 5e-5)]
+
+
+# ---------------------------------------------------------------- small commands
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Small:
+    """Settings of any small command."""
+
+    out: Path
+    steps: Positive = 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["out=x", "step=5"], "unknown key 'step'; did you mean 'steps'?"),
+        (["out=x", "steps=many"], "steps='many': Input should be a valid integer"),
+        (["out=x", "steps=0"], "steps=0: Input should be greater than 0"),
+        (["steps=5"], "no value for out: give out=..."),
+        (["out=x", "--help"], "unknown key '--help'"),
+        (["out=[x"], "while parsing a flow sequence"),
+    ],
+)
+def test_a_small_commands_mistake_is_named(words: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(Small, words)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_a_small_command_runs_with_what_it_was_given(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Small] = []
+    assert command_line(lambda: command(Small, seen.append), "out=a/b", "steps=5") == 0
+    assert seen == [Small(out=Path("a/b"), steps=5)]
+    assert command_line(lambda: command(World, seen.append), "trian=5") == 2
+    assert capsys.readouterr().err == "error: unknown key 'trian'; did you mean 'train'?\n"
+
+
+def test_the_world_is_written_as_asked(tmp_path: Path, command_line: Any) -> None:
+    assert command_line(lambda: command(World, World.write), f"out={tmp_path}", "train=2", "eval=1", "side=112") == 0
+    counts = {
+        name: len(yaml.safe_load((tmp_path / f"{name}.json").read_text())["images"])
+        for name in ("train", "eval", "shifted")
+    }
+    assert counts == {"train": 2, "eval": 1, "shifted": 1}

@@ -284,7 +284,7 @@ def test_the_truth_is_cut_at_120_objects() -> None:
 
 
 def test_the_preset_measures_what_was_published() -> None:
-    config = compose(["run.name=test", "reward=dr_seg"])
+    config = compose(["recipe=quickstart", "reward=dr_seg"])
     names = ("think_format", "answer_format", "look", "non_repeat", "matched_iou", "count_ratio", "point_score")
     assert set(components_in_use(config.reward)) == set(names)
     assert config.reward.matching == "binary"

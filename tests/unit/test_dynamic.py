@@ -236,8 +236,8 @@ def test_rounds_add_up_in_prompt_order(tmp_path: Path) -> None:
     ],
 )
 def test_a_preset_changes_what_its_paper_says_and_nothing_else(name: str, changed: dict[str, Any]) -> None:
-    grpo = compose(["run.name=test"]).algorithm
-    assert compose(["run.name=test", f"algorithm={name}"]).algorithm == replace(grpo, name=name, **changed)
+    grpo = compose(["recipe=quickstart"]).algorithm
+    assert compose(["recipe=quickstart", f"algorithm={name}"]).algorithm == replace(grpo, **changed)
 
 
 def test_every_preset_is_known_here() -> None:

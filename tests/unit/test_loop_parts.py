@@ -14,7 +14,6 @@ import pytest
 from rich.console import Console
 
 from launch.record.progress import Progress
-from launch.run.command_line import parse
 from launch.run.data import Cursor
 from launch.run.failures import check_failures
 from launch.run.parity import parity_gate
@@ -170,17 +169,3 @@ def test_the_world_is_written_with_its_masks_and_the_same_seed_writes_the_same_b
     assert one == two
     for item in (item for record in one for item in record.objects):
         assert item.mask is not None and masks.bounding_box(item.mask) == item.box
-
-
-def test_an_argument_is_converted_or_named() -> None:
-    def command(out: Path, steps: int = 3) -> None:
-        """Stands for any small command."""
-
-    assert parse(command, ["out=x", "steps=5"]) == {"out": Path("x"), "steps": 5}
-    for arguments, said in (
-        (["out=x", "step=5"], "did you mean steps="),
-        (["out=x", "steps=many"], "steps=many"),
-        (["steps=5"], "missing argument out="),
-    ):
-        with pytest.raises(UserError, match=said):
-            parse(command, arguments)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from launch import doctor
 from launch.run import checks as preflight
 from launch.run.prompts import PromptMaker
-from perception.config import Config, DataConfig, ModelConfig
+from perception.config import Config, DataConfig, LoraConfig, ModelConfig
 from perception.errors import UserError
 from perception.types import Sample, Target
 from tests.fake_run import config
@@ -159,6 +159,7 @@ def changed(base: Config, room: str, **values: object) -> Config:
         (lambda c: changed(c, "algorithm", updates=33), "algorithm.updates=33"),
         (lambda c: changed(c, "learner", compile=True), "learner.compile=true with placement.device=cpu"),
         (lambda c: changed(c, "rollout", max_new_tokens=512), "max_new_tokens=512"),
+        (lambda c: changed(c, "algorithm", loss="pp0"), "algorithm.loss=pp0"),
         (lambda c: changed(c, "reward", components={}, ranked={}), "neither components nor ranked"),
         (lambda c: changed(c, "reward", components={"mask_io": 1.0}), "mask_io"),
         (lambda c: changed(c, "wandb", mode="online"), "wandb login"),
@@ -177,6 +178,55 @@ def test_settings_that_contradict(
     with pytest.raises(UserError, match=words) as raised:
         preflight.check_settings(change(good))
     assert "\n" not in str(raised.value)
+
+
+TOY = {"learner": {"lr": 1e-4}, "rollout": {"max_new_tokens": 96, "max_model_len": 512}, "model": {"dtype": "float32"}}
+REAL = {
+    "learner": {"lr": 1e-6},
+    "rollout": {"max_new_tokens": 3000, "max_model_len": 4300},
+    "model": {"dtype": "bfloat16"},
+}
+
+
+def with_shards(policy: Path, *parameters: int) -> None:
+    """Weights of so many one-byte numbers, in shards that an index names: headers, and holes for the rest."""
+    for number, size in enumerate(parameters):
+        header = {"w": {"dtype": "U8", "shape": [size // 1000, 1000], "data_offsets": [0, size]}}
+        text = json.dumps(header).encode()
+        with (policy / f"model-{number}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + size)
+    index = {"weight_map": {f"w{number}": f"model-{number}.safetensors" for number in range(len(parameters))}}
+    (policy / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def warned(settings: Config, values: dict[str, dict[str, object]]) -> list[str]:
+    """The keys that are warned about."""
+    for room, own in values.items():
+        settings = changed(settings, room, **own)
+    return [line.partition("=")[0] for line in preflight.toy_settings(settings)]
+
+
+def test_a_toys_settings_are_warned_about_where_the_policy_is_none(model: ModelConfig, tmp_path: Path) -> None:
+    settings = replace(config(tmp_path), model=model)
+    assert warned(settings, TOY) == [], "a toy may have them"
+    with_shards(Path(model.path), 60_000_000, 60_000_000)
+    assert warned(settings, TOY) == ["learner.lr", "rollout.max_new_tokens", "rollout.max_model_len", "model.dtype"]
+    assert warned(settings, REAL) == []
+    assert warned(settings, REAL | {"learner": {"lr": 1e-5}}) == ["learner.lr"]
+    assert warned(settings, REAL | {"learner": {"lr": 1e-4, "lora": LoraConfig(rank=8)}}) == [], "usual for adapters"
+    line = preflight.toy_settings(
+        changed(replace(settings, model=replace(model, dtype="bfloat16")), "learner", lr=3e-5)
+    )[0]
+    assert line.startswith("learner.lr=3e-05, where published runs take 1e-6") and "120 M parameters" in line
+
+
+def test_a_policy_of_100_million_parameters_is_still_a_toy(model: ModelConfig, tmp_path: Path) -> None:
+    settings = replace(config(tmp_path), model=model)
+    with_shards(Path(model.path), 60_000_000, 40_000_000)
+    assert warned(settings, TOY) == []
+    with_shards(Path(model.path), 60_000_000, 40_001_000)
+    assert len(warned(settings, TOY)) == 4
 
 
 def test_output_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,10 +118,10 @@ PRESETS = CONF / "reward"
 
 
 def preset(name: str) -> RewardConfig:
-    return compose(["run.name=test", f"reward={name}"]).reward
+    return compose(["recipe=quickstart", f"reward={name}"]).reward
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem != "base"))
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_presets_are_valid_and_name_their_source(name: str) -> None:
     config = preset(name)
     assert config.name == name and components_in_use(config)
