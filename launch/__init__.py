@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from runtime.loopback import confine_ray
 
 confine_ray()  # before any module below imports Ray

@@ -4,8 +4,6 @@ Reads package metadata and the machine's own figures; heavy libraries are not im
 `import torchvision` works, which runs in a process of its own. Exit status 1 if anything fails.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

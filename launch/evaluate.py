@@ -10,8 +10,6 @@ as it does in training, without exploring, by the calibration saved with it (`lo
 confident of counts; no truth is used for that.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sys

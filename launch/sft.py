@@ -6,8 +6,6 @@
 `steps`, `batch`, `lr`, `seed` and `threads` may be given; their defaults are those of the shipped models.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal

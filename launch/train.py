@@ -6,8 +6,6 @@ python -m launch.train recipe=quickstart run.resume=quickstart
 ray job submit --working-dir . -- python -m launch.train recipe=quickstart
 """
 
-from __future__ import annotations
-
 import asyncio
 
 from launch.record.progress import Progress

@@ -6,8 +6,6 @@
 from different seeds. The same arguments write the same bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Scaled by the group (GRPO, arXiv 2402.03300), by the batch (Lite PPO, arXiv 2508
 `scale_rewards="batch"`) or not at all (Dr. GRPO, arXiv 2503.20783).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal

@@ -1,7 +1,5 @@
 """Checkpoint of the learner: model, optimizer and random state, bit for bit; and the policy in Hugging Face format."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import nullcontext
 from pathlib import Path

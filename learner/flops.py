@@ -1,7 +1,5 @@
 """How fast the device multiplies, which is what useful FLOPs (`families.qwen_vl`) are held against: the MFU."""
 
-from __future__ import annotations
-
 import time
 
 import torch

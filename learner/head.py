@@ -1,7 +1,5 @@
 """Hidden states -> log-probs of the sampled tokens and entropies, in pieces of the vocabulary's logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The learner's ranks as one pool: deals groups out to them and takes their collective calls, each with a limit."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ A group is its prompt, once, and one tail per trajectory: [sampled | fed | sampl
 out because nothing follows that it could predict. `packing` and `families.generic` turn pieces of groups into tensors.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Optimizer steps of a learner rank: groups -> micro-batches -> log-probs, and the gradient of the objective."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ A tail attends to its piece's prompt and to itself. CUDA takes FlexAttention wit
 for each piece's prompt and once for all its tails together, so that no score between two tails is ever computed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any

@@ -5,8 +5,6 @@ that the tower passes the windows' boundaries (`cu_seq_lens`) instead; CUDA gets
 batched SDPA.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The learner's weights as the engine takes them, LoRA adapters merged, and their sending."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """ZeRO: DeepSpeed's stages 1 to 3 around a policy, one optimizer step at a time. DeepSpeed is imported only here."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator, Sequence

@@ -11,8 +11,6 @@ where gain is the mask IoU of the answer kept after the further pass less that o
 Look-to-Confirm (Dr. Seg) has one pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 

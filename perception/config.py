@@ -4,8 +4,6 @@
 stand beside the type and pydantic enforces them at the start. A sentence stands under the field or fields it explains.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 

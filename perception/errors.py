@@ -1,7 +1,5 @@
 """What the user can mend, as one line: what is wrong, where, and how to mend it."""
 
-from __future__ import annotations
-
 
 class UserError(Exception):
     """Settings, files or a machine that cannot be used. The message is one line; the program ends with status 2."""

@@ -5,8 +5,6 @@ A model type that nothing is registered for is an ordinary image-text model, `Fa
     register("my_model_type")(Family(frame="thousand", images_alone=False))
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 

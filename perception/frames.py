@@ -5,8 +5,6 @@ resized it (Qwen2.5-VL answers there), 0..1000 (Qwen3-VL), or the 840x840 square
 stated. Converting scales each axis by the ratio of the sizes; nothing is rounded or clipped.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

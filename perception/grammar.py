@@ -1,8 +1,6 @@
 """Grammar of completions: tagged sections, JSON, and numbers in it. Hostile text: nothing raises but what is said, time
 is linear, memory bounded."""
 
-from __future__ import annotations
-
 import gc
 import json
 from typing import Any

@@ -3,8 +3,6 @@
 Everywhere an image is what a viewer shows: the EXIF orientation of photographs is applied, to sizes and pixels alike.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import warnings

@@ -1,7 +1,5 @@
 """Binary masks as COCO run-length encodings (pycocotools). Sets of pixels, never decoded to compare them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -9,8 +9,6 @@ published thresholds are stated. What is no proper box or point has these values
   outside the image     measured like any other; nothing is clipped
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

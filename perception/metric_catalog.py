@@ -4,8 +4,6 @@ Names are `group/metric`: W&B makes one section per group. Seconds are wall time
 lengths are in tokens. `metrics.jsonl`, W&B, progress, summary and report all read this file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -5,8 +5,6 @@ published systems differ in x1 and x3, where an empty match is worth 0: pass `em
 paper gives to empty masks.
 """
 
-from __future__ import annotations
-
 import math
 
 import cv2

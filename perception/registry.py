@@ -7,8 +7,6 @@ Plugins are Python modules. Their names stand in the environment variable RELOOK
 inherits; each process imports them when it first looks something up.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import inspect

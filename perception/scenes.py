@@ -7,8 +7,6 @@ Everything is drawn into one label map, so a mask is exactly the visible part of
 pixels of the scene; everything is a pure function of the seed and the style.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import count

@@ -8,8 +8,6 @@ Conventions, everywhere in the project:
 A failure is a value (`Failure`), never a silent zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum

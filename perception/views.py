@@ -4,8 +4,6 @@ All rectangles are in pixels of the original image. The picture has about `pixel
 small part is enlarged; the provisional mask is outlined in it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

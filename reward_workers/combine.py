@@ -1,7 +1,5 @@
 """From the components of a step's answers to their rewards: weights, ranks, and the rule for failures."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

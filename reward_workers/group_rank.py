@@ -12,8 +12,6 @@ trajectory's rank is the mean over its own candidates: repeating an answer in fu
 mean of the others as it was.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Reward workers as one pool: an image stays where its embedding is, and a failure becomes a marked trajectory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar

@@ -10,8 +10,6 @@ Source: Dr. Seg's `drr_module/serve.py`, which compares in float32, rounds as Py
 (`aggregate="sum"`); the paper writes their mean.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

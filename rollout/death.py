@@ -1,7 +1,5 @@
 """The death of a vLLM engine ends every wait on it. vLLM itself then fails requests, and leaves other calls waiting."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable
 from typing import Any

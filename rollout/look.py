@@ -6,8 +6,6 @@ The dialogue goes on with that view and a request to confirm or correct, up to `
 own way: none waits for another's first pass. (Dr. Seg's published form has one pass; it is `look=inline`.)
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace

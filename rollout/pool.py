@@ -1,7 +1,5 @@
 """Rollout engines as one pool: routing of prompts, failures as values, and weight updates to all engines."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace

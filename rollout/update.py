@@ -1,7 +1,5 @@
 """New weights in a running vLLM engine: staged while it samples, loaded in a pause; and which version sampled what."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable

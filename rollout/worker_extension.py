@@ -4,8 +4,6 @@ vLLM mixes `WeightReceiver` into its worker (`worker_extension_cls`), where `rol
 in it may be one of the worker's own. The engine's process imports this file for `scheduler` (`scheduler_cls`).
 """
 
-from __future__ import annotations
-
 import ctypes
 import signal
 import sys

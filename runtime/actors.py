@@ -7,8 +7,6 @@
 Every wait has a limit, and ends with an error that names the actor, what it was doing and the setting of the limit.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Ray cluster of a run: the one it was submitted to, or one of its own, and the environment of its workers."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

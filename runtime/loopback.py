@@ -1,7 +1,5 @@
 """A Ray that a run starts for itself is reached from this machine alone, and by nobody without its token."""
 
-from __future__ import annotations
-
 import os
 import secrets
 

@@ -1,7 +1,5 @@
 """Encoded images in Ray's object store: put there once, fetched where they are needed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import ray

@@ -1,7 +1,5 @@
 """Placement: who sits where. One reservation of CPUs and GPUs for all actors of a run, granted whole or not at all."""
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass

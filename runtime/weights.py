@@ -4,8 +4,6 @@ The learner's end (`learner.weights`) plans buckets, fills them and hands them o
 (`rollout.worker_extension`) takes them into an `Inbox`. Both ends sum up what they hold with `checksum`.
 """
 
-from __future__ import annotations
-
 import pickle
 import re
 import shutil

@@ -1,7 +1,5 @@
 """What a run ran on: packages, processors, command line. Reads package metadata only, so it costs milliseconds."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What a policy has learned about when to look again: `look.json` beside its weights, arrays in a checkpoint."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Live progress: a panel on a terminal, one plain line per step anywhere else (CI logs, `ray job logs`)."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping

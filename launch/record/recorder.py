@@ -1,7 +1,5 @@
 """Everything a run leaves behind: settings, metrics, rollouts, summary, W&B (files: `run_directory`)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager

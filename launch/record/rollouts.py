@@ -5,8 +5,6 @@ its image, whose bytes lie in the file once: the column is dictionary-encoded. A
 entry of `passes` for each; the other columns describe the kept one.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import repeat

@@ -5,8 +5,6 @@
 A new run takes the name `runs/<name>`; an older one of that name is moved aside to `<name>.1`, `<name>.2`, ...
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import math

@@ -1,7 +1,5 @@
 """Summary of a run: held-out metrics before and after, for the terminal and for the report."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Weights & Biases beside the loop: its start, its network and its failures never hold up a step, and it never asks."""
 
-from __future__ import annotations
-
 import logging
 import netrc
 import os

@@ -4,8 +4,6 @@ The page needs no network and no library: styles, one script, SVG curves and pic
 wrote is shown as text only; a content security policy lets no other script run.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """`python -m launch.report RUN_DIR`: build a run's report again."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Curves as geometry: what the template draws as inline SVG. No pixels, no library, nothing but numbers and labels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Curves of a report: the catalogue's charts, and one for each held-out metric."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

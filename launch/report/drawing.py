@@ -1,7 +1,5 @@
 """Pixels, masks and boxes in the forms a page can hold: data: URIs, SVG paths, corners with sizes."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Rollouts as pictures: rows of the rollout table become what the template shows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby

@@ -3,8 +3,6 @@
 In one round, or (dynamic sampling: DAPO, arXiv 2503.14476) in several, until enough groups teach something.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

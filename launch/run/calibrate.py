@@ -1,7 +1,5 @@
 """Before a run that looks again: what may be believed of the starting policy, and whether it knows the second look."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from launch.run.system import System

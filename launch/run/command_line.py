@@ -1,7 +1,5 @@
 """From `key=value` words to typed settings; a user's mistake is one line that names the nearest valid key."""
 
-from __future__ import annotations
-
 import difflib
 import sys
 from collections.abc import Callable, Iterator, Sequence

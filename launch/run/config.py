@@ -4,8 +4,6 @@ The dataclasses of `perception/config.py` enter Hydra as plain mappings, "???" w
 structured configs refuse `Literal` and frozen classes); a field that is a mapping takes new keys without a `+`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

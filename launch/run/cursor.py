@@ -1,7 +1,5 @@
 """Cursor: samples in a reproducible order."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

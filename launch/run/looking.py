@@ -1,7 +1,5 @@
 """Rollouts of prompts: sampled by the engines, looked at again where an answer is unsure, scored by reward workers."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The parity gate: engine and learner must agree on the first batch's log-probs, or nothing is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from launch.record.progress import Progress

@@ -15,8 +15,6 @@ A group is handed out at most k steps before it is taken, so none of its tokens 
 all the same (from an engine that came back with old weights) is sampled again.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a recipe may ask to be made first: the synthetic world, a random-weight policy. Made once, and whole."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

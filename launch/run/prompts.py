@@ -1,7 +1,5 @@
 """From a sample to the tokens a policy sees: template, chat format, answer frame."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path

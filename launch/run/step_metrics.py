@@ -1,7 +1,5 @@
 """Metrics of one training step."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """System of a run: rollout engines, reward workers and learner, started together on reserved seats."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Ideal dialogues about synthetic scenes: one look, or a first answer that is a little wrong and a second look."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

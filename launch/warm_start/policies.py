@@ -6,8 +6,6 @@ released models' shapes, for real-size steps where no weights can be had. Digits
 tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Fresh scenes are drawn as they are needed, from seeds that no data set on disk u
 trained on.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -3,8 +3,6 @@
 Prompts are what a policy will answer: boxes that are a little wrong, with or without a point inside the object.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice

@@ -6,8 +6,6 @@
 A reader's keyword-only parameters are its options: `data.options`, checked against its signature.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar

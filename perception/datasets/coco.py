@@ -10,8 +10,6 @@ optional; the default is the centre of the largest inscribed circle. Image names
 `images/` beside it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

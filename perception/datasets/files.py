@@ -1,7 +1,5 @@
 """Files of a data set: open them with a message, find their images, check records against a model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, TypeVar
 

@@ -14,8 +14,6 @@ task      what is asked for: an entry of the settings' `task`, as segment (defau
 id        optional, unique. Default: file name and line number
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """One true object as any format gives it, checked against its image and completed into a `Target`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

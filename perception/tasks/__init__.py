@@ -4,8 +4,6 @@ What a data set calls `task` names an entry of the settings' `task`, whose `form
 of the same name). Prompt words stand in `conf/task/`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 

@@ -1,7 +1,5 @@
 """Counting: a box or a point for every object that the question means; their number is the answer."""
 
-from __future__ import annotations
-
 from perception.tasks import task
 from perception.tasks.objects import ObjectList
 

@@ -3,8 +3,6 @@
 Source: `problem.lower().strip(".")` in both systems' `verl/utils/rl_dataset.py`.
 """
 
-from __future__ import annotations
-
 from perception.tasks import task
 from perception.tasks.count import Count
 from perception.tasks.ground import Ground

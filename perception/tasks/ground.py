@@ -1,7 +1,5 @@
 """Grounding: boxes of what the question means."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from perception.tasks import task

@@ -8,8 +8,6 @@ of which a task needs a box or a point. `[]` answers that nothing is there. Item
 read is left out, and an answer none of whose items can be read has not been given.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal

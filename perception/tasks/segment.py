@@ -1,7 +1,5 @@
 """Segmentation: every object that the question means, by box and point; SAM2 draws the masks."""
 
-from __future__ import annotations
-
 from perception.tasks import task
 from perception.tasks.objects import ObjectList
 

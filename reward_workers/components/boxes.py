@@ -1,7 +1,5 @@
 """Components about boxes and points, matched by the continuous cost. A completion without an answer is worth 0."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from perception import metrics

@@ -1,7 +1,5 @@
 """Components about the number of answered objects. A completion without an answer is worth 0."""
 
-from __future__ import annotations
-
 from perception import metrics
 from perception.grammar import MAX_OBJECTS
 from reward_workers.components import Case, component

@@ -4,8 +4,6 @@ binary matching, their IoU with both edge pixels counted, their values for empty
 They differ from `boxes` in one more way: they are defined where there is no answer.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ Pure functions of the text, in linear time: the published lazy patterns rescan t
 are found by `str.find` with the same result. The equivalent pattern stands beside each function.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

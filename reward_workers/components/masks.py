@@ -3,8 +3,6 @@
 A completion without an answer is worth 0; one that rightly says that nothing is there is worth 1.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from perception import metrics
