@@ -73,6 +73,18 @@ def test_text_components() -> None:
     assert values(case("Yes! Yes! Yes!"), "non_repeat", "non_repeat_plain") == [0, 1]
 
 
+def test_counts_and_areas_by_hand() -> None:
+    both, one = case(said(f"[{RIGHT}, {OFF}]")), case(said(f"[{RIGHT}]"))
+    assert values(both, "count_exact", "count_ratio") == [1, 1] and values(one, "count_exact", "count_ratio") == [
+        0,
+        0.5,
+    ]
+    # 99 x 99 of twice that: exactly a half, which does not exceed the threshold; with half of the other, three quarters
+    assert values(one, "box_iou", "box_accuracy") == [0.5, 0]
+    assert values(both, "box_iou", "box_accuracy") == [pytest.approx((99 + 49) / (2 * 99)), 1]
+    assert COMPONENTS["box_accuracy"].measure(one, threshold=0.49) == 1
+
+
 def test_no_target_questions() -> None:
     names = ("matched_iou", "count_ratio", "point_score", "box_iou", "count_exact")
     assert values(case(said("[]"), NOTHING), *names) == [1, 1, 1, 1, 1]

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perception.dialogue import ideal_completion, whereabouts
 from perception.scenes import SceneStyle, ask, generate
 
 CROWDED = SceneStyle(min_objects=3, max_objects=5, relation=0.3, several=0.25, counting=0.15, no_target=0.15)
@@ -94,18 +93,3 @@ def test_what_is_counted_is_what_matches() -> None:
             checked += 1
             assert set(question.targets) == {i for i, o in enumerate(scene.objects) if o.shape == "circle"}
     assert checked >= 3
-
-
-def test_the_ideal_answer_reads_as_published() -> None:
-    text = ideal_completion([(10, 20, 50, 60), (80, 5, 100, 30)], [(30, 40), (90, 15)], 112, 112, inline=True)
-    assert text == (
-        "<think><look>left and upper right</look></think><answer>"
-        '[{"bbox_2d": [10,20,50,60], "point_2d": [30,40]}, {"bbox_2d": [80,5,100,30], "point_2d": [90,15]}]</answer>'
-    )
-    assert ideal_completion([], [], 112, 112) == "<think>nowhere</think><answer>[]</answer>"
-
-
-def test_whereabouts_names_the_ninth_of_the_image() -> None:
-    assert [whereabouts(p, 90, 90) for p in ((45, 45), (0, 0), (89, 89), (45, 0), (0, 45))] == [
-        "middle", "upper left", "lower right", "upper", "left",
-    ]  # fmt: skip
