@@ -72,9 +72,21 @@ def noise(seed: int | np.random.Generator, height: int = SIDE, width: int = SIDE
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def image(pixels: np.ndarray, form: str = "png") -> ImageHandle:
-    """(H, W, 3) uint8 RGB as a handle that holds its encoded bytes. `form`: png or jpg."""
-    data = cv2.imencode(f".{form}", pixels[..., ::-1])[1].tobytes()
+def image(pixels: np.ndarray) -> ImageHandle:
+    """(H, W, 3) uint8 RGB as a handle that holds the bytes of a PNG."""
+    return _encoded(pixels[..., ::-1], "png")
+
+
+def noise_image(
+    seed: int | np.random.Generator, height: int = SIDE, width: int = SIDE, form: str = "png"
+) -> ImageHandle:
+    """Random pixels as a handle that holds their encoded bytes. `form`: png or jpg."""
+    return _encoded(noise(seed, height, width), form)
+
+
+def _encoded(pixels: np.ndarray, form: str) -> ImageHandle:
+    """(H, W, 3) uint8 BGR."""
+    data = cv2.imencode(f".{form}", pixels)[1].tobytes()
     return ImageHandle(key=content_key(data), height=len(pixels), width=len(pixels[0]), ref=data)
 
 
@@ -222,7 +234,7 @@ def sampled_group(
     def ids(length: int) -> tuple[int, ...]:
         return tuple(rng.integers(0, vocabulary, length).tolist())
 
-    first = tuple(image(noise(rng, side, side)) for _ in range(images))
+    first = tuple(noise_image(rng, side, side) for _ in range(images))
     token_ids = ids(3) + (policy.image_token_id, 5) * images + ids(prompt_tokens)
     asked = sample(f"s{rng.integers(1 << 30)}", height=side, width=side, question="")
 
@@ -233,7 +245,7 @@ def sampled_group(
 
     def whole() -> Trajectory:
         later = [
-            sampled((*ids(4), policy.image_token_id, *ids(2)), (image(noise(rng, 28, 84)),)) for _ in range(turns - 1)
+            sampled((*ids(4), policy.image_token_id, *ids(2)), (noise_image(rng, 28, 84),)) for _ in range(turns - 1)
         ]
         return trajectory(sampled(token_ids, first), *later)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +26,11 @@ for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.pop("RAY_ADDRESS", None)
 if "gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+# How long an example takes is the machine's affair.
+settings.register_profile("relook", deadline=None)
+settings.load_profile("relook")
 
 
 @pytest.fixture(scope="session")

@@ -182,7 +182,6 @@ def test_statistics_by_hand() -> None:
 TRAJECTORY = st.lists(st.tuples(*[st.floats(-3, 0)] * 4), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-2, 2), TRAJECTORY), min_size=2, max_size=6), st.data())
 def test_pieces_add_up_and_fillers_count_nowhere(step: list[tuple[float, Any]], data: st.DataObject) -> None:
     algorithm = config(

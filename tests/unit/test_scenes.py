@@ -13,7 +13,7 @@ CROWDED = SceneStyle(min_objects=3, max_objects=5, relation=0.3, several=0.25, c
 
 
 @given(st.integers(0, 10**9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_boxes_bound_their_masks_and_points_lie_inside(seed: int) -> None:
     scene = generate(seed, CROWDED)
     assert scene.objects
@@ -24,7 +24,7 @@ def test_boxes_bound_their_masks_and_points_lie_inside(seed: int) -> None:
 
 
 @given(st.integers(0, 10**9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_masks_are_disjoint_and_a_seed_draws_the_same_bytes(seed: int) -> None:
     scene, again = generate(seed, CROWDED), generate(seed, CROWDED)
     assert np.sum([item.mask for item in scene.objects], axis=0).max() == 1
