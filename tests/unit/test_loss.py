@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.loss import K3_CAP, SURROGATES, TokenBatch, denominator, kl, policy_loss, token_sums

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perception.scenes import SceneStyle, ask, generate
+from perception.scenes import Question, Scene, SceneStyle, ask, generate
 
 CROWDED = SceneStyle(min_objects=3, max_objects=5, relation=0.3, several=0.25, counting=0.15, no_target=0.15)
 
@@ -41,6 +43,12 @@ def test_an_object_differs_from_its_background_even_when_camouflaged() -> None:
     assert min(gaps) > 3 and np.mean(gaps) < 60
 
 
+@cache
+def asked(seed: int) -> tuple[Scene, Question]:
+    scene = generate(seed, CROWDED)
+    return scene, ask(scene, np.random.default_rng(seed), CROWDED)
+
+
 def _words(text: str) -> set[str]:
     return {word.rstrip("s") for word in text.split()}
 
@@ -49,8 +57,7 @@ def _words(text: str) -> set[str]:
 def test_every_kind_of_question_is_asked_and_true(kind: str) -> None:
     found = 0
     for seed in range(400):
-        scene = generate(seed, CROWDED)
-        question = ask(scene, np.random.default_rng(seed), CROWDED)
+        scene, question = asked(seed)
         if question.kind != kind:
             continue
         found += 1
@@ -74,7 +81,7 @@ def test_every_kind_of_question_is_asked_and_true(kind: str) -> None:
     assert found >= 10
 
 
-def _check_relation(scene, question) -> None:
+def _check_relation(scene: Scene, question: Question) -> None:
     """The target lies on the named side of an object that the anchor's words fit."""
     relation = next(r for r in ("left of", "right of", "above", "below") if f" {r} " in question.text)
     axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[relation]
@@ -87,8 +94,7 @@ def test_what_is_counted_is_what_matches() -> None:
     """'how many circles' targets exactly the circles."""
     checked = 0
     for seed in range(300):
-        scene = generate(seed, CROWDED)
-        question = ask(scene, np.random.default_rng(seed), CROWDED)
+        scene, question = asked(seed)
         if question.kind == "count" and question.text == "how many circles":
             checked += 1
             assert set(question.targets) == {i for i, o in enumerate(scene.objects) if o.shape == "circle"}
