@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from runtime.loopback import confine_ray
 
@@ -28,6 +29,11 @@ os.environ.pop("RAY_ADDRESS", None)
 confine_ray()
 if "gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+# How long an example takes is the machine's affair.
+settings.register_profile("relook", deadline=None)
+settings.load_profile("relook")
 
 
 @pytest.fixture(scope="session")

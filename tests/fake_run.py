@@ -15,23 +15,13 @@ import cv2
 import numpy as np
 
 from launch.record.recorder import Recorder
-from perception import images, masks, scenes, views
+from learner.advantages import with_advantages
+from perception import masks, scenes, views
 from perception import metric_catalog as catalog
-from perception.config import (
-    AlgorithmConfig,
-    Config,
-    DataConfig,
-    LearnerConfig,
-    LookConfig,
-    ModelConfig,
-    PlacementConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    TaskConfig,
-    WandbConfig,
-)
+from perception.calibration import most_confident
+from perception.config import Config, LookConfig
 from perception.frames import image_to_view
+from perception.metric_catalog import GREEDY, SAMPLED, HeldOut
 from perception.types import (
     Answer,
     AnswerObject,
@@ -39,50 +29,21 @@ from perception.types import (
     Failure,
     FailureKind,
     Group,
-    ImageHandle,
-    Prompt,
-    Sample,
     Score,
-    ScoredGroup,
     Target,
     Trajectory,
     Turn,
-    VersionSpan,
-    View,
 )
+from tests import builders
 
 HOSTILE = "</pre><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\u202e </style>"
 N = 8
-SIDE = 112
+SIDE = builders.SIDE
 LOOK = LookConfig(mode="relook")
 
 
-def config(
-    output: Path,
-    name: str = "quickstart",
-    resume: str | None = None,
-    steps: int = 60,
-    look: LookConfig | None = None,
-) -> Config:
-    return Config(
-        run=RunConfig(name=name, output=str(output), resume=resume, rollouts_kept=4),
-        model=ModelConfig(path="assets/policy", segmenter="assets/segmenter"),
-        data=DataConfig(format="coco", train="data/train.json", eval="data/eval.json"),
-        task={
-            "segment": TaskConfig(
-                system="You see.", template="Find {question}.", inline="Look for {question}.", again="Closer."
-            )
-        },
-        look=look or LookConfig(),
-        reward=RewardConfig(
-            name="quickstart", components={"mask_iou": 1.0, "parsed": 0.2}, ranked={"point_score": 0.5}
-        ),
-        algorithm=AlgorithmConfig(steps=steps, prompts_per_step=32, group_size=N),
-        learner=LearnerConfig(ranks=2, lr=2e-5),
-        rollout=RolloutConfig(max_new_tokens=64, max_model_len=512),
-        placement=PlacementConfig(name="cpu", device="cpu"),
-        wandb=WandbConfig(mode="disabled"),
-    )
+def config(output: Path, name: str = "quickstart", steps: int = 60, look: LookConfig | None = None) -> Config:
+    return builders.changed(builders.config(output, name, look=look or LookConfig()), "algorithm", steps=steps)
 
 
 def write_run(output: Path, steps: int = 60, image_dir: Path | None = None, look: LookConfig | None = None) -> Path:
@@ -91,23 +52,21 @@ def write_run(output: Path, steps: int = 60, image_dir: Path | None = None, look
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
 
-    def groups(seeds: range, spread: float) -> list[ScoredGroup]:
-        return [scored_group(folder, seed, spread, rng, look) for seed in seeds]
+    def groups(seeds: range, spread: float) -> list[Group]:
+        return [scene_group(folder, seed, spread, rng, look) for seed in seeds]
 
     with Recorder(config(output, steps=steps, look=look)) as recorder:
         recorder.evaluation(0, evaluation(0.0, look), groups(range(9000, 9008), 12.0))
         for step in range(1, steps + 1):
             progress = step / steps
-            scored = groups(range(10 * step, 10 * step + 4), 13.0 - 7.0 * progress)
-            rewards = [[reward(score) for score in entry.scores] for entry in scored]
-            advantages = [((np.array(row) - np.mean(row)) / (np.std(row) + 1e-6)).tolist() for row in rewards]
-            recorder.step(step, metrics(step, progress, rng, look), scored, rewards, advantages)
+            batch = with_advantages(groups(range(10 * step, 10 * step + 4), 13.0 - 7.0 * progress), "group")
+            recorder.step(step, metrics(step, progress, rng, look), batch)
             if step % 20 == 0:
                 recorder.evaluation(step, evaluation(progress, look), groups(range(9000, 9008), 12.0 - 6.0 * progress))
         recorder.summary(
             {
                 "before": evaluation(0.0, look), "after": evaluation(1.0, look),
-                "steps": steps, "seconds": 402.7, "parse_ok": 0.998,
+                "steps": steps, "seconds": 402.7, "restarts": {"rollout engines": 0}, "seed": 42,
             }
         )  # fmt: skip
         return recorder.run_dir
@@ -115,19 +74,18 @@ def write_run(output: Path, steps: int = 60, image_dir: Path | None = None, look
 
 def evaluation(progress: float, look: LookConfig | None = None) -> dict[str, float]:
     found = {
-        catalog.GIOU_GREEDY: 0.561 + 0.037 * progress,
-        catalog.GIOU_SAMPLED: 0.482 + 0.079 * progress,
-        catalog.HELD_OUT_PARSE_OK: 0.991 + 0.007 * progress,
-        catalog.HELD_OUT_SAMPLES: 128,
+        HeldOut("segment", "mask_iou", GREEDY): 0.561 + 0.037 * progress,
+        HeldOut("segment", "mask_iou", SAMPLED): 0.482 + 0.079 * progress,
+        HeldOut("segment", catalog.PARSED): 0.991 + 0.007 * progress,
+        HeldOut("segment", catalog.SAMPLES): 128,
     }
-    if look is None:
-        return found
-    looked = {
-        catalog.HELD_OUT_RELOOK_RATE: 0.92 - 0.5 * progress,
-        catalog.HELD_OUT_LOOK_GAIN: 0.012 + 0.05 * progress,
-    }
-    shifted = {f"{name}/shifted": value - 0.15 for name, value in found.items() if name.startswith("giou")}
-    return found | looked | shifted
+    if look is not None:
+        found |= {one._replace(held_out="shifted"): v - 0.15 for one, v in found.items() if one.measure == "mask_iou"}
+        found |= {
+            HeldOut("segment", catalog.LOOK_RATE): 0.92 - 0.5 * progress,
+            HeldOut("segment", catalog.LOOK_GAIN): 0.012 + 0.05 * progress,
+        }
+    return {one.name: value for one, value in found.items()}
 
 
 def metrics(step: int, progress: float, rng: np.random.Generator, look: LookConfig | None = None) -> dict[str, float]:
@@ -176,49 +134,27 @@ def metrics(step: int, progress: float, rng: np.random.Generator, look: LookConf
     }  # fmt: skip
 
 
-def reward(score: Score) -> float:
-    return score.metrics["mask_iou"] + 0.2 * score.metrics["parsed"] + 0.5 * score.metrics["point_score"]
-
-
-def scored_group(
+def scene_group(
     folder: Path, seed: int, spread: float, rng: np.random.Generator, look: LookConfig | None = None
-) -> ScoredGroup:
-    """N answers to one scene, each the truth moved by about `spread` pixels; with `look`, most are looked at again."""
+) -> Group:
+    """N rewarded answers to one scene, the truth moved by about `spread` pixels; with `look`, most look again."""
     scene = scenes.generate(seed)
     question = scenes.ask(scene, np.random.default_rng(seed))
     path = folder / f"{seed}.png"
     cv2.imwrite(str(path), scene.image[..., ::-1])
-    targets = [scene.objects[i] for i in question.targets]
-    truth = Target(
-        boxes=np.array([t.box for t in targets], np.float32).reshape(-1, 4),
-        points=np.array([t.point for t in targets], np.float32).reshape(-1, 2),
-        masks=tuple(masks.encode(t.mask) for t in targets),
-    )
-    sample = Sample(
-        id=f"scene-{seed}", image_path=str(path), height=SIDE, width=SIDE,
-        question=question.text, task=question.task, target=truth,
-    )  # fmt: skip
-    handle = ImageHandle(key=f"{seed:064x}", height=SIDE, width=SIDE, ref=path.read_bytes())
-    prompt = Prompt(
-        sample=sample, token_ids=(1, 2, 3), images=(handle,), answer_height=SIDE, answer_width=SIDE, seed=seed
-    )
-    answers = []
+    truth = builders.scene_target([scene.objects[i] for i in question.targets])
+    sample = builders.sample(f"scene-{seed}", truth, image_path=str(path), question=question.text, task=question.task)
+    trajectories = []
     for index in range(N):
         passes = [_pass(truth, spread, rng, broken=(seed + index) % 23 == 0)]
         if look is not None and (rect := _closer(passes[0][1], look)):
-            size = views.picture_size(rect, look.pixels)
-            view = View(left=rect[0], top=rect[1], right=rect[2], bottom=rect[3], height=size[0], width=size[1])
-            turn, candidate = _pass(truth, spread / 2, rng, broken=(seed + index) % 7 == 0, view=view)
+            height, width = views.picture_size(rect, look.pixels)
+            turn, candidate = _pass(truth, spread / 2, rng, (seed + index) % 7 == 0, (rect, height, width))
             picture = views.picture(scene.image, rect, _outlined(passes[0][1]), look.pixels)
-            shown = ImageHandle(key=f"{seed}-{index}", height=size[0], width=size[1], ref=images.encode(picture))
-            passes.append((replace(turn, images=(shown,)), candidate))
-        answers.append(_answer(index, passes))
-    return ScoredGroup(
-        group=Group(prompt=prompt, trajectories=tuple(trajectory for trajectory, _ in answers)),
-        scores=tuple(score for _, score in answers),
-        seconds=0.05,
-        cached=False,
-    )
+            passes.append((replace(turn, images=(builders.image(picture),)), candidate))
+        trajectories.append(_trajectory(passes))
+    prompt = builders.prompt(sample, images=(builders.image(scene.image),), seed=seed)
+    return builders.group(*trajectories, about=prompt)
 
 
 def _closer(first: Candidate, look: LookConfig) -> views.Rect | None:
@@ -230,9 +166,17 @@ def _outlined(first: Candidate) -> np.ndarray | None:
 
 
 def _pass(
-    truth: Target, spread: float, rng: np.random.Generator, broken: bool, view: View | None = None
+    truth: Target,
+    spread: float,
+    rng: np.random.Generator,
+    broken: bool,
+    shown: tuple[views.Rect, int, int] | None = None,
 ) -> tuple[Turn, Candidate]:
-    """One look: the truth moved by about `spread` pixels, its boxes filled with ellipses; or no answer at all."""
+    """One look: the truth moved by about `spread` pixels, its boxes filled with ellipses; or no answer at all.
+
+    `shown`: the view it is about, with its height and width.
+    """
+    view = builders.view(*shown[0], *shown[1:]) if shown else None
     boxes = np.clip(truth.boxes + rng.normal(0, spread / 2, truth.boxes.shape), 0, SIDE).round()
     boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:]) + 1], axis=1)
     objects = tuple(AnswerObject(box=(a, b, c, d), point=((a + c) / 2, (b + d) / 2)) for a, b, c, d in boxes.tolist())
@@ -244,17 +188,13 @@ def _pass(
     true = masks.decode(masks.union(truth.masks, SIDE, SIDE))
     iou = float((mask & true).sum() / (mask | true).sum()) if (mask | true).any() else 1.0
     text = HOSTILE if broken else _text(image_to_view(answer, view) if view else answer)
-    ids = tuple(range(20, 20 + max(1, len(text) // 4)))
-    turn = Turn(
-        input_ids=(1, 2, 3), images=(), token_ids=ids, logprobs=(-0.5,) * len(ids),
-        versions=(VersionSpan(version=3, start=0, end=len(ids)),), text=text, finish_reason="stop", view=view,
-    )  # fmt: skip
+    turn = builders.turn(text, range(20, 20 + max(1, len(text) // 4)), version=3, view=view)
     sure = 0.0 if broken else float(np.clip(iou + rng.normal(0, 0.1), 0, 1))
-    return turn, Candidate(
+    return turn, builders.candidate(
+        0.0 if broken else iou,
+        sure,
         answer=answer,
         features=(sure, 0.9, 0.8, -0.5, 0.0, float(view is not None), 0.0),
-        confidence=sure,
-        mask_iou=0.0 if broken else iou,
         mask=masks.encode(mask) if answer.objects else None,
     )
 
@@ -268,22 +208,19 @@ def _text(answer: Answer) -> str:
     return f"<think>It stands out.</think><answer>[{','.join(found)}]</answer>"
 
 
-def _answer(index: int, passes: Sequence[tuple[Turn, Candidate]]) -> tuple[Trajectory, Score]:
+def _trajectory(passes: Sequence[tuple[Turn, Candidate]]) -> Trajectory:
     """The most confident pass is kept; one that did not parse fails them all."""
     candidates = tuple(candidate for _, candidate in passes)
-    kept = max(range(len(candidates)), key=lambda i: candidates[i].confidence)
+    kept = most_confident(candidates)
     best = candidates[kept]
     iou = best.mask_iou or 0.0
-    score = Score(
-        metrics={"mask_iou": iou, "parsed": float(best.answer.failure is None), "point_score": float(iou > 0.3)},
-        answer=best.answer,
-        mask=best.mask,
-        confidence=best.confidence,
+    metrics = {"mask_iou": iou, "parsed": float(best.answer.failure is None), "point_score": float(iou > 0.3)}
+    return builders.trajectory(
+        *(turn for turn, _ in passes),
         failure=next((one.answer.failure for one in candidates if one.answer.failure), None),
-        candidates=candidates,
-        kept=kept,
+        score=Score(metrics=metrics, candidates=candidates, kept=kept),
+        reward=metrics["mask_iou"] + 0.2 * metrics["parsed"] + 0.5 * metrics["point_score"],
     )
-    return Trajectory(index=index, turns=tuple(turn for turn, _ in passes)), score
 
 
 if __name__ == "__main__":

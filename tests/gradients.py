@@ -9,11 +9,11 @@ from torch import Tensor
 
 from learner.policy import Policy
 from learner.rows import bins, pieces
-from perception.types import TrainGroup
+from perception.types import Group
 
 
 def evaluate(
-    policy: Policy, groups: Sequence[TrainGroup], budget: int
+    policy: Policy, groups: Sequence[Group], budget: int
 ) -> tuple[dict[tuple[int, int], Tensor], dict[str, Tensor]]:
     """Log-probs by (group, trajectory), and the gradient of sum over tokens of advantage * log-prob."""
     found: dict[tuple[int, int], Tensor] = {}

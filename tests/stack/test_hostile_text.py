@@ -34,7 +34,7 @@ raw = st.lists(st.sampled_from([*FRAGMENTS, *NUMBERS, *TAGS, *COMPLETIONS]) | st
 )
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(
     text=raw | bodies.map(lambda body: f"<think>a</think><answer>{body}</answer>"),
     truth=st.sampled_from(TRUTHS),

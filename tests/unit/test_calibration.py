@@ -17,19 +17,13 @@ from perception.calibration import (
     most_confident,
 )
 from perception.config import LookConfig
-from perception.types import Answer, Candidate, Failure, FailureKind, LookState, Score
-
-READ = Answer(objects=())
-UNREAD = Answer(objects=(), failure=Failure(kind=FailureKind.UNPARSED, detail="?"))
-
-
-def candidate(sure: float, iou: float | None, answer: Answer = READ, predicted: float = 0.5) -> Candidate:
-    features = (predicted, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    return Candidate(answer=answer, features=features, confidence=sure, mask_iou=iou)
+from perception.types import Candidate, LookState, Trajectory
+from tests import builders
+from tests.builders import lost, measured, unparsed
 
 
-def score(*candidates: Candidate) -> Score:
-    return Score(metrics={}, answer=READ, candidates=candidates, kept=most_confident(candidates))
+def candidate(sure: float, iou: float | None, failed: bool = False, predicted: float = 0.5) -> Candidate:
+    return builders.candidate(iou, sure, failed, features=(predicted, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
 
 
 def test_the_fit_recovers_the_model_that_made_the_labels() -> None:
@@ -51,7 +45,7 @@ def test_a_constant_truth_is_fitted_by_the_bias_alone() -> None:
         max_size=40,
     )
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_other_threshold_gains_more(rows: list[tuple[float, float, float]]) -> None:
     sure, gains, weights = np.array(rows).T
     cost = 0.05
@@ -90,13 +84,13 @@ def test_before_anything_is_learned_sam2_is_believed() -> None:
 def test_the_most_confident_candidate_that_parses_is_kept() -> None:
     assert most_confident([candidate(0.4, None), candidate(0.6, None)]) == 1
     assert most_confident([candidate(0.6, None), candidate(0.4, None)]) == 0
-    assert most_confident([candidate(0.1, None), candidate(0.9, None, UNREAD)]) == 0
+    assert most_confident([candidate(0.1, None), candidate(0.9, None, failed=True)]) == 0
     assert most_confident([candidate(0.5, None), candidate(0.5, None)]) == 1
 
 
-def _steps(rng: np.random.Generator, n: int) -> list[Score]:
+def _steps(rng: np.random.Generator, n: int) -> list[Trajectory]:
     """First answers are as good as SAM2 predicts; a second look always ends at 0.7."""
-    return [score(candidate(p, p, predicted=p), candidate(0.99, 0.7, predicted=0.7)) for p in rng.uniform(0, 1, n)]
+    return [measured(candidate(p, p, predicted=p), candidate(0.99, 0.7, predicted=0.7)) for p in rng.uniform(0, 1, n)]
 
 
 def test_the_threshold_moves_to_where_a_second_look_stops_paying() -> None:
@@ -114,8 +108,8 @@ def test_confident_answers_that_were_explored_stand_for_those_that_were_not() ->
     calibrator = Calibrator(LookConfig(explore=0.1, cost=0.0))
     calibrator.learn(_steps(np.random.default_rng(0), 200))
     threshold = calibrator.state.threshold
-    below = score(candidate(threshold - 0.01, 0.2), candidate(0.99, 0.3))
-    above = score(candidate(threshold + 0.01, 0.8), candidate(0.99, 0.9))
+    below = measured(candidate(threshold - 0.01, 0.2), candidate(0.99, 0.3))
+    above = measured(candidate(threshold + 0.01, 0.8), candidate(0.99, 0.9))
     calibrator.learn([below, above])
     assert calibrator.export().decisions[-2:, -1].tolist() == [1.0, pytest.approx(10.0)]
     assert calibrator.export().decisions[-2:, -2] == pytest.approx([0.1, 0.1])
@@ -135,6 +129,21 @@ def test_learning_is_deterministic_bounded_and_survives_a_checkpoint() -> None:
     assert len(first.export().judged) == 300 and len(first.export().decisions) == 300
 
 
+def test_the_window_keeps_the_newest_answers_and_decisions() -> None:
+    """Of 100 answers looked at again, the judged ones are 200 and the decisions 100; 30 of each are kept."""
+    calibrator = Calibrator(LookConfig(window=30))
+    steps = [measured(candidate(0.5, i / 1000), candidate(0.9, i / 1000 + 0.5)) for i in range(100)]
+    calibrator.learn(steps[:60])
+    calibrator.learn(steps[60:])
+    kept = calibrator.export()
+    expected = [iou for i in range(85, 100) for iou in (i / 1000, i / 1000 + 0.5)]
+    assert kept.judged[:, -1] == pytest.approx(expected)
+    assert len(kept.decisions) == 30 and kept.decisions[:, -2] == pytest.approx([0.5] * 30)
+    # the gain of the newest decision alone
+    calibrator.learn([measured(candidate(0.5, 0.2), candidate(0.9, 0.3))])
+    assert calibrator.export().decisions[:, -2] == pytest.approx([0.5] * 29 + [0.1])
+
+
 def test_a_checkpoint_of_other_features_is_refused() -> None:
     calibrator = Calibrator(LookConfig())
     saved = calibrator.export()
@@ -145,5 +154,17 @@ def test_a_checkpoint_of_other_features_is_refused() -> None:
 
 def test_unjudged_answers_teach_nothing() -> None:
     calibrator = Calibrator(LookConfig())
-    calibrator.learn([score(candidate(0.5, None), candidate(0.6, None))] * 100)
+    calibrator.learn([measured(candidate(0.5, None), candidate(0.6, None))] * 100)
     assert not calibrator.fitted and not len(calibrator.export().decisions)
+
+
+def test_what_engine_or_reward_worker_failed_teaches_nothing() -> None:
+    calibrator = Calibrator(LookConfig())
+    calibrator.learn([lost()] * 100)
+    assert not len(calibrator.export().judged)
+
+
+def test_an_answer_that_did_not_parse_is_learned_as_an_overlap_of_nothing() -> None:
+    calibrator = Calibrator(LookConfig())
+    calibrator.learn([unparsed(candidate(0.5, 0.0, failed=True))] * 70)
+    assert calibrator.export().judged[:, -1].tolist() == [0.0] * 70

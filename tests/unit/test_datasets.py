@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 
 from perception import masks
 from perception.config import DataConfig
-from perception.datasets import coco, jsonl, load
+from perception.datasets import READERS, coco, jsonl, load
+from perception.datasets.files import Images
 from perception.datasets.objects import TrueObject, inner_point, read_segmentation
-from perception.errors import DataError
+from perception.errors import DataError, UserError
 from perception.types import Sample
+from tests import builders
+from tests.builders import noise
 
 H, W = 20, 30
 
@@ -36,14 +39,14 @@ def rectangle(x1: int, y1: int, x2: int, y2: int, height: int = H, width: int = 
 
 
 def config(path: Path, **changes: Any) -> DataConfig:
-    kind: Literal["coco", "jsonl"] = "coco" if path.suffix == ".json" else "jsonl"
+    kind = "coco" if path.suffix == ".json" else "jsonl"
     return DataConfig(**{"format": kind, "train": str(path), "eval": str(path)} | changes)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An image a.png of 30x20, and a broken one of each kind."""
-    data = png(np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8))
+    data = png(noise(0, H, W))
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "corrupt.png").write_bytes(b"\x89PNG and then nothing")
@@ -114,8 +117,9 @@ def test_nothing_there_and_other_tasks(folder: Path) -> None:
 
 
 def test_a_pixel_of_slack_is_clipped(folder: Path) -> None:
-    (sample,) = jsonl.read(write_lines(folder, line(boxes=[[-1, -0.5, W + 1, H]])), 1000)
-    assert sample.target.boxes.tolist() == [[0, 0, W, H]]
+    path = write_lines(folder, line(boxes=[[-1, -0.5, W + 1, H]]))
+    (found,) = jsonl.read(path, Images(path, 1000))
+    assert found.target.boxes.tolist() == [[0, 0, W, H]]
 
 
 @pytest.mark.parametrize(
@@ -148,16 +152,14 @@ def test_a_pixel_of_slack_is_clipped(folder: Path) -> None:
         (line(mask={"size": [H, W], "counts": [H * W]}), "no pixel"),
         (line(mask={"size": [H, W], "counts": "!!"}), "the run-length text is damaged"),
         (line(mask={"size": [H, W], "counts": [5, 10**6]}), "unreadable segmentation"),
-        (line(task="dance"), "unknown task 'dance'; use one of segment, ground, count"),
         (line(image="nowhere.png"), "no image nowhere.png"),
         (line(image="empty.png"), "empty"),
         (line(image="corrupt.png"), "not a readable image"),
         (line(image="large.png"), "1600 pixels, more than 1000"),
-        (line(id="twice"), "'twice' was used before"),
     ],
 )
 def test_a_bad_line_is_named(folder: Path, bad: dict | str, says: str) -> None:
-    path = write_lines(folder, line(id="twice"), "", bad)
+    path = write_lines(folder, line(), "", bad)
     with pytest.raises(DataError, match=says) as caught:
         load(config(path, max_pixels=1000), "train")
     message = str(caught.value)
@@ -219,8 +221,8 @@ def test_coco_with_expressions(folder: Path) -> None:
 def test_images_may_lie_in_a_folder_beside(folder: Path) -> None:
     (folder / "images").mkdir()
     (folder / "a.png").rename(folder / "images" / "a.png")
-    samples = coco.read(write_json(folder, document()), 1000)
-    assert samples[0].image_path == str(folder / "images" / "a.png")
+    path = write_json(folder, document())
+    assert next(coco.read(path, Images(path, 1000))).image_path == str(folder / "images" / "a.png")
 
 
 def change(*keys: str | int, to: Any) -> Callable[[dict], Any]:
@@ -246,7 +248,6 @@ def change(*keys: str | int, to: Any) -> Callable[[dict], Any]:
         (change("expressions", 1, "image_id", to=9), "expression b: no image has id 9"),
         (change("expressions", 0, "annotation_ids", to=[99]), "expression a: image 1 has no annotation 99"),
         (change("expressions", 0, "annotation_ids", to=[11, 13]), "expression a: 1 of 2 objects have a mask"),
-        (change("expressions", 0, "task", to="x"), "unknown task"),
         (change("images", 0, "file_name", to="b.png"), "no image b.png"),
         (change("images", 0, "file_name", to="large.png"), "more than 1000"),
         (change("images", 0, "height", to=21), "is 30x20 but the JSON says 30x21"),
@@ -302,12 +303,55 @@ def test_a_cut_image_is_found_by_decoding(folder: Path) -> None:
         load(config(write_lines(folder, line(), line(image="cut.png"))), "train")
 
 
-def test_held_out_samples_are_the_first_ones_and_need_masks(folder: Path) -> None:
-    path = write_lines(folder, line(mask="mask.png"), line(mask="mask.png"), line())
-    assert [sample.id for sample in load(config(path, eval_samples=2), "eval")] == ["mine:1", "mine:2"]
-    assert len(load(config(path), "train")) == 3
-    with pytest.raises(DataError, match="mine:3: task segment is evaluated by masks"):
-        load(config(path), "eval")
+def test_held_out_samples_are_the_first_ones(folder: Path) -> None:
+    path = write_lines(folder, line(), line(), line())
+    assert [found.id for found in load(config(path, eval_samples=2), "eval")] == ["mine:1", "mine:2"]
+    assert len(load(config(path, eval_samples=2), "train")) == 3
+    other = write_lines(folder, line(id="other")).rename(folder / "other.jsonl")
+    path = write_lines(folder, line())
+    assert [found.id for found in load(config(path), "eval", str(other))] == ["other"]
+
+
+def test_an_id_that_stands_twice_is_named(folder: Path) -> None:
+    path = write_lines(folder, line(id="twice"), line(id="once"), line(id="twice"))
+    with pytest.raises(DataError, match=r"mine\.jsonl: two samples have the id 'twice'; make ids unique"):
+        load(config(path), "train")
+
+
+# ---------------------------------------------------------------- readers by name, with options
+
+
+def test_a_reader_takes_the_options_of_its_signature(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Path, int, str]] = []
+
+    def read(path: Path, images: Images, /, *, every: int = 1, split: str) -> Iterator[Sample]:
+        seen.append((path, every, split))
+        found, height, width = images.find("a.png", "here")
+        yield builders.sample("mine", image_path=str(found), height=height, width=width)
+
+    monkeypatch.setitem(READERS._entries, "mine", read)
+    settings = config(folder / "x.jsonl", format="mine", options={"split": "val", "every": 3})
+    (found,) = load(settings, "train")
+    assert (found.id, found.height, found.width) == ("mine", H, W)
+    assert seen == [(folder / "x.jsonl", 3, "val")]
+    for options, said in (
+        (
+            {"split": "val", "evry": 3},
+            r"data\.options: unknown key 'evry'; did you mean 'every'\? \(known: every, split\)",
+        ),
+        ({"split": "val", "every": "three"}, r"data\.options\.every='three': Input should be a valid integer"),
+        ({"every": 3}, r"data\.options: 'split' is missing; it has no default"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load(config(folder / "x.jsonl", format="mine", options=options), "train")
+
+
+def test_an_unknown_format_or_option_is_named(folder: Path) -> None:
+    path = write_lines(folder, line())
+    with pytest.raises(UserError, match=r"no data format 'cocoo'; did you mean 'coco'\? \(known: coco, jsonl\)"):
+        load(config(path, format="cocoo"), "train")
+    with pytest.raises(UserError, match=r"data\.options: unknown key 'split'; there are none"):
+        load(config(path, options={"split": "val"}), "train")
 
 
 # ---------------------------------------------------------------- writing
@@ -318,7 +362,7 @@ def record(seed: int) -> coco.Record:
     boxes = [(int(x), int(y), int(x) + 6, int(y) + 5) for x, y in rng.integers(0, 14, (seed % 3, 2))]
     shapes = [masks.encode(rectangle(*box)) for box in boxes]
     return coco.Record(
-        image=png(rng.integers(0, 255, (H, W, 3), dtype=np.uint8)),
+        image=png(noise(rng, H, W)),
         height=H,
         width=W,
         question=f"thing {seed}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from launch.run.prompts import PromptMaker
 from launch.warm_start import policies
 from launch.warm_start.dialogues import one_look, two_looks
 from launch.warm_start.policy import WarmStart, _Batches, corpus
-from perception import answers
 from perception.config import LookConfig, ModelConfig
 from perception.scenes import WORLD, ask, generate
+from perception.tasks import TASKS
 
 LOOK = LookConfig()
 
@@ -23,7 +24,7 @@ LOOK = LookConfig()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("policy")
-    tokenizer = policies.make_tokenizer(corpus(WORLD, read_tasks("brief")))
+    tokenizer = policies.make_tokenizer(islice(corpus(WORLD, read_tasks("brief")), 500))
     shape = policies.SHAPES["mini"]
     policies.save(policies.make_model(shape, tokenizer, 0), tokenizer, path, shape.max_side)
     return path
@@ -39,7 +40,7 @@ def test_one_look_answers_in_half_the_scenes_pixels(prompts: PromptMaker) -> Non
         scene = generate(seed, WORLD)
         question = ask(scene, np.random.default_rng(seed), WORLD)
         dialogue = one_look(seed, WORLD, prompts, inline=False)
-        answer = answers.parse(dialogue.said[0], question.task)
+        answer = TASKS[question.task].parse(dialogue.said[0])
         assert len(answer.objects) == len(question.targets)
         for item, index in zip(answer.objects, question.targets, strict=True):
             assert np.abs(np.subtract(item.box, np.array(scene.objects[index].box) / 2)).max() <= 0.5
@@ -55,7 +56,7 @@ def test_a_second_look_shows_the_target_larger_and_answers_in_the_views_frame(pr
         dialogue = two_looks(seed, WORLD, prompts, LOOK)
         _whole, closer = dialogue.images
         assert closer.shape == (112, 112, 3)
-        first, second = (answers.parse(said, "segment") for said in dialogue.said)
+        first, second = (TASKS["segment"].parse(said) for said in dialogue.said)
         assert first.failure is None and second.failure is None
         kept += bool(second.objects)
         for item in second.objects:
@@ -73,7 +74,7 @@ def test_the_second_answer_is_the_truth_enlarged(prompts: PromptMaker) -> None:
     for seed in range(0, 200, 5):
         (x1, y1, x2, y2) = generate(seed, alone).objects[0].box
         dialogue = two_looks(seed, alone, prompts, LOOK)
-        (item,) = answers.parse(dialogue.said[1], "segment").objects or (None,)
+        (item,) = TASKS["segment"].parse(dialogue.said[1]).objects or (None,)
         if item is None or item.box is None or min(item.box) <= 0 or max(item.box) >= 112:
             continue  # cut by the view's edge
         if not np.array_equal(dialogue.images[0], generate(seed, alone).image):

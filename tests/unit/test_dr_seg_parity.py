@@ -10,24 +10,20 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from launch.run.config import CONF, compose
 from launch.run.prompts import PromptMaker
-from perception import answers
 from perception.config import ModelConfig, TaskConfig
-from perception.frames import Frame
-from perception.types import Target, View
-from reward_workers.rewards import COMPONENTS, Case, components_in_use
+from perception.types import Target
+from reward_workers.components import COMPONENTS, Case, reward_terms
+from tests import builders
+from tests.builders import sample, target
 
-SIDE = Frame(840, 840)
-WHOLE = View(left=0, top=0, right=840, bottom=840, height=840, width=840)
-TRUTH = Target(
-    boxes=np.array([[100, 100, 199, 199], [400, 400, 499, 499]], np.float32),
-    points=np.array([[150, 150], [450, 450]], np.float32),
-)
+TRUTH = target([(100, 100, 199, 199), (400, 400, 499, 499)], [(150, 150), (450, 450)])
+FORMATS = ("think_format", "answer_format", "look", "non_repeat")
+ACCURACY = ("dr_seg_iou", "dr_seg_count", "dr_seg_points")
 A = '{"bbox_2d": [100, 100, 199, 199], "point_2d": [150, 150]}'
 B = '{"bbox_2d": [400, 400, 499, 499], "point_2d": [450, 450]}'
 AB = f"[{A}, {B}]"
@@ -254,40 +250,37 @@ UNDEFINED = [
 TABLE = TAGS + LOOKS + REPEATS + SHAPES + NUMBERS + GEOMETRY + UNDEFINED
 
 
-def scored(text: str, target: Target = TRUTH) -> Case:
-    answer = answers.parse(text, "segment")
-    return Case(text=text, answer=answer, target=target, image=SIDE, view=WHOLE, published=True)
+def scored(text: str, truth: Target = TRUTH) -> Case:
+    return builders.case(text, truth, side=840)
 
 
 def values(case: Case, *names: str) -> tuple[float, ...]:
-    return tuple(COMPONENTS[name](case) for name in names)
+    return tuple(COMPONENTS[name].measure(case) for name in names)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_completion(row: Row) -> None:
     case = scored(row.text)
-    assert values(case, "think_format", "answer_format", "look", "non_repeat") == pytest.approx(row.formats)
-    assert values(case, "matched_iou", "count_ratio", "point_score") == pytest.approx(row.raw, abs=1e-6)
+    assert values(case, *FORMATS) == pytest.approx(row.formats)
+    assert values(case, *ACCURACY) == pytest.approx(row.raw, abs=1e-6)
 
 
 @pytest.mark.parametrize(("text", "raw"), [(said("[]"), (0, 1, 0)), ("nothing", (0, 1, 0)), (said(f"[{A}]"), NONE)])
 def test_nothing_to_find(text: str, raw: tuple[float, float, float]) -> None:
-    nothing = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
-    assert values(scored(text, nothing), "matched_iou", "count_ratio", "point_score") == raw
+    assert values(scored(text, target()), *ACCURACY) == raw
 
 
 def test_the_truth_is_cut_at_120_objects() -> None:
-    many = Target(boxes=np.repeat(TRUTH.boxes, 65, 0), points=np.repeat(TRUTH.points, 65, 0))
+    many = target(TRUTH.boxes.repeat(65, 0), TRUTH.points.repeat(65, 0))
     # 65 of A and 55 of B remain of 130; 60 right answers to A are matched, 60 of 120.
     case = scored(said("[" + ", ".join([A] * 60) + "]"), many)
-    assert values(case, "matched_iou", "count_ratio", "point_score") == (1, 0.5, 1)
+    assert values(case, *ACCURACY) == (1, 0.5, 1)
 
 
 def test_the_preset_measures_what_was_published() -> None:
     config = compose(["recipe=quickstart", "reward=dr_seg"])
-    names = ("think_format", "answer_format", "look", "non_repeat", "matched_iou", "count_ratio", "point_score")
-    assert set(components_in_use(config.reward)) == set(names)
-    assert config.reward.matching == "binary"
+    assert set(config.reward.components) == set(FORMATS) and set(config.reward.ranked) == set(ACCURACY)
+    assert reward_terms(config.reward).keys() == {*FORMATS, *ACCURACY}
 
 
 # ---------------------------------------------------------------- the prompt
@@ -320,5 +313,5 @@ def test_the_prompt_is_the_published_one(task: str) -> None:
 def test_questions_are_lower_cased_and_lose_their_stops(assets: Path) -> None:
     model = ModelConfig(path=str(assets / "policy"), segmenter="", answer_frame="resized")
     maker = PromptMaker(model, {"segment": TaskConfig(**published_tasks()["segment"])})
-    fed = maker.tokenizer.decode(maker.tokens("..The LEFT dog, e.g. Rex...", "segment", inline=True))
+    fed = maker.tokenizer.decode(maker.tokens(sample(question="..The LEFT dog, e.g. Rex..."), inline=True))
     assert 'Please find "the left dog, e.g. rex" with bboxs and points.Compare' in fed

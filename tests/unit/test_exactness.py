@@ -18,10 +18,10 @@ from learner.families.generic import PaddedPolicy
 from learner.families.qwen_vl import PackedPolicy, multiply_patches
 from learner.policy import Policy, load_policy
 from perception.config import LearnerConfig
-from perception.types import PolicySpec, TrainGroup, Trajectory
+from perception.types import Group, PolicySpec, Trajectory
 from tests import tiny_families
+from tests.builders import sampled_group, with_advantages
 from tests.gradients import distance, evaluate
-from tests.train_groups import train_group
 
 TEMPERATURE = 0.8
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
@@ -51,7 +51,7 @@ def padded(spec: PolicySpec) -> Policy:
     return policy
 
 
-def shortened(entry: TrainGroup, lengths: Sequence[int]) -> TrainGroup:
+def shortened(entry: Group, lengths: Sequence[int]) -> Group:
     """The group with its answers cut to these lengths; 0: the engine returned no token."""
 
     def cut(trajectory: Trajectory, length: int) -> Trajectory:
@@ -59,13 +59,13 @@ def shortened(entry: TrainGroup, lengths: Sequence[int]) -> TrainGroup:
         one = replace(turn, token_ids=turn.token_ids[:length], logprobs=turn.logprobs[:length])
         return replace(trajectory, turns=(one,) if length else ())
 
-    done = tuple(cut(t, n) for t, n in zip(entry.group.trajectories, lengths, strict=True))
-    return replace(entry, group=replace(entry.group, trajectories=done))
+    done = tuple(cut(t, n) for t, n in zip(entry.trajectories, lengths, strict=True))
+    return replace(entry, trajectories=done)
 
 
-def case(name: str, spec: PolicySpec) -> list[TrainGroup]:
+def case(name: str, spec: PolicySpec) -> list[Group]:
     rng = np.random.default_rng(sum(map(ord, name)))
-    make = lambda **kind: train_group(spec, rng, **({"n": 4} | kind))  # noqa: E731
+    make = lambda **kind: sampled_group(spec, rng, **({"n": 4} | kind))  # noqa: E731
     # 112 px are one attention window of Qwen2.5-VL, 196 px one and three quarters in either direction.
     return {
         "unequal lengths": lambda: [make(answer_tokens=40)],
@@ -76,7 +76,7 @@ def case(name: str, spec: PolicySpec) -> list[TrainGroup]:
         "a second image of one sample": lambda: [make(turns=2), make(turns=3, n=2)],
         "one-token answers": lambda: [shortened(make(answer_tokens=9), (1, 1, 1, 1)), make()],
         "empty answers": lambda: [shortened(make(), (0, 1, 0, 1)), make(images=0)],
-        "one prompt in two groups": lambda: [entry := make(), replace(entry, advantages=(1.0, -1.0, 0.5, 2.0))],
+        "one prompt in two groups": lambda: [entry := make(), with_advantages(entry, (1.0, -1.0, 0.5, 2.0))],
     }[name]()
 
 
@@ -99,7 +99,7 @@ def test_packed_equals_padded(packed: Policy, padded: Policy, spec: PolicySpec, 
     groups = case(name, spec)
     ours, our_gradient = evaluate(packed, groups, budget)
     theirs, their_gradient = evaluate(padded, groups, 1 << 20)
-    expected = {(i, j) for i, e in enumerate(groups) for j, t in enumerate(e.group.trajectories) if t.sampled_tokens}
+    expected = {(i, j) for i, e in enumerate(groups) for j, t in enumerate(e.trajectories) if t.sampled_tokens}
     assert ours.keys() == theirs.keys() == expected
     assert max((ours[key] - theirs[key]).abs().max().item() for key in expected) <= 2e-6
     assert distance(our_gradient, their_gradient) <= 1e-6

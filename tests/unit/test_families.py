@@ -25,9 +25,9 @@ from perception.errors import UserError
 from perception.families import engine_name, engine_renames, family_of
 from perception.registry import Registry
 from perception.types import ImageHandle, PolicySpec, Trajectory
-from tests import tiny_families
+from tests import builders, tiny_families
+from tests.builders import sampled_group
 from tests.gradients import evaluate
-from tests.train_groups import train_group
 
 TEMPERATURE = 0.8
 FORM = TaskConfig(system="Be brief.", template="Find {question}.", inline="", again="Again.")
@@ -52,7 +52,7 @@ def test_the_spec_is_read_from_the_policys_own_files(spec: PolicySpec) -> None:
 
 
 def test_a_prompt_has_one_first_token_and_one_placeholder(spec: PolicySpec, maker: PromptMaker) -> None:
-    ids = maker.tokens("the cat", "segment")
+    ids = maker.tokens(builders.sample(question="the cat"))
     image = maker.tokenizer.decode([spec.image_token_id])
     assert maker.tokenizer.decode(ids) == f"<s> Be brief. USER: {image}\nFind the cat. ASSISTANT:"
     assert ids.count(maker.tokenizer.bos_token_id) == ids.count(spec.image_token_id) == 1
@@ -118,36 +118,36 @@ def reference(spec: PolicySpec, trajectory: Trajectory) -> Tensor:
 def test_logprobs_of_rows_with_images_of_different_sizes_are_those_of_transformers(spec: PolicySpec) -> None:
     rng = np.random.default_rng(0)
     groups = [
-        train_group(spec, rng, n=2, side=61),
-        train_group(spec, rng, n=2, side=112, images=2),
-        train_group(spec, rng, n=2, images=0),
-        train_group(spec, rng, n=2, turns=2),
+        sampled_group(spec, rng, n=2, side=61),
+        sampled_group(spec, rng, n=2, side=112, images=2),
+        sampled_group(spec, rng, n=2, images=0),
+        sampled_group(spec, rng, n=2, turns=2),
     ]
-    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda ref: ref)  # type: ignore[arg-type,return-value]
+    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda handle: handle.ref)
     found, gradient = evaluate(policy, groups, 1 << 20)
     assert len(found) == 8
     for (group, index), logprobs in found.items():
-        expected = reference(spec, groups[group].group.trajectories[index])
+        expected = reference(spec, groups[group].trajectories[index])
         assert (logprobs - expected).abs().max() < 5e-6
     assert any("vision_tower" in name and value.norm() > 0 for name, value in gradient.items())
 
 
 def test_a_rank_without_work_runs_the_vision_tower_and_teaches_nothing(spec: PolicySpec) -> None:
-    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda ref: ref)  # type: ignore[arg-type,return-value]
+    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda handle: handle.ref)
     ran: list[str] = []
     policy.model.model.vision_tower.register_forward_hook(lambda *_: ran.append("vision"))
     batch = policy.collate([])
-    (policy(batch)[0] * batch.tokens.real).sum().backward()
+    (policy(batch)[0] * batch.tokens.loss_mask).sum().backward()
     assert ran and all(p.grad is None or not p.grad.any() for p in policy.parameters())
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "llava"])
 def test_adapters_and_frozen_towers_find_their_layers(name: str, tmp_path: Any) -> None:
     spec = tiny_families.build(name, tmp_path)
-    adapted = load_policy(spec, 1.0, LearnerConfig(lora=LoraConfig(rank=2)), lambda ref: ref)  # type: ignore[arg-type,return-value]
+    adapted = load_policy(spec, 1.0, LearnerConfig(lora=LoraConfig(rank=2)), lambda handle: handle.ref)
     trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
     assert trained and all("language_model" in n and "lora_" in n for n in trained)
-    frozen = load_policy(spec, 1.0, LearnerConfig(freeze_vision=True), lambda ref: ref)  # type: ignore[arg-type,return-value]
+    frozen = load_policy(spec, 1.0, LearnerConfig(freeze_vision=True), lambda handle: handle.ref)
     assert {n for n, p in frozen.named_parameters() if not p.requires_grad} == {
         n for n, _ in frozen.named_parameters() if "vision_tower" in n
     }
@@ -172,10 +172,10 @@ def test_a_family_of_ones_own_is_used(tmp_path: Any, monkeypatch: pytest.MonkeyP
     perception.families.FAMILIES.register("llava")(perception.families.Family(frame="resized", native=True))
     assert family_of("llava").frame == "resized" and family_of("qwen2_5_vl").frame == "thousand"
     spec = tiny_families.build("llava", tmp_path)
-    policy = load_policy(spec, 1.0, LearnerConfig(), lambda ref: ref)  # type: ignore[arg-type,return-value]
+    policy = load_policy(spec, 1.0, LearnerConfig(), lambda handle: handle.ref)
     assert isinstance(policy, Mine) and isinstance(policy.family, MyFamily)
     assert "position_ids" in policy.collate([]).inputs
-    with pytest.raises(UserError, match="unknown model family 'lava'; did you mean 'llava'"):
+    with pytest.raises(UserError, match="no model family 'lava'; did you mean 'llava'"):
         perception.families.FAMILIES["lava"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import Literal
 
@@ -12,21 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception.config import GroupRankConfig, RewardConfig
-from perception.types import (
-    Answer,
-    Candidate,
-    Failure,
-    FailureKind,
-    Group,
-    Prompt,
-    Sample,
-    Score,
-    ScoredGroup,
-    Target,
-    Trajectory,
-)
-from reward_workers.combine import combine
+from perception.types import Candidate, FailureKind, Group, Trajectory
+from reward_workers.combine import rewarded
 from reward_workers.group_rank import average_precision, candidate_ranks, group_ranks, soft_ranks
+from tests import builders
+from tests.builders import candidate, group, lost, prompt, sample
 
 HARD = GroupRankConfig(temperature=1e-9)
 ious = st.integers(0, 100).map(lambda hundredths: hundredths / 100)
@@ -137,28 +128,22 @@ def test_nothing_to_rank() -> None:
 # ---------------------------------------------------------------- who takes part, and by which metric
 
 
-def candidate(iou: float | None, answered: bool = True) -> Candidate:
-    failure = None if answered else Failure(kind=FailureKind.UNPARSED, detail="test")
-    dice = None if iou is None else 2 * iou / (1 + iou)
-    return Candidate(
-        answer=Answer(objects=(), failure=failure), features=(), confidence=0.5, mask_iou=iou, mask_dice=dice
-    )
+def measured(*passes: Candidate | float, **metrics: float) -> Trajectory:
+    """Without a pass nothing was measured."""
+    return builders.measured(*passes, parsed=1.0, **metrics) if passes else lost()
 
 
-def sampled(*candidates: Candidate, kind: FailureKind | None = None, **metrics: float) -> Score:
-    """A trajectory's score; without candidates nothing was measured."""
-    failure = Failure(kind=kind, detail="test") if kind else None
-    measured = {"parsed": float(kind is None), **metrics} if candidates else {}
-    return Score(metrics=measured, answer=Answer(objects=(), failure=failure), failure=failure, candidates=candidates)
+def unparsed(*passes: Candidate, **metrics: float) -> Trajectory:
+    return builders.unparsed(*passes, parsed=0.0, **metrics)
 
 
-def scored(*scores: Score) -> ScoredGroup:
-    nothing = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
-    sample = Sample(id="cat 7", image_path="", height=8, width=8, question="", task="segment", target=nothing)
-    prompt = Prompt(sample=sample, token_ids=(), images=(), answer_height=8, answer_width=8, seed=0)
-    trajectories = tuple(Trajectory(index=index, turns=()) for index in range(len(scores)))
-    group = Group(prompt=prompt, trajectories=trajectories)
-    return ScoredGroup(group=group, scores=scores, seconds=0, cached=False)
+def about(*trajectories: Trajectory) -> Group:
+    return group(*trajectories, about=prompt(sample("cat 7")))
+
+
+def rewards(groups: Sequence[Group], config: RewardConfig) -> list[tuple[float | None, ...]]:
+    """None: the trajectory was not measured."""
+    return [tuple(one.reward for one in each.trajectories) for each in rewarded(groups, config, None)]
 
 
 def test_average_precision_by_hand() -> None:
@@ -176,35 +161,35 @@ def test_average_precision_by_hand() -> None:
     ],
 )
 def test_the_metric_is_chosen(by: Literal["iou", "dice", "ap"], first: float) -> None:
-    group = scored(sampled(candidate(0.6)), sampled(candidate(0.4)))
+    one = about(measured(0.6), measured(0.4))
     expected = (0.5 + 1 / (1 + math.exp(-first / 0.5))) / 2
-    ranks = group_ranks(group, GroupRankConfig(by=by, temperature=0.5), failed=False)
+    ranks = group_ranks(one, GroupRankConfig(by=by, temperature=0.5), failed=False)
     assert ranks == pytest.approx((expected, 1 - expected))
 
 
 def test_every_pass_of_every_sample_is_compared() -> None:
-    group = scored(sampled(candidate(0.2), candidate(0.8)), sampled(candidate(0.5)), sampled(candidate(0.9)))
+    one = about(measured(0.2, 0.8), measured(0.5), measured(0.9))
     # hard ranks of .2 .5 .8 .9 are 1/8 3/8 5/8 7/8
-    assert group_ranks(group, HARD, failed=False) == pytest.approx((3 / 8, 3 / 8, 7 / 8))
+    assert group_ranks(one, HARD, failed=False) == pytest.approx((3 / 8, 3 / 8, 7 / 8))
 
 
 def test_failures_take_no_part() -> None:
-    unparsed = sampled(candidate(0.0, answered=False), kind=FailureKind.UNPARSED)
-    group = scored(sampled(candidate(0.2)), unparsed, sampled(kind=FailureKind.ENGINE), sampled(candidate(0.5)))
-    assert group_ranks(group, HARD, failed=False) == pytest.approx((0.25, 0.0, 0.0, 0.75))
+    failed = unparsed()
+    one = about(measured(0.2), failed, lost(FailureKind.ENGINE), measured(0.5))
+    assert group_ranks(one, HARD, failed=False) == pytest.approx((0.25, 0.0, 0.0, 0.75))
     # with them: 0, .2, .5 have the hard ranks 1/6 3/6 5/6; where nothing was measured it stays 0
-    assert group_ranks(group, HARD, failed=True) == pytest.approx((3 / 6, 1 / 6, 0.0, 5 / 6))
+    assert group_ranks(one, HARD, failed=True) == pytest.approx((3 / 6, 1 / 6, 0.0, 5 / 6))
 
 
 def test_a_pass_without_an_answer_is_worth_nothing_though_nothing_was_to_be_found() -> None:
     """Where there is no target, the empty mask of a failure equals the empty true mask: IoU 1."""
-    unparsed = sampled(candidate(1.0, answered=False), kind=FailureKind.UNPARSED)
-    assert group_ranks(scored(unparsed, sampled(candidate(0.1))), HARD, failed=True) == pytest.approx((0.25, 0.75))
+    failed = unparsed(candidate(1.0, failed=True))
+    assert group_ranks(about(failed, measured(0.1)), HARD, failed=True) == pytest.approx((0.25, 0.75))
 
 
 def test_masks_that_were_not_compared_are_an_error_that_names_the_sample() -> None:
     with pytest.raises(ValueError, match=r"'cat 7'.*mask_iou"):
-        group_ranks(scored(sampled(candidate(None))), HARD, failed=False)
+        group_ranks(about(measured(candidate())), HARD, failed=False)
 
 
 # ---------------------------------------------------------------- in the reward
@@ -214,31 +199,32 @@ def test_the_soft_rank_takes_the_place_of_the_ranked_components() -> None:
     config = RewardConfig(
         name="mine", components={"parsed": 0.5}, ranked={"mask_iou": 2.0, "count_exact": 1.0}, rank="group", group=HARD
     )
-    unparsed = sampled(candidate(0.0, answered=False), kind=FailureKind.UNPARSED, mask_iou=0, count_exact=1)
-    low, high = (sampled(candidate(iou), mask_iou=iou, count_exact=1) for iou in (0.2, 0.5))
-    group = scored(low, unparsed, high, sampled(kind=FailureKind.SCORER))
-    [rewards] = combine([group], config, None)
-    assert rewards == pytest.approx((0.5 + 3 * 0.25, 0.0, 0.5 + 3 * 0.75, 0.0))
+    failed = unparsed(mask_iou=0, count_exact=1)
+    low, high = (measured(iou, mask_iou=iou, count_exact=1) for iou in (0.2, 0.5))
+    one = about(low, failed, high, lost(FailureKind.SCORER))
+    [found] = rewards([one], config)
+    assert found[:3] == pytest.approx((0.5 + 3 * 0.25, 0.0, 0.5 + 3 * 0.75))
+    assert found[3] is None
 
 
 def test_without_ranked_components_its_weight_is_one() -> None:
     config = RewardConfig(name="mine", components={"parsed": 0.5}, rank="group", group=HARD)
-    [rewards] = combine([scored(sampled(candidate(0.2)), sampled(candidate(0.5)))], config, None)
-    assert rewards == pytest.approx((0.75, 1.25))
+    [found] = rewards([about(measured(0.2), measured(0.5))], config)
+    assert found == pytest.approx((0.75, 1.25))
 
 
 def test_a_failed_sample_has_the_reward_of_failures_or_the_lowest_rank() -> None:
-    unparsed = sampled(candidate(0.0, answered=False), kind=FailureKind.UNPARSED)
-    group = scored(*(sampled(candidate(0.0)) for _ in range(3)), unparsed)
+    failed = unparsed()
+    one = about(*(measured(0.0) for _ in range(3)), failed)
     fixed = RewardConfig(name="mine", components={"parsed": 0.0}, rank="group", unparsed_reward=-1.0)
-    assert combine([group], fixed, None) == [(0.5, 0.5, 0.5, -1.0)]
+    assert rewards([one], fixed) == [(0.5, 0.5, 0.5, -1.0)]
     taking_part = RewardConfig(name="mine", components={"parsed": 0.25}, rank="group", unparsed_reward=None)
-    assert combine([group], taking_part, None) == [(0.75, 0.75, 0.75, 0.5)]
+    assert rewards([one], taking_part) == [(0.75, 0.75, 0.75, 0.5)]
 
 
 @given(groups, ious)
 def test_rewards_of_a_group_do_not_depend_on_other_groups(values: list[list[float]], other: float) -> None:
     config = RewardConfig(name="mine", components={"parsed": 1.0}, rank="group")
-    group = scored(*(sampled(*map(candidate, own)) for own in values))
-    alone = combine([group], config, None)
-    assert combine([scored(sampled(candidate(other))), group], config, None)[1:] == alone
+    one = about(*(measured(*own) for own in values))
+    alone = rewards([one], config)
+    assert rewards([about(measured(other)), one], config)[1:] == alone

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "launch": set(ROOMS) - {"benchmarks"},
     "benchmarks": set(ROOMS),
 }
-PERCEPTION_LIBRARIES = {"PIL", "annotated_types", "cv2", "numpy", "pycocotools", "pydantic", "scipy"}
+PERCEPTION_LIBRARIES = {"PIL", "annotated_types", "cachetools", "cv2", "numpy", "pycocotools", "pydantic", "scipy"}
 ONLY_IN = {
     "vllm": {"rollout/engine.py", "rollout/worker_extension.py"},
     "sam2": {"reward_workers/segmenter.py"},

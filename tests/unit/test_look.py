@@ -5,53 +5,36 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
-from perception.types import Failure, FailureKind, Feed, Finding, Group, Prompt, Sample, Target, Trajectory, Turn, View
+from perception.types import FailureKind, Feed, Finding, Group, Prompt, Trajectory, Turn
 from rollout.look import look
+from tests import builders
+from tests.builders import failure, prompt, sample, trajectory
 
 SEEN = Finding(confidence=0.9)
 AGAIN = Finding(confidence=0.1, view=(10, 20, 60, 70), picture=b"png", picture_height=112, picture_width=112)
-
-
-def one_prompt() -> Prompt:
-    nothing = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
-    asked = Sample(id="s", image_path="", height=100, width=100, question="it", task="segment", target=nothing)
-    return Prompt(sample=asked, token_ids=(1,), images=(), answer_height=100, answer_width=100, seed=0)
+PROMPT = prompt(sample(height=100, width=100))
 
 
 def turn(text: str, feed: Feed | None) -> Turn:
-    view = feed.view if feed else None
-    return Turn(
-        input_ids=(),
-        images=(),
-        token_ids=(1,),
-        logprobs=(-0.1,),
-        versions=(),
-        text=text,
-        finish_reason="stop",
-        view=view,
-    )
+    return builders.turn(text, (1,), view=feed.view if feed else None)
 
 
 def show(prompt: Prompt, finding: Finding) -> Feed:
     assert finding.view is not None
-    left, top, right, bottom = finding.view
-    return Feed(
-        input_ids=(7,), images=(), view=View(left=left, top=top, right=right, bottom=bottom, height=112, width=112)
-    )
+    return Feed(input_ids=(7,), images=(), view=builders.view(*finding.view))
 
 
-async def sample(prompt: Prompt, index: int, turns: tuple[Turn, ...], feed: Feed | None) -> Trajectory:
-    return Trajectory(index=index, turns=(*turns, turn(f"{index}.{len(turns)}", feed)))
+async def sampled(prompt: Prompt, index: int, turns: tuple[Turn, ...], feed: Feed | None) -> Trajectory:
+    return trajectory(*turns, turn(f"{index}.{len(turns)}", feed), index=index)
 
 
 def run(judge: Callable[[Trajectory], Finding], n: int = 4, passes: int = 2) -> Group:
     async def examine(group: Group) -> list[Finding]:
         return [judge(trajectory) for trajectory in group.trajectories]
 
-    return asyncio.run(look(one_prompt(), n, passes, sample, examine, show))
+    return asyncio.run(look(PROMPT, n, passes, sampled, examine, show))
 
 
 def test_only_the_unsure_are_asked_again() -> None:
@@ -75,22 +58,22 @@ def test_the_number_of_passes_is_bounded(passes: int) -> None:
 
 
 def test_what_failed_is_not_looked_at_again() -> None:
-    truncated = Failure(kind=FailureKind.TRUNCATED, detail="cut")
+    truncated = failure(FailureKind.TRUNCATED)
 
     async def cut(prompt: Prompt, index: int, turns: tuple[Turn, ...], feed: Feed | None) -> Trajectory:
-        return Trajectory(index=index, turns=(turn("x", None),), failure=truncated)
+        return trajectory(turn("x", None), index=index, failure=truncated)
 
     async def examine(group: Group) -> list[Finding]:
         raise AssertionError("asked about a failure")
 
-    (only,) = asyncio.run(look(one_prompt(), 1, 2, cut, examine, show)).trajectories
+    (only,) = asyncio.run(look(PROMPT, 1, 2, cut, examine, show)).trajectories
     assert len(only.turns) == 1 and only.failure == truncated
 
 
 def test_an_examination_that_fails_marks_its_trajectories() -> None:
-    failure = Failure(kind=FailureKind.SCORER, detail="late")
-    group = run(lambda t: Finding(confidence=0.0, failure=failure) if t.index == 1 else AGAIN, n=3)
-    assert [t.failure for t in group.trajectories] == [None, failure, None]
+    late = failure(FailureKind.SCORER, "late")
+    group = run(lambda t: Finding(confidence=0.0, failure=late) if t.index == 1 else AGAIN, n=3)
+    assert [t.failure for t in group.trajectories] == [None, late, None]
     assert [len(t.turns) for t in group.trajectories] == [2, 1, 2]
 
 
@@ -104,16 +87,16 @@ def test_no_sample_waits_for_anothers_first_pass() -> None:
         async def slow(prompt: Prompt, index: int, turns: tuple[Turn, ...], feed: Feed | None) -> Trajectory:
             if index == 0 and not turns:
                 await asyncio.wait_for(second.wait(), 5)
-            trajectory = await sample(prompt, index, turns, feed)
-            done.append(trajectory.text)
+            one = await sampled(prompt, index, turns, feed)
+            done.append(one.text)
             if index == 1 and turns:
                 second.set()
-            return trajectory
+            return one
 
         async def examine(group: Group) -> list[Finding]:
             return [AGAIN for _ in group.trajectories]
 
-        return await look(one_prompt(), 2, 2, slow, examine, show)
+        return await look(PROMPT, 2, 2, slow, examine, show)
 
     asyncio.run(play())
     assert done == ["1.0", "1.1", "0.0", "0.1"]
@@ -130,9 +113,9 @@ def test_answers_that_arrive_during_an_examination_go_together() -> None:
 
         async def staggered(prompt: Prompt, index: int, turns: tuple[Turn, ...], feed: Feed | None) -> Trajectory:
             await asyncio.sleep(0.01 * index)
-            return await sample(prompt, index, turns, feed)
+            return await sampled(prompt, index, turns, feed)
 
-        return await look(one_prompt(), 5, 2, staggered, examine, show)
+        return await look(PROMPT, 5, 2, staggered, examine, show)
 
     asyncio.run(play())
     assert sorted(i for call in calls for i in call) == [0, 1, 2, 3, 4]
@@ -144,4 +127,4 @@ def test_a_reward_pool_that_cannot_go_on_ends_the_group_at_once() -> None:
         raise RuntimeError("reward worker 0 died 3 times")
 
     with pytest.raises(RuntimeError, match="died 3 times"):
-        asyncio.run(look(one_prompt(), 3, 2, sample, examine, show))
+        asyncio.run(look(PROMPT, 3, 2, sampled, examine, show))

@@ -14,46 +14,35 @@ from launch.run.calibrate import calibrate
 from launch.run.step_metrics import look_metrics
 from perception import metric_catalog as catalog
 from perception.calibration import Calibrator
-from perception.config import LookConfig
+from perception.config import LookConfig, ModelConfig
 from perception.errors import UserError
-from perception.types import (
-    Answer,
-    Candidate,
-    Failure,
-    FailureKind,
-    SamplingSpec,
-    Score,
-    ScoredGroup,
-)
+from perception.types import Group, Prompt, SamplingSpec, Trajectory
+from tests.builders import candidate, config, group, lost, measured, prompt, sample, trajectory, turn
 
-UNPARSED = Failure(kind=FailureKind.UNPARSED, detail="?")
+FEATURES = (0.5, 0.5, 0.5, -0.1, 0.0, 0.0, 0.0)
 
 
-def _looked(parsed: bool) -> Score:
-    answers = [Answer(objects=()), Answer(objects=(), failure=None if parsed else UNPARSED)]
-    features = (0.5, 0.5, 0.5, -0.1, 0.0, 0.0, 0.0)
-    candidates = tuple(Candidate(answer=a, features=features, confidence=0.5, mask_iou=0.5) for a in answers)
-    return Score(metrics={}, answer=answers[0], candidates=candidates)
+def _looked(parsed: bool) -> Trajectory:
+    first = candidate(0.5, features=FEATURES)
+    return measured(first, candidate(0.5, features=FEATURES, failed=not parsed))
 
 
 @pytest.mark.parametrize("parsed", [True, False])
 def test_a_policy_that_does_not_know_the_second_look_is_told_so(parsed: bool) -> None:
-    async def answer(prompts: list[Any], sampling: SamplingSpec) -> list[ScoredGroup]:
-        scores = (_looked(parsed),) * sampling.n
-        return [ScoredGroup(group=prompt, scores=scores, seconds=0.0, cached=False) for prompt in prompts]
+    async def answer(prompts: list[Prompt], sampling: SamplingSpec) -> list[Group]:
+        return [group(*[_looked(parsed)] * sampling.n, about=one) for one in prompts]
 
-    settings = SimpleNamespace(
-        look=LookConfig(),
-        rollout=SimpleNamespace(temperature=1.0, max_new_tokens=64),
-        model=SimpleNamespace(path="assets/other"),
-    )
-    samples: Any = ["a sample"] * 70
+    settings = config(model=ModelConfig(path="assets/other", segmenter=""))
+    samples = [sample(str(i)) for i in range(70)]
     system: Any = SimpleNamespace(
-        config=settings, answer=answer, prompts=lambda samples, step: list(samples), look=Calibrator(LookConfig())
+        config=settings,
+        answer=answer,
+        prompts=lambda samples, step: [prompt(one) for one in samples],
+        calibrator=Calibrator(settings.look),
     )
     if parsed:
         assert "256 second looks" in asyncio.run(calibrate(system, samples))
-        assert system.look.fitted
+        assert system.calibrator.fitted
     else:
         with pytest.raises(UserError, match=r"only 0 of 256 second looks .* assets/other does not know this turn"):
             asyncio.run(calibrate(system, samples))
@@ -81,29 +70,19 @@ def test_a_damaged_look_file_is_one_line(tmp_path: Path, text: str) -> None:
 
 
 def test_a_steps_looks_in_figures() -> None:
-    def one(*passes: tuple[float, float], kept: int) -> Score:
-        candidates = tuple(
-            Candidate(answer=Answer(objects=()), features=(0.0,) * 7, confidence=sure, mask_iou=iou)
-            for sure, iou in passes
-        )
-        return Score(
-            metrics={}, answer=candidates[kept].answer, confidence=passes[kept][0], candidates=candidates, kept=kept
-        )
+    def one(*passes: tuple[float, float], cached: tuple[int, ...] = ()) -> Trajectory:
+        """Passes of (confidence, mask IoU); of a later one's prefix of 100 tokens so many were cached."""
+        scored = measured(*(candidate(iou, sure) for sure, iou in passes))
+        later = [turn(prefix_tokens=100, prefix_cached=tokens) for tokens in cached]
+        return trajectory(turn(), *later, score=scored.score)
 
-    scores = (
-        one((0.95, 0.9), kept=0),
-        one((0.25, 0.2), (0.75, 0.6), kept=1),
-        one((0.55, 0.5), (0.15, 0.3), kept=0),
-        Score(metrics={}, answer=Answer(objects=(), failure=UNPARSED)),
+    about = group(
+        one((0.95, 0.9)),
+        one((0.25, 0.2), (0.75, 0.6), cached=(64,)),
+        one((0.55, 0.5), (0.15, 0.3), cached=(96,)),
+        lost(),
     )
-    turns = [SimpleNamespace(prefix_tokens=100, prefix_cached=c) for c in (0, 64, 96)]
-    trajectories = [
-        SimpleNamespace(turns=turns[:1]),
-        SimpleNamespace(turns=turns[:2]),
-        SimpleNamespace(turns=turns[::2]),
-    ]
-    group: Any = SimpleNamespace(trajectories=trajectories)
-    found = look_metrics([ScoredGroup(group=group, scores=scores, seconds=0.0, cached=False)])
+    found = look_metrics([about])
     assert found[catalog.PREFIX_HITS] == pytest.approx(160 / 200)
     assert found[catalog.LOOK_PASSES] == pytest.approx(5 / 3)
     assert found[catalog.RELOOK_RATE] == pytest.approx(2 / 3)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.loss import TokenBatch, denominator, kl, policy_loss, token_sums
+from learner.loss import K3_CAP, SURROGATES, TokenBatch, denominator, kl, policy_loss, token_sums
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig
+from perception.errors import UserError
 
 LOG2, LOG3 = math.log(2.0), math.log(3.0)
 
@@ -25,9 +26,9 @@ def config(**settings: Any) -> AlgorithmConfig:
 
 def batch(engine: list[float], advantages: list[float], sequence: list[int] | None = None) -> TokenBatch:
     return TokenBatch(
-        engine_logprobs=torch.tensor(engine),
+        rollout_logprobs=torch.tensor(engine),
         advantages=torch.tensor(advantages),
-        real=torch.ones(len(engine)),
+        loss_mask=torch.ones(len(engine)),
         sequence=torch.tensor(sequence or list(range(len(engine)))),
     )
 
@@ -181,7 +182,6 @@ def test_statistics_by_hand() -> None:
 TRAJECTORY = st.lists(st.tuples(*[st.floats(-3, 0)] * 4), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-2, 2), TRAJECTORY), min_size=2, max_size=6), st.data())
 def test_pieces_add_up_and_fillers_count_nowhere(step: list[tuple[float, Any]], data: st.DataObject) -> None:
     algorithm = config(
@@ -197,7 +197,7 @@ def test_pieces_add_up_and_fillers_count_nowhere(step: list[tuple[float, Any]], 
         rows += [(-1.0, -0.5, -2.0, -1.5, 1.0, 0.0, len(part) - 1 + i // 2) for i in range(fillers)]
         new, engine, old, reference, advantages, real, sequence = torch.tensor(rows, dtype=torch.float64).T
         new = new.clone().requires_grad_()
-        tokens = TokenBatch(engine_logprobs=engine, advantages=advantages, real=real, sequence=sequence.long())
+        tokens = TokenBatch(rollout_logprobs=engine, advantages=advantages, loss_mask=real, sequence=sequence.long())
         others = {"old_logprobs": old, "reference_logprobs": reference}
         loss = policy_loss(new, new.detach() ** 2, tokens, algorithm, **others)
         loss.backward()
@@ -217,3 +217,42 @@ def test_pieces_add_up_and_fillers_count_nowhere(step: list[tuple[float, Any]], 
 @given(st.floats(-20, 0), st.floats(-20, 0))
 def test_k3_is_never_negative(a: float, b: float) -> None:
     assert kl(torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64), "k3").item() >= -1e-12
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "value", "slope"),
+    # log pi_ref - log pi = d: k3 = e^d - 1 - d, its derivative to log pi 1 - e^d
+    [
+        (0.0, 0.0, 0.0),
+        (1.0, math.e - 2, 1 - math.e),
+        (-1.0, math.exp(-1), 1 - math.exp(-1)),
+        (2.0, math.exp(2) - 3, 1 - math.exp(2)),
+        (2.6, math.exp(2.6) - 3.6, 1 - math.exp(2.6)),  # 9.86, just below the bound
+        (2.7, 10.0, 0.0),  # 11.2 without it
+        (-11.0, 10.0, 0.0),
+        (25.0, 10.0, 0.0),
+        (1e4, 10.0, 0.0),
+        (-1e4, 10.0, 0.0),
+    ],
+)
+def test_k3_is_bounded_and_its_gradient_is_finite(log_ratio: float, value: float, slope: float) -> None:
+    logprobs = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+    found = kl(logprobs, logprobs.detach() + log_ratio, "k3")
+    found.sum().backward()
+    assert found.item() == pytest.approx(value) and found.item() <= K3_CAP == 10.0
+    assert logprobs.grad is not None and logprobs.grad.item() == pytest.approx(slope)
+
+
+def test_one_token_far_from_the_reference_does_not_make_the_step() -> None:
+    """In float32 too, where e^1e4 is infinite: the other token's gradient is what it is without it."""
+    algorithm = config(kl="k3", kl_coef=0.5, importance="token")
+    alone = loss_and_gradient([-1.0], batch([-1.0], [0.0]), algorithm, reference_logprobs=torch.tensor([-1.0 + LOG2]))
+    reference = torch.tensor([-1.0 + LOG2, -1.0 + 1e4])
+    both = loss_and_gradient([-1.0, -1.0], batch([-1.0] * 2, [0.0] * 2), algorithm, reference_logprobs=reference)
+    assert both[0] == pytest.approx(alone[0] + 0.5 * 10) and both[1] == [alone[1][0], 0.0]
+
+
+def test_an_unknown_surrogate_is_named_with_the_nearest() -> None:
+    assert list(SURROGATES) == ["ppo", "gspo", "cispo"]
+    with pytest.raises(UserError, match=r"no surrogate 'gsop'; did you mean 'gspo'\? \(known: ppo, gspo, cispo\)"):
+        SURROGATES["gsop"]

@@ -20,7 +20,8 @@ from perception.matching import (
     pairwise_l1,
     points_inside,
 )
-from perception.types import Answer, AnswerObject, Target
+from perception.types import Answer, AnswerObject
+from tests.builders import target
 
 
 def objects(*boxes: tuple[float, float, float, float]) -> Objects:
@@ -127,6 +128,41 @@ def test_a_point_counts_only_inside_its_own_box() -> None:
     assert (matched.distance.tolist(), matched.point_inside.tolist()) == ([0], [False])
 
 
+def test_a_point_on_an_edge_of_its_box_is_inside() -> None:
+    points = np.array([[10, 5], [5, 10], [0, 5], [5, 0], [10, 10], [10.001, 5], [5, 10.001], [-0.001, 5]])
+    assert points_inside(points, np.array([[0.0, 0, 10, 10]] * 8)).tolist() == [True] * 5 + [False] * 3
+
+
+FAR = np.array([[800.0, 0.0], [0.0, 800.0]])
+SMALL = np.array([0.0, 0.0, 8.0, 8.0])
+
+
+@pytest.mark.parametrize(
+    ("answered", "true"),
+    [
+        # L1: 8 px squares at 10 and 29 on the diagonal, against 0 and 19: their IoU is 0, their points are far.
+        (
+            Objects(boxes=SMALL + np.array([[10], [29]]), points=FAR),
+            Objects(boxes=SMALL + np.array([[0], [19]]), points=FAR),
+        ),
+        # Distance: points at 30 and 89 against 0 and 59; the answered boxes hold them and are far from the true ones.
+        (
+            Objects(boxes=np.array([[0.0, 0, 90, 9]] * 2), points=np.array([[30.0, 5], [89, 5]])),
+            Objects(boxes=np.array([[500.0, 500, 600, 600]] * 2), points=np.array([[0.0, 5], [59, 5]])),
+        ),
+        # IoU: half of 200 px, half of 300 px; the first answer covers three quarters of the second truth.
+        (
+            Objects(boxes=np.array([[0.0, 0, 100, 200], [0, 50, 100, 350]]), points=FAR),
+            Objects(boxes=np.array([[0.0, 0, 100, 100], [0, 50, 100, 200]]), points=FAR),
+        ),
+    ],
+    ids=["L1", "distance", "IoU"],
+)
+def test_what_lies_exactly_on_a_threshold_is_no_hit(answered: Objects, true: Objects) -> None:
+    """Straight, both pairs lie exactly on one threshold and miss the others; crosswise, one pair is a hit."""
+    assert match(answered, true, "binary").columns.tolist() == [1, 0]
+
+
 def test_empty_sides_give_no_pairs() -> None:
     for answered, true in (
         (objects(), objects()),
@@ -144,8 +180,7 @@ def test_objects_are_measured_in_the_metric_frame() -> None:
     assert answered.boxes[0].tolist() == [0, 0, 420, 210]
     assert np.isnan(answered.boxes[1]).all()
     assert answered.points[1].tolist() == [METRIC.width, METRIC.height]
-    target = Target(boxes=np.array([[0, 0, 42, 84]] * 130, np.float32), points=np.zeros((130, 2), np.float32))
-    true = objects_of_target(target, Frame(84, 84))
+    true = objects_of_target(target([(0, 0, 42, 84)] * 130), Frame(84, 84))
     assert len(true) == 120
     assert true.boxes[0].tolist() == [0, 0, 420, 840]
 

@@ -10,16 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perception import formats, metrics
+from perception import metrics
 from perception.matching import Matched, Objects, match
+from reward_workers.components.dr_seg import published_objects
+from tests.builders import case
 
 TRUE = Objects(boxes=np.array([[100.0, 100, 299, 299]]), points=np.array([[200.0, 200]]))
 NONE = Objects(boxes=np.empty((0, 4)), points=np.empty((0, 2)))
 
 
-def published(text: str, true: Objects) -> Matched:
-    found = formats.published_objects(text)
-    return match(Objects(boxes=found.boxes, points=found.points), true, "binary", pixel=1)
+def read(text: str) -> Objects:
+    found = published_objects(case(text))
+    return Objects(boxes=found.boxes, points=found.points)
+
+
+def count_ratio(matched: Matched) -> float:
+    return metrics.count_ratio(matched.answered, matched.true)
 
 
 def answered(*objects: tuple[list, list]) -> str:
@@ -27,26 +33,19 @@ def answered(*objects: tuple[list, list]) -> str:
 
 
 def test_a_perfect_answer() -> None:
-    matched = published(answered(([100, 100, 299, 299], [200, 200])), TRUE)
-    assert metrics.matched_iou(matched) == metrics.count_ratio(matched) == metrics.point_score(matched) == 1
+    matched = match(read(answered(([100, 100, 299, 299], [200, 200]))), TRUE, "binary", pixel=1)
+    assert metrics.matched_iou(matched) == count_ratio(matched) == metrics.point_score(matched) == 1
     assert metrics.vision_reasoner(matched) == 3
-    assert metrics.count_exact(matched) == 1
 
 
 def test_dr_seg_vector_by_hand() -> None:
     # Box shifted by half its 200 pixels: IoU 100*200 / (2*40000 - 20000) = 1/3. Points 115 apart: (200-115)/170 = 1/2.
     # The second object is spurious: count 1/2; it touches neither x1 nor x3.
     text = answered(([200, 100, 399, 299], [315, 200]), ([600, 600, 700, 700], [650, 650]))
-    matched = match(*(_continuous(text), TRUE), "continuous", pixel=1)
+    matched = match(read(text), TRUE, "continuous", pixel=1)
     assert metrics.matched_iou(matched) == pytest.approx(1 / 3)
-    assert metrics.count_ratio(matched) == 0.5
+    assert count_ratio(matched) == 0.5
     assert metrics.point_score(matched) == pytest.approx(0.5)
-    assert metrics.count_exact(matched) == 0
-
-
-def _continuous(text: str) -> Objects:
-    found = formats.published_objects(text)
-    return Objects(boxes=found.boxes, points=found.points)
 
 
 @pytest.mark.parametrize(
@@ -71,20 +70,43 @@ def test_vision_reasoner_by_hand() -> None:
     assert metrics.vision_reasoner(match(NONE, true, "binary")) == 0
 
 
+@pytest.mark.parametrize(
+    ("box", "point", "hits"),
+    [
+        ((100, 100, 299, 299), (200, 200), 3),
+        ((110, 110, 309, 309), (200, 200), 2),  # L1 exactly 10 px is no hit
+        ((110, 110, 309, 308.9), (200, 200), 3),
+        ((100, 100, 299, 299), (230, 200), 2),  # nor is a distance of exactly 30 px
+        ((100, 100, 299, 299), (218, 224), 2),  # 18, 24, 30: the same aslant
+        ((100, 100, 299, 299), (229.9, 200), 3),
+        ((100, 100, 299, 199), (200, 190), 1),  # nor an IoU of exactly 1/2; L1 is 25
+        ((100, 100, 225, 299), (225, 200), 2),  # a point on the right edge of its own box is inside; L1 is 18.5
+        ((100, 100, 225, 299), (225.1, 200), 1),
+        ((100, 100, 299, 225), (200, 225), 2),  # on the bottom edge
+        ((100, 100, 299, 225), (200, 225.1), 1),
+        ((175, 100, 299, 299), (175, 200), 2),  # on the left edge; 125 of 200 px wide: IoU 0.625
+        ((100, 175, 299, 299), (200, 175), 2),  # on the top edge
+    ],
+)
+def test_ties_at_the_published_thresholds(box: tuple, point: tuple, hits: float) -> None:
+    """The truth is 200 x 200 pixels around (200, 200)."""
+    found = Objects(boxes=np.array([box], float), points=np.array([point], float))
+    assert metrics.vision_reasoner(match(found, TRUE, "binary", pixel=1)) == hits
+
+
 def test_no_target_questions() -> None:
     nothing, invented, missed = match(NONE, NONE, "binary"), match(TRUE, NONE, "binary"), match(NONE, TRUE, "binary")
     for metric in (metrics.matched_iou, metrics.point_score):
         assert [metric(matched) for matched in (nothing, invented, missed)] == [1, 0, 0]
         assert metric(nothing, empty=0.0) == 0  # the published systems
-    for metric in (metrics.count_ratio, metrics.count_exact):
-        assert [metric(matched) for matched in (nothing, invented, missed)] == [1, 0, 0]
+    assert [count_ratio(matched) for matched in (nothing, invented, missed)] == [1, 0, 0]
     assert metrics.box_iou(NONE.boxes, NONE.boxes) == 1
     assert metrics.box_iou(TRUE.boxes, NONE.boxes) == metrics.box_iou(NONE.boxes, TRUE.boxes) == 0
 
 
 def test_unusable_arrays_still_count() -> None:
-    matched = published(answered(([1, 2, 3], [4, 5])), TRUE)
-    assert (metrics.matched_iou(matched), metrics.count_ratio(matched), metrics.point_score(matched)) == (0, 1, 0)
+    matched = match(read(answered(([1, 2, 3], [4, 5]))), TRUE, "binary", pixel=1)
+    assert (metrics.matched_iou(matched), count_ratio(matched), metrics.point_score(matched)) == (0, 1, 0)
 
 
 box = st.tuples(*[st.integers(0, 24)] * 4).map(
@@ -182,6 +204,6 @@ def test_every_metric_is_finite_and_bounded(a: list, b: list, cost: str) -> None
     arrays = [np.array(boxes, float).reshape(-1, 4) for boxes in (a, b)]
     sides = [Objects(boxes=array, points=array[:, :2]) for array in arrays]
     matched = match(*sides, cost)
-    for metric in (metrics.matched_iou, metrics.count_ratio, metrics.point_score, metrics.count_exact):
+    for metric in (metrics.matched_iou, count_ratio, metrics.point_score):
         assert 0 <= metric(matched) <= 1
     assert 0 <= metrics.vision_reasoner(matched) <= 3

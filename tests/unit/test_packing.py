@@ -21,7 +21,7 @@ from learner.rows import Layout, Piece, Segment, Tail, bins, pieces, token_batch
 from learner.text_attention import attend, packed_mask
 from perception.config import LearnerConfig, LoraConfig
 from tests import tiny_policy
-from tests.train_groups import train_group
+from tests.builders import sampled_group
 
 NO_IMAGES = Layout(image_token_id=-1, filler_id=0, picture=lambda handle: pytest.fail("no image"))
 spans = st.lists(
@@ -57,7 +57,7 @@ def test_every_token_sees_its_prompt_and_its_own_tail_only(made: list[Span], pad
     assert torch.equal(mask, visible(made, length))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(spans, st.sampled_from([(4, 4), (4, 2), (2, 1)]), st.integers(0, 3))
 def test_attention_by_parts_is_attention_under_the_whole_mask(
     made: list[Span], heads: tuple[int, int], padding: int
@@ -95,7 +95,7 @@ def test_sizes_of_a_piece_by_hand() -> None:
 
 def test_a_group_longer_than_the_budget_is_cut_between_its_trajectories(tmp_path: Path) -> None:
     spec = tiny_policy.build(tmp_path)
-    entry = train_group(spec, np.random.default_rng(0), n=6, images=0, prompt_tokens=20, answer_tokens=12)
+    entry = sampled_group(spec, np.random.default_rng(0), n=6, images=0, prompt_tokens=20, answer_tokens=12)
     whole = list(pieces([entry], NO_IMAGES, 10_000))
     assert [len(p.tails) for p in whole] == [6]
     cut = list(pieces([entry], NO_IMAGES, 35))
@@ -118,15 +118,15 @@ def test_a_row_by_hand() -> None:
     assert batch.spans == (Span(prompt=3, tails=(2, 0)),)
     assert batch.predictors.tolist() == [2, 3, 4, 2]
     assert batch.targets.tolist() == [4, 5, 6, 3]
-    assert batch.tokens.engine_logprobs.tolist() == [-1.0, -2.0, -3.0, -4.0]
+    assert batch.tokens.rollout_logprobs.tolist() == [-1.0, -2.0, -3.0, -4.0]
     assert batch.tokens.advantages.tolist() == [0.5, 0.5, 0.5, -0.5]
     assert batch.tokens.sequence.tolist() == [0, 0, 0, 1]
-    assert batch.tokens.real.tolist() == [1.0] * 4
+    assert batch.tokens.loss_mask.tolist() == [1.0] * 4
     assert batch.image_slots.numel() == 0 and batch.pictures == ()
 
 
-def test_a_fillers_token_is_not_real() -> None:
-    assert token_batch([]).real.tolist() == [0.0]
+def test_a_fillers_token_is_masked() -> None:
+    assert token_batch([]).loss_mask.tolist() == [0.0]
     assert pack([], NO_IMAGES).input_ids.tolist() == [[0]]
 
 
@@ -135,10 +135,10 @@ def test_useful_flops_by_hand(tmp_path: Path) -> None:
     the whole image, windows of 8 x 8 patches; one image of 12 x 12 patches, merged 2 x 2."""
     spec = tiny_policy.build(tmp_path)
     policy = load_policy(spec, 1.0, LearnerConfig(), lambda handle: handle.ref)
-    entry = train_group(spec, np.random.default_rng(3), n=2, side=168)
+    entry = sampled_group(spec, np.random.default_rng(3), n=2, side=168)
     (work,) = pieces([entry], policy.layout, 1 << 20)
-    first, second = (t.sampled_tokens for t in entry.group.trajectories)
-    prompt = len(entry.group.prompt.token_ids) - 1 + 36
+    first, second = (t.sampled_tokens for t in entry.trajectories)
+    prompt = len(entry.prompt.token_ids) - 1 + 36
     tails = (first - 1, second - 1)
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128
     pairs = math.comb(prompt + 1, 2) + sum(n * prompt + math.comb(n + 1, 2) for n in tails)
@@ -155,7 +155,7 @@ def test_useful_flops_by_hand(tmp_path: Path) -> None:
 
 def test_adapters_need_no_gradient_of_the_weights(tmp_path: Path) -> None:
     spec = tiny_policy.build(tmp_path)
-    entry = train_group(spec, np.random.default_rng(3), n=2, images=0)
+    entry = sampled_group(spec, np.random.default_rng(3), n=2, images=0)
     plain = load_policy(spec, 1.0, LearnerConfig(), lambda handle: handle.ref)
     (work,) = pieces([entry], plain.layout, 1 << 20)
     full = FlopCounter(plain.model, vision_trained=True, adapters=False)([work])

@@ -21,9 +21,9 @@ from learner.families.generic import PaddedPolicy
 from learner.policy import Policy, load_policy
 from learner.rows import bins, pieces
 from perception.config import LearnerConfig, LoraConfig
-from perception.types import PolicySpec, TrainGroup, Trajectory
+from perception.types import INFRASTRUCTURE, FailureKind, Group, PolicySpec, Trajectory
 from tests import tiny_families, tiny_policy
-from tests.train_groups import train_group
+from tests.builders import failure, sampled_group
 
 TEMPERATURE = 0.8
 
@@ -48,19 +48,18 @@ def stock(spec: PolicySpec) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def groups(spec: PolicySpec) -> list[TrainGroup]:
+def groups(spec: PolicySpec) -> list[Group]:
     """One image, no image, two images in a prompt, a second image in a second turn; one answer holds an image id."""
     rng = np.random.default_rng(0)
     made = [
-        train_group(spec, rng, n=3),
-        train_group(spec, rng, n=2, images=0),
-        train_group(spec, rng, n=2, images=2, side=61),
-        train_group(spec, rng, n=3, turns=2, side=112),
+        sampled_group(spec, rng, n=3),
+        sampled_group(spec, rng, n=2, images=0),
+        sampled_group(spec, rng, n=2, images=2, side=61),
+        sampled_group(spec, rng, n=3, turns=2, side=112),
     ]
-    hostile = made[0].group.trajectories[0]
+    hostile = made[0].trajectories[0]
     turn = replace(hostile.turns[0], token_ids=(7, spec.banned_token_ids[0], 9), logprobs=(-5.0, -5.0, -5.0))
-    trajectories = (replace(hostile, turns=(turn,)), *made[0].group.trajectories[1:])
-    made[0] = replace(made[0], group=replace(made[0].group, trajectories=trajectories))
+    made[0] = replace(made[0], trajectories=(replace(hostile, turns=(turn,)), *made[0].trajectories[1:]))
     return made
 
 
@@ -106,7 +105,7 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
     return found
 
 
-def batched(policy: Policy, groups: Sequence[TrainGroup], budget: int = 1 << 20) -> tuple[Tensor, Tensor]:
+def batched(policy: Policy, groups: Sequence[Group], budget: int = 1 << 20) -> tuple[Tensor, Tensor]:
     """(log-probs, entropies) in the order of the micro-batches; adds the gradient of sum(advantage * log-prob)."""
     logprobs, entropies = [], []
     for work in bins(list(pieces(groups, policy.layout, budget)), budget):
@@ -118,18 +117,16 @@ def batched(policy: Policy, groups: Sequence[TrainGroup], budget: int = 1 << 20)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def in_order(
-    groups: Sequence[TrainGroup], policy: Policy, budget: int = 1 << 20
-) -> list[tuple[TrainGroup, Trajectory]]:
+def in_order(groups: Sequence[Group], policy: Policy, budget: int = 1 << 20) -> list[tuple[Group, Trajectory]]:
     """The trajectories in the order of the micro-batches."""
     tails = [t for work in bins(list(pieces(groups, policy.layout, budget)), budget) for p in work for t in p.tails]
-    return [(groups[t.group], groups[t.group].group.trajectories[t.trajectory]) for t in tails]
+    return [(groups[t.group], groups[t.group].trajectories[t.trajectory]) for t in tails]
 
 
 @pytest.mark.parametrize("budget", [150, 1 << 20])
 @pytest.mark.parametrize("rows", ["packed", "padded"])
 def test_logprobs_and_entropy_equal_a_plain_forward_pass(
-    spec: PolicySpec, stock: Policy, groups: list[TrainGroup], rows: str, budget: int
+    spec: PolicySpec, stock: Policy, groups: list[Group], rows: str, budget: int
 ) -> None:
     policy = load(spec, rows=rows)
     # transformers' own forward pass cannot take a placeholder that was sampled; the packed one can.
@@ -142,17 +139,17 @@ def test_logprobs_and_entropy_equal_a_plain_forward_pass(
     assert (logprobs - expected)[possible].abs().max() < 1e-5
     assert (logprobs[~possible] < -1e8).all()
     assert (entropy - torch.cat([value for _, value in plain])).abs().max() < 1e-5
-    assert len(logprobs) == sum(t.sampled_tokens for entry in groups for t in entry.group.trajectories)
+    assert len(logprobs) == sum(t.sampled_tokens for entry in groups for t in entry.trajectories)
 
 
 def test_shared_prompts_give_the_gradient_of_naive_rows(
-    policy: Policy, stock: Policy, spec: PolicySpec, groups: list[TrainGroup]
+    policy: Policy, stock: Policy, spec: PolicySpec, groups: list[Group]
 ) -> None:
     batched(policy, groups)
     shared = gradients(policy)
     for entry in groups:
-        for trajectory, advantage in zip(entry.group.trajectories, entry.advantages, strict=True):
-            (naive_logprobs(stock, spec, trajectory)[0].clamp(min=-1e3) * advantage).sum().backward()
+        for one in entry.trajectories:
+            (naive_logprobs(stock, spec, one)[0].clamp(min=-1e3) * one.advantage).sum().backward()
     naive = gradients(stock)
     assert shared.keys() == naive.keys()
     for name, gradient in naive.items():
@@ -164,7 +161,7 @@ def test_a_family_that_packing_does_not_know_gets_padded_rows_and_a_warning(
 ) -> None:
     spec = tiny_families.build("llava", tmp_path_factory.mktemp("llava"))
     rng = np.random.default_rng(4)
-    groups = [train_group(spec, rng, n=3), train_group(spec, rng, n=2, turns=2), train_group(spec, rng, images=0)]
+    groups = [sampled_group(spec, rng, n=3), sampled_group(spec, rng, n=2, turns=2), sampled_group(spec, rng, images=0)]
     policy = load(spec)
     assert isinstance(policy, PaddedPolicy)
     (record,) = caplog.records
@@ -176,19 +173,16 @@ def test_a_family_that_packing_does_not_know_gets_padded_rows_and_a_warning(
     single = gradients(policy)
     assert all((whole[name] - g).norm() <= 1e-4 * g.norm() + 1e-6 for name, g in single.items())
     # 56 x 56 px in patches of 14 px: 16 tokens for one placeholder.
-    assert len(next(pieces(groups, policy.layout, 1 << 20)).prompt.ids) == len(groups[0].group.prompt.token_ids) + 15
+    assert len(next(pieces(groups, policy.layout, 1 << 20)).prompt.ids) == len(groups[0].prompt.token_ids) + 15
 
 
-def singles(groups: Sequence[TrainGroup], policy: Policy) -> list[TrainGroup]:
+def singles(groups: Sequence[Group], policy: Policy) -> list[Group]:
     """Every trajectory as a group of its own, in the order of the micro-batches."""
-    return [
-        TrainGroup(group=replace(e.group, trajectories=(t,)), advantages=(e.advantages[t.index],))
-        for e, t in in_order(groups, policy)
-    ]
+    return [replace(entry, trajectories=(one,)) for entry, one in in_order(groups, policy)]
 
 
 def test_the_head_in_chunks_is_the_head_in_one_piece(
-    policy: Policy, groups: list[TrainGroup], monkeypatch: pytest.MonkeyPatch
+    policy: Policy, groups: list[Group], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logprobs, entropy = batched(policy, groups)
     whole = gradients(policy)
@@ -224,9 +218,7 @@ def test_the_heads_memory_does_not_grow_with_the_tokens(monkeypatch: pytest.Monk
     assert large <= 8 * small
 
 
-def test_the_entropys_gradient_is_that_of_the_textbook(
-    stock: Policy, spec: PolicySpec, groups: list[TrainGroup]
-) -> None:
+def test_the_entropys_gradient_is_that_of_the_textbook(stock: Policy, spec: PolicySpec, groups: list[Group]) -> None:
     policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda handle: handle.ref, entropy_gradient=True)
     batch = policy.collate(list(pieces(groups[1:2], policy.layout, 1 << 20)))
     policy(batch)[1].sum().backward()
@@ -236,22 +228,51 @@ def test_the_entropys_gradient_is_that_of_the_textbook(
         assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
-def test_an_image_is_prepared_once_per_step(policy: Policy, groups: list[TrainGroup]) -> None:
+@pytest.mark.parametrize("kind", sorted(INFRASTRUCTURE))
+def test_what_engine_or_reward_worker_failed_takes_no_part(
+    policy: Policy, groups: list[Group], kind: FailureKind
+) -> None:
+    """Neither whole groups nor single trajectories: log-probs, gradient and the tokens counted are those without them.
+    An answer that only failed to parse stays."""
+
+    def failed(one: Trajectory, kind: FailureKind = kind) -> Trajectory:
+        return replace(one, failure=failure(kind), advantage=5.0)
+
+    first, second, third, fourth = groups
+    mixed = [
+        replace(first, trajectories=(first.trajectories[0], *map(failed, first.trajectories[1:]))),
+        replace(second, trajectories=tuple(map(failed, second.trajectories))),
+        replace(third, trajectories=tuple(failed(one, FailureKind.UNPARSED) for one in third.trajectories)),
+        fourth,
+    ]
+    without = [
+        replace(first, trajectories=first.trajectories[:1]),
+        replace(third, trajectories=tuple(replace(one, advantage=5.0) for one in third.trajectories)),
+        fourth,
+    ]
+    ours = batched(policy, mixed)[0]
+    gradient = gradients(policy)
+    theirs = batched(policy, without)[0]
+    assert torch.equal(ours, theirs)
+    assert all(torch.equal(gradient[name], other) for name, other in gradients(policy).items())
+
+
+def test_an_image_is_prepared_once_per_step(policy: Policy, groups: list[Group]) -> None:
     prepared: list[str] = []
     layout = policy.layout
     counting = replace(layout, picture=lambda handle: (prepared.append(handle.key), layout.picture(handle))[1])
     list(pieces([*groups, *groups], counting, 100))
-    distinct = {h.key for e in groups for t in e.group.trajectories for turn in t.turns for h in turn.images}
+    distinct = {h.key for e in groups for t in e.trajectories for turn in t.turns for h in turn.images}
     assert sorted(prepared) == sorted(distinct)
 
 
 def test_a_rank_without_work_runs_the_same_modules_and_counts_nowhere(policy: Policy, spec: PolicySpec) -> None:
     for one in (policy, load(spec, rows="padded")):
         batch = one.collate([])
-        assert batch.tokens.real.sum() == 0
+        assert batch.tokens.loss_mask.sum() == 0
         logprobs, _ = one(batch)
         assert torch.isfinite(logprobs).all()
-        (logprobs * batch.tokens.real).sum().backward()
+        (logprobs * batch.tokens.loss_mask).sum().backward()
         assert all(not gradient.any() for gradient in gradients(one).values())
     ran: set[str] = set()
     tower = policy.model.model.visual
@@ -262,7 +283,7 @@ def test_a_rank_without_work_runs_the_same_modules_and_counts_nowhere(policy: Po
 
 
 def test_features_of_a_frozen_vision_tower_are_computed_once_and_change_nothing(
-    policy: Policy, spec: PolicySpec, groups: list[TrainGroup]
+    policy: Policy, spec: PolicySpec, groups: list[Group]
 ) -> None:
     expected = batched(policy, groups)[0]
     whole = gradients(policy)
@@ -282,7 +303,7 @@ def test_features_of_a_frozen_vision_tower_are_computed_once_and_change_nothing(
             assert (found[name] / 2 - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
-def test_features_are_only_kept_as_long_as_there_is_room(spec: PolicySpec, groups: list[TrainGroup]) -> None:
+def test_features_are_only_kept_as_long_as_there_is_room(spec: PolicySpec, groups: list[Group]) -> None:
     frozen = load(spec, freeze_vision=True, feature_cache_mb=0)
     assert torch.equal(batched(frozen, groups)[0], batched(frozen, groups)[0])
     assert frozen.images_known == 0
@@ -290,7 +311,7 @@ def test_features_are_only_kept_as_long_as_there_is_room(spec: PolicySpec, group
 
 @pytest.mark.parametrize("which", ["selective", "on"])
 def test_recomputed_layers_change_no_gradient(
-    policy: Policy, spec: PolicySpec, groups: list[TrainGroup], which: str
+    policy: Policy, spec: PolicySpec, groups: list[Group], which: str
 ) -> None:
     batched(policy, groups)
     expected = gradients(policy)
@@ -306,7 +327,7 @@ def test_recomputed_layers_change_no_gradient(
 
 
 def test_adapters_begin_as_the_policy_itself_and_only_they_are_trained(
-    policy: Policy, spec: PolicySpec, groups: list[TrainGroup]
+    policy: Policy, spec: PolicySpec, groups: list[Group]
 ) -> None:
     adapted = load(spec, lora=LoraConfig(rank=4))
     start = batched(adapted, groups)[0]
@@ -326,7 +347,7 @@ def test_adapters_begin_as_the_policy_itself_and_only_they_are_trained(
     assert all(p.requires_grad == ("lora_" in name) for name, p in adapted.named_parameters())
 
 
-def batched_forward(policy: Policy, groups: Sequence[TrainGroup]) -> Tensor:
+def batched_forward(policy: Policy, groups: Sequence[Group]) -> Tensor:
     return torch.cat(
         [policy(policy.collate(w))[0] for w in bins(list(pieces(groups, policy.layout, 1 << 20)), 1 << 20)]
     )
@@ -337,16 +358,15 @@ def test_adapters_that_fit_nowhere_are_refused(spec: PolicySpec) -> None:
         load(spec, lora=LoraConfig(rank=4, targets=("no_such_proj",)))
 
 
-def test_placeholders_without_an_image_are_refused_by_name(policy: Policy, groups: list[TrainGroup]) -> None:
-    group = groups[0].group
+def test_placeholders_without_an_image_are_refused_by_name(policy: Policy, groups: list[Group]) -> None:
+    group = groups[0]
     broken = replace(group, prompt=replace(group.prompt, images=()))
-    entry = TrainGroup(group=broken, advantages=groups[0].advantages)
     with pytest.raises(ValueError, match=f"sample {group.prompt.sample.id}: 1 image placeholders for 0"):
-        list(pieces([entry], policy.layout, 100))
+        list(pieces([broken], policy.layout, 100))
 
 
-def test_a_trajectory_that_begins_elsewhere_is_refused_by_name(policy: Policy, groups: list[TrainGroup]) -> None:
-    first, second = groups[0].group, groups[1].group
-    entry = TrainGroup(group=replace(first, trajectories=second.trajectories), advantages=groups[1].advantages)
+def test_a_trajectory_that_begins_elsewhere_is_refused_by_name(policy: Policy, groups: list[Group]) -> None:
+    first, second = groups[0], groups[1]
+    entry = replace(first, trajectories=second.trajectories)
     with pytest.raises(ValueError, match=f"sample {first.prompt.sample.id}: trajectory 0 does not begin"):
         list(pieces([entry], policy.layout, 100))

@@ -16,16 +16,15 @@ from launch import doctor
 from launch.run import checks as preflight
 from launch.run.prompts import PromptMaker
 from perception.config import Config, DataConfig, LoraConfig, ModelConfig
-from perception.errors import UserError
-from perception.types import Sample, Target
-from tests.fake_run import config
-
-EMPTY = np.zeros((0, 4), np.float32)
+from perception.errors import DataError, UserError
+from perception.types import Sample
+from tests import builders
+from tests.builders import changed, config, target
 
 
 def sample(i: int, question: str = "the red circle", task: str = "segment", side: int = 112) -> Sample:
-    target = Target(boxes=EMPTY, points=EMPTY[:, :2])
-    return Sample(id=f"s{i}", image_path="x.png", height=side, width=side, question=question, task=task, target=target)
+    """Nothing is there, so that no truth is missing."""
+    return builders.sample(f"s{i}", question=question, task=task, height=side, width=side)
 
 
 @pytest.fixture
@@ -148,10 +147,6 @@ def test_a_damaged_segmenter(model: ModelConfig) -> None:
         preflight.check_segmenter(model)
 
 
-def changed(base: Config, room: str, **values: object) -> Config:
-    return replace(base, **{room: replace(getattr(base, room), **values)})
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -159,9 +154,28 @@ def changed(base: Config, room: str, **values: object) -> Config:
         (lambda c: changed(c, "algorithm", updates=33), "algorithm.updates=33"),
         (lambda c: changed(c, "learner", compile=True), "learner.compile=true with placement.device=cpu"),
         (lambda c: changed(c, "rollout", max_new_tokens=512), "max_new_tokens=512"),
-        (lambda c: changed(c, "algorithm", loss="pp0"), "algorithm.loss=pp0"),
         (lambda c: changed(c, "reward", components={}, ranked={}), "neither components nor ranked"),
-        (lambda c: changed(c, "reward", components={"mask_io": 1.0}), "mask_io"),
+        (
+            lambda c: changed(c, "reward", components={"mask_io": 1.0}),
+            "reward.components: no component 'mask_io'; did you mean 'mask_iou'",
+        ),
+        (
+            lambda c: changed(c, "reward", ranked={"s_measure": {"weight": 1.0, "alhpa": 0.3}}),
+            "reward.ranked.s_measure: unknown key 'alhpa'; did you mean 'alpha'",
+        ),
+        (
+            lambda c: changed(c, "reward", ranked={"mask_iou": 1.0}),
+            "reward.components and reward.ranked both name mask_iou",
+        ),
+        (lambda c: changed(c, "algorithm", loss="gsop"), "no surrogate 'gsop'; did you mean 'gspo'"),
+        (
+            lambda c: replace(c, task={"detect": c.task["segment"]}),
+            "no task 'detect'; did you mean 'segment'",
+        ),
+        (
+            lambda c: replace(c, task={"any": replace(c.task["segment"], form="segmnt")}),
+            "no task 'segmnt'; did you mean 'segment'",
+        ),
         (lambda c: changed(c, "wandb", mode="online"), "wandb login"),
     ],
 )
@@ -236,7 +250,7 @@ def test_output_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="is a file"):
         preflight.check_output(config(tmp_path / "file" / "runs"))
     with pytest.raises(UserError, match="no run there"):
-        preflight.check_output(config(tmp_path, resume="absent"))
+        preflight.check_output(changed(config(tmp_path), "run", resume="absent"))
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
     with pytest.raises(UserError, match="cannot write"):
         preflight.check_output(config(tmp_path))
@@ -250,6 +264,54 @@ def test_data_must_fill_a_step_and_have_templates(tmp_path: Path) -> None:
         preflight.check_data(settings, enough[:31], {"": enough})
     with pytest.raises(UserError, match="sample s40 has the task 'count'"):
         preflight.check_data(settings, enough, {"": [sample(40, task="count")]})
+    with pytest.raises(UserError, match=r"data/train\.json: sample s41 has the task 'dance', .* add task\.dance"):
+        preflight.check_data(settings, [*enough, sample(41, task="dance")], {"": enough})
+
+
+def objects(count: int, **parts: object) -> list[Sample]:
+    """Samples of one task about an object with a box and a point; with masks where `parts` say so."""
+    return [builders.sample(f"s{i}", target([(5, 5, 15, 10)]), **parts) for i in range(count)]
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Config:
+    """Prompt words for every task, and a reward that needs no masks."""
+    words = config().task["segment"]
+    settings = replace(config(tmp_path), task=dict.fromkeys(("segment", "ground", "count"), words))
+    return changed(settings, "reward", components={"count_ratio": 1.0}, ranked={})
+
+
+@pytest.mark.parametrize("task", ["count", "ground"])
+def test_a_task_without_masks_needs_none(tasks: Config, task: str) -> None:
+    """As README shows it: boxes alone make a data set for counting or grounding."""
+    samples = objects(32, task=task)
+    preflight.check_data(tasks, samples, {"": samples[:1]})
+    masked = changed(tasks, "reward", components={"count_ratio": 1.0, "mask_iou": 1.0})
+    with pytest.raises(UserError, match=r"train\.json: sample s0 has no masks, and reward=quickstart is measured by"):
+        preflight.check_data(masked, samples, {"": samples[:1]})
+    ranked = changed(tasks, "reward", rank="group")
+    with pytest.raises(UserError, match="sample s0 has no masks"):
+        preflight.check_data(ranked, samples, {"": samples[:1]})
+    looking = changed(tasks, "look", mode="relook")
+    with pytest.raises(UserError, match="reward=quickstart with look=relook is measured by them"):
+        preflight.check_data(looking, samples, {"": samples[:1]})
+
+
+def test_held_out_segments_need_masks_and_the_sample_is_named(tasks: Config) -> None:
+    train, held_out = objects(32, task="count"), objects(2, task="count")
+    mixed = [*held_out, builders.sample("masked", builders.target()), *objects(3, task="segment")[2:]]
+    said = r"eval\.json: sample s2 has no masks, and task segment is evaluated by mask_iou: add them"
+    with pytest.raises(UserError, match=said) as raised:
+        preflight.check_data(tasks, train, {"": mixed})
+    assert "\n" not in str(raised.value)
+    preflight.check_data(tasks, train, {"": mixed[:3]})
+    also = changed(tasks, "data", also={"shifted": "data/shifted.json"})
+    with pytest.raises(UserError, match=r"data/shifted\.json: sample s2 has no masks"):
+        preflight.check_data(also, train, {"": mixed[:3], "shifted": mixed})
+    # the published form of the task is measured alike
+    published = replace(tasks, task=tasks.task | {"mine": replace(tasks.task["segment"], form="dr_seg")})
+    with pytest.raises(UserError, match="task mine is evaluated by mask_iou"):
+        preflight.check_data(published, train, {"": objects(1, task="mine")})
 
 
 @pytest.fixture(scope="module")
@@ -303,8 +365,6 @@ def test_a_chat_template_that_does_not_show_the_image_is_refused(tiny: Path, tmp
 
 
 def test_check_stops_at_missing_data(model: ModelConfig, tmp_path: Path) -> None:
-    from perception.errors import DataError
-
     settings = changed(replace(config(tmp_path), model=model), "reward", components={"mask_iou": 1.0}, ranked={})
     absent = DataConfig(format="jsonl", train=str(tmp_path / "absent.jsonl"), eval=str(tmp_path / "absent.jsonl"))
     small = {"engine_cpus": 0.1, "reward_cpus": 0.1, "learner_cpus": 0.1}

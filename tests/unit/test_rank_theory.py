@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantages import group_advantages
+from learner.advantages import advantages
 from perception.config import EcdfConfig
 from reward_workers.ranking import RankStore
 
@@ -104,8 +104,8 @@ def test_the_same_in_groups_of_eight_against_the_published_queue() -> None:
     history = SCALES * rng.standard_normal((2048, 3))
 
     def of(rewards: np.ndarray) -> np.ndarray:
-        advantages = np.array([group_advantages(one, [True] * 8) for one in rewards.reshape(-1, 8)])
-        return shares(np.einsum("gi,gij->j", advantages, scores))
+        scaled = np.array([advantages(one) for one in rewards.reshape(-1, 8)])
+        return shares(np.einsum("gi,gij->j", scaled, scores))
 
     assert of(values.sum(axis=2)) == pytest.approx(SCALES / SCALES.sum(), abs=0.01)
     for options in ({}, {"ties": "le", "digits": 1}):

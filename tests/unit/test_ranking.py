@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception.config import EcdfConfig, RewardConfig
-from perception.types import FailureKind, ScoredGroup
-from reward_workers.combine import combine, make_store
+from perception.types import Group
+from reward_workers.combine import make_store, rewarded
 from reward_workers.ranking import RankStore
-from tests.test_group_rank import candidate, sampled, scored
+from tests.builders import candidate, group, measured, unparsed
 
 DR_SEG = EcdfConfig(
     capacity=2048,
@@ -171,10 +171,19 @@ def test_a_million_values_a_second() -> None:
 # ---------------------------------------------------------------- failed samples
 
 
-def group_of(values: Sequence[float], failed: int) -> ScoredGroup:
+def group_of(values: Sequence[float], failed: int) -> Group:
     """One pass each, measured by `x`, which is also its mask IoU; sample number `failed` did not parse."""
-    kinds = [FailureKind.UNPARSED if index == failed else None for index in range(len(values))]
-    return scored(*(sampled(candidate(x, kind is None), kind=kind, x=x) for x, kind in zip(values, kinds, strict=True)))
+    return group(
+        *(
+            unparsed(candidate(x, failed=True), x=x) if index == failed else measured(x, x=x)
+            for index, x in enumerate(values)
+        )
+    )
+
+
+def rewards(groups: Sequence[Group], config: RewardConfig, store: RankStore | None) -> list[tuple[float, ...]]:
+    done = rewarded(groups, config, store)
+    return [tuple(one.reward for one in each.trajectories if one.reward is not None) for each in done]
 
 
 def test_a_metric_at_which_everyone_fails_gives_half_to_an_answer_and_nothing_to_a_failure() -> None:
@@ -186,7 +195,7 @@ def test_a_metric_at_which_everyone_fails_gives_half_to_an_answer_and_nothing_to
     store.flush()
     assert filled([0.0] * 2048, ties="le").rank("segment", np.array([[0.0]])).item() == 1.0
     step = [group_of([0.0, 0.0, 0.1], failed=1)]
-    assert combine(step, config, store) == [(0.5, 0.0, 1.0)]
+    assert rewards(step, config, store) == [(0.5, 0.0, 1.0)]
 
 
 @given(
@@ -209,8 +218,8 @@ def test_a_failed_sample_is_never_a_lucky_rank(
     if history:
         store.append("segment", np.array(history)[:, None])
         store.flush()
-    [rewards] = combine([group_of([0.0, *values], failed=0)], config, store)
-    assert rewards[0] <= min(rewards[1:])
+    [found] = rewards([group_of([0.0, *values], failed=0)], config, store)
+    assert found[0] <= min(found[1:])
     store.flush()
     assert len(store.state().rows["segment"]) == len(history) + len(values) + evidence
 
@@ -218,13 +227,13 @@ def test_a_failed_sample_is_never_a_lucky_rank(
 # ---------------------------------------------------------------- arrival order
 
 
-async def arriving(groups: Sequence[ScoredGroup], order: Sequence[int]) -> list[ScoredGroup]:
-    """Scored at the same time and finished in `order`, then put in prompt order as `launch.system` does."""
+async def arriving(groups: Sequence[Group], order: Sequence[int]) -> list[Group]:
+    """Scored at the same time and finished in `order`, then put in prompt order as the pipeline does."""
     finished: list[int] = []
     turns = [asyncio.Event() for _ in range(len(order) + 1)]
     turns[0].set()
 
-    async def one(position: int) -> ScoredGroup:
+    async def one(position: int) -> Group:
         turn = order.index(position)
         await turns[turn].wait()
         finished.append(position)
@@ -246,7 +255,7 @@ async def test_rewards_do_not_depend_on_the_order_of_arrival(rank: Literal["none
     for _ in range(7):
         groups = [group_of(rng.random(4).tolist(), failed=rng.integers(8)) for _ in range(8)]
         arrived = await arriving(groups, rng.permutation(8).tolist())
-        assert combine(arrived, config, stores[0]) == combine(groups, config, stores[1])
+        assert rewards(arrived, config, stores[0]) == rewards(groups, config, stores[1])
         for store in stores:
             if store is not None:
                 store.flush()

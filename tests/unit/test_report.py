@@ -314,7 +314,7 @@ def test_long_runs_are_thinned_by_means() -> None:
     assert drawn.series[0].values[0] == pytest.approx((stride - 1) / 2, abs=1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.one_of(st.none(), st.floats(-1e12, 1e12)), min_size=1, max_size=40), st.booleans(), st.booleans())
 def test_any_finite_curve_stays_inside_its_frame(values: list[float | None], stacked: bool, smooth: bool) -> None:
     if stacked:

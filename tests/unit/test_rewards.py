@@ -6,31 +6,21 @@ import numpy as np
 import pytest
 
 from launch.run.config import CONF, compose
-from perception import answers
 from perception.config import EcdfConfig, RewardConfig
+from perception.errors import UserError
 from perception.frames import Frame, convert_answer
-from perception.types import (
-    Answer,
-    Failure,
-    FailureKind,
-    Group,
-    Prompt,
-    Sample,
-    Score,
-    ScoredGroup,
-    Target,
-    Trajectory,
-    View,
-)
-from reward_workers.combine import combine, make_store
-from reward_workers.rewards import COMPONENTS, Case, components_in_use
+from perception.tasks import TASKS
+from perception.types import FailureKind, Group, Target, Trajectory
+from reward_workers.combine import make_store, rewarded
+from reward_workers.components import COMPONENTS, Case, reward_terms
+from tests import builders
+from tests.builders import lost, measured, target, unparsed
 
-SIDE = Frame(840, 840)
-TRUTH = Target(
-    boxes=np.array([[100, 100, 199, 199], [400, 400, 499, 499]], np.float32),
-    points=np.array([[150, 150], [450, 450]], np.float32),
-)
-NOTHING = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
+SIDE = 840
+TRUTH = target([(100, 100, 199, 199), (400, 400, 499, 499)], [(150, 150), (450, 450)])
+NOTHING = target()
+PUBLISHED = ("dr_seg_iou", "dr_seg_count", "dr_seg_points")
+OURS = ("matched_iou", "count_ratio", "point_score")
 RIGHT = '{"bbox_2d": [100, 100, 199, 199], "point_2d": [150, 150]}'
 OFF = '{"bbox_2d": [400, 400, 499, 449], "point_2d": [450, 565]}'  # upper half; the point 115 px below and outside
 
@@ -39,28 +29,18 @@ def said(items: str, think: str = "I see <look>two squares</look> here") -> str:
     return f"<think>{think}</think><answer>{items}</answer>"
 
 
-def case(text: str, target: Target = TRUTH, published: bool = True, **masks: float) -> Case:
-    return Case(
-        text=text,
-        answer=convert_answer(answers.parse(text, "segment"), SIDE, SIDE),
-        target=target,
-        image=SIDE,
-        view=View(left=0, top=0, right=840, bottom=840, height=840, width=840),
-        published=published,
-        **masks,
-    )
+def case(text: str, truth: Target = TRUTH, **changes: float) -> Case:
+    return builders.case(text, truth, SIDE, **changes)
 
 
 def values(one: Case, *names: str) -> list[float]:
-    return [COMPONENTS[name](one) for name in names]
+    return [COMPONENTS[name].measure(one) for name in names]
 
 
-@pytest.mark.parametrize("published", [True, False])
-def test_matched_metrics_by_hand(published: bool) -> None:
-    one = case(said(f"[{OFF}, {RIGHT}]"), published=published)
+@pytest.mark.parametrize(("names", "half"), [(PUBLISHED, 0.5), (OURS, 49 / 99)])
+def test_matched_metrics_by_hand(names: tuple[str, ...], half: float) -> None:
     # published: boxes are 100x50 of 100x100 pixels; ours: 99x49 of 99x99
-    half = 0.5 if published else 49 / 99
-    iou, count, point = values(one, "matched_iou", "count_ratio", "point_score")
+    iou, count, point = values(case(said(f"[{OFF}, {RIGHT}]")), *names)
     assert iou == pytest.approx((1 + half) / 2)
     assert count == 1
     assert point == pytest.approx((1 + (200 - 115) / 170) / 2)
@@ -68,20 +48,20 @@ def test_matched_metrics_by_hand(published: bool) -> None:
 
 def test_accuracy_by_hand() -> None:
     # the right one hits all three; the other: IoU .5 is not above .5, L1 = 50/4 = 12.5 px, point outside
-    assert values(case(said(f"[{RIGHT}, {OFF}]")), "accuracy") == [1.5]
-    assert values(case(said(f"[{RIGHT}]")), "accuracy") == [1.5]
-    assert values(case("gibberish"), "accuracy") == [0]
+    assert values(case(said(f"[{RIGHT}, {OFF}]")), "vision_reasoner_accuracy") == [1.5]
+    assert values(case(said(f"[{RIGHT}]")), "vision_reasoner_accuracy") == [1.5]
+    assert values(case("gibberish"), "vision_reasoner_accuracy") == [0]
 
 
 def test_thresholds_hold_in_the_840_frame_whatever_the_image() -> None:
     """The same picture at a quarter of the size, answered in yet another frame."""
-    small = Target(boxes=TRUTH.boxes / 4, points=TRUTH.points / 4)
+    small = target(TRUTH.boxes / 4, TRUTH.points / 4)
     text = said('[{"bbox_2d": [50, 50, 99.5, 99.5], "point_2d": [75, 75]}]')
     image, written = Frame(210, 210), Frame(420, 420)
-    view = View(left=0, top=0, right=210, bottom=210, height=420, width=420)
-    answer = convert_answer(answers.parse(text, "segment"), written, image)
-    one = Case(text=text, answer=answer, target=small, image=image, view=view, published=True)
-    assert values(one, "matched_iou", "count_ratio", "point_score", "accuracy") == [1, 0.5, 1, 1.5]
+    view = builders.view(0, 0, 210, 210, 420, 420)
+    answer = convert_answer(TASKS["segment"].parse(text), written, image)
+    one = builders.case(text, small, answer=answer, image=image, view=view)
+    assert values(one, *PUBLISHED, "vision_reasoner_accuracy") == [1, 0.5, 1, 1.5]
 
 
 def test_text_components() -> None:
@@ -93,25 +73,37 @@ def test_text_components() -> None:
     assert values(case("Yes! Yes! Yes!"), "non_repeat", "non_repeat_plain") == [0, 1]
 
 
+def test_counts_and_areas_by_hand() -> None:
+    both, one = case(said(f"[{RIGHT}, {OFF}]")), case(said(f"[{RIGHT}]"))
+    assert values(both, "count_exact", "count_ratio") == [1, 1] and values(one, "count_exact", "count_ratio") == [
+        0,
+        0.5,
+    ]
+    # 99 x 99 of twice that: exactly a half, which does not exceed the threshold; with half of the other, three quarters
+    assert values(one, "box_iou", "box_accuracy") == [0.5, 0]
+    assert values(both, "box_iou", "box_accuracy") == [pytest.approx((99 + 49) / (2 * 99)), 1]
+    assert COMPONENTS["box_accuracy"].measure(one, threshold=0.49) == 1
+
+
 def test_no_target_questions() -> None:
     names = ("matched_iou", "count_ratio", "point_score", "box_iou", "count_exact")
-    assert values(case(said("[]"), NOTHING, published=False), *names) == [1, 1, 1, 1, 1]
-    assert values(case(said(f"[{RIGHT}]"), NOTHING, published=False), *names) == [0, 0, 0, 0, 0]
-    assert values(case(said("[]"), published=False), *names) == [0, 0, 0, 0, 0]
+    assert values(case(said("[]"), NOTHING), *names) == [1, 1, 1, 1, 1]
+    assert values(case(said(f"[{RIGHT}]"), NOTHING), *names) == [0, 0, 0, 0, 0]
+    assert values(case(said("[]")), *names) == [0, 0, 0, 0, 0]
     # published: an empty match is worth 0, and a completion that does not parse counts as an empty list
-    assert values(case(said("[]"), NOTHING), *names[:3]) == [0, 1, 0]
-    assert values(case("gibberish", NOTHING), *names[:3]) == [0, 1, 0]
+    assert values(case(said("[]"), NOTHING), *PUBLISHED) == [0, 1, 0]
+    assert values(case("gibberish", NOTHING), *PUBLISHED) == [0, 1, 0]
 
 
 def test_a_completion_without_answer_is_worth_nothing_to_us() -> None:
-    one = case("gibberish", NOTHING, published=False, mask_iou=1.0, mask_dice=1.0)
-    names = set(COMPONENTS) - {"non_repeat", "non_repeat_plain"}
-    assert {COMPONENTS[name](one) for name in names} == {0.0}
+    one = case("gibberish", NOTHING, mask_iou=1.0, mask_dice=1.0)
+    names = set(COMPONENTS) - {"non_repeat", "non_repeat_plain", "dr_seg_count"}
+    assert {COMPONENTS[name].measure(one) for name in names} == {0.0}
 
 
 def test_unknown_component_is_named() -> None:
-    with pytest.raises(ValueError, match="'mask_iuo'"):
-        components_in_use(RewardConfig(name="mine", components={"mask_iuo": 1}))
+    with pytest.raises(UserError, match="no component 'mask_iuo'; did you mean 'mask_iou'"):
+        reward_terms(RewardConfig(name="mine", components={"mask_iuo": 1}))
 
 
 PRESETS = CONF / "reward"
@@ -124,45 +116,45 @@ def preset(name: str) -> RewardConfig:
 @pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_presets_are_valid_and_name_their_source(name: str) -> None:
     config = preset(name)
-    assert config.name == name and components_in_use(config)
+    assert config.name == name and reward_terms(config)
     assert (PRESETS / f"{name}.yaml").read_text().startswith("# ")
 
 
 # ---------------------------------------------------------------- combining
 
 
-def scored(*scores: Score, task: str = "segment") -> ScoredGroup:
-    sample = Sample(id="s", image_path="", height=840, width=840, question="", task=task, target=TRUTH)
-    prompt = Prompt(sample=sample, token_ids=(), images=(), answer_height=840, answer_width=840, seed=0)
-    trajectories = tuple(Trajectory(index=i, turns=()) for i in range(len(scores)))
-    return ScoredGroup(group=Group(prompt=prompt, trajectories=trajectories), scores=scores, seconds=0, cached=False)
+def group(*trajectories: Trajectory, task: str = "segment") -> Group:
+    return builders.group(*trajectories, about=builders.prompt(builders.sample(task=task)))
 
 
-def score(failure: FailureKind | None = None, **metrics: float) -> Score:
-    reason = Failure(kind=failure, detail="test") if failure else None
-    return Score(metrics=metrics, answer=Answer(objects=(), failure=reason), failure=reason)
+def rewards(groups: list[Group], config: RewardConfig, store: object = None) -> list[tuple[float | None, ...]]:
+    """None: the trajectory was not measured."""
+    done = rewarded(groups, config, store)  # type: ignore[arg-type]
+    return [tuple(one.reward for one in each.trajectories) for each in done]
 
 
 def test_weighted_sum_and_failures() -> None:
     config = RewardConfig(name="mine", components={"mask_iou": 2.0, "parsed": 0.5}, unparsed_reward=-1.0)
-    group = scored(
-        score(mask_iou=0.5, parsed=1.0),
-        score(FailureKind.UNPARSED, mask_iou=0.0, parsed=0.0),
-        score(FailureKind.SCORER),
+    one = group(
+        measured(mask_iou=0.5, parsed=1.0),
+        unparsed(mask_iou=0.0, parsed=0.0),
+        lost(FailureKind.SCORER),
     )
-    assert combine([group], config, None) == [(1.5, -1.0, 0.0)]
+    assert rewards([one], config, None) == [(1.5, -1.0, None)]
 
 
 def test_published_rule_lets_an_unparsed_answer_keep_its_components() -> None:
     config = RewardConfig(name="mine", components={"non_repeat": 1.0}, unparsed_reward=None)
-    assert combine([scored(score(FailureKind.UNPARSED, non_repeat=1.0))], config, None) == [(1.0,)]
+    assert rewards([group(unparsed(non_repeat=1.0))], config, None) == [(1.0,)]
 
 
 def test_ranked_components_count_raw_without_a_rank() -> None:
     config = RewardConfig(name="mine", components={}, ranked={"mask_iou": 2.0, "count_exact": 3.0}, rank="none")
     assert make_store(config) is None
-    group = scored(score(mask_iou=0.25, count_exact=1.0), score(FailureKind.ENGINE), score(mask_iou=0.0, count_exact=0))
-    assert combine([group], config, None) == [(3.5, 0.0, 0.0)]
+    one = group(
+        measured(mask_iou=0.25, count_exact=1.0), lost(FailureKind.ENGINE), measured(mask_iou=0.0, count_exact=0)
+    )
+    assert rewards([one], config, None) == [(3.5, None, 0.0)]
 
 
 def test_only_ecdf_keeps_a_store() -> None:
@@ -178,17 +170,17 @@ def test_a_step_is_ranked_against_earlier_steps_only() -> None:
     store = make_store(config)
     assert store is not None
     step = [
-        scored(score(mask_iou=0.2, parsed=1.0), score(mask_iou=0.6, parsed=1.0)),
-        scored(score(FailureKind.UNPARSED, mask_iou=0.0, parsed=0.0), score(FailureKind.ENGINE)),
-        scored(score(mask_iou=0.9, parsed=1.0), task="count"),
+        group(measured(mask_iou=0.2, parsed=1.0), measured(mask_iou=0.6, parsed=1.0)),
+        group(unparsed(mask_iou=0.0, parsed=0.0), lost(FailureKind.ENGINE)),
+        group(measured(mask_iou=0.9, parsed=1.0), task="count"),
     ]
-    assert combine(step, config, store) == [(2.0, 2.0), (0.0, 0.0), (2.0,)]
+    assert rewards(step, config, store) == [(2.0, 2.0), (0.0, None), (2.0,)]
     store.flush()
     assert store.state().rows["segment"].ravel().tolist() == pytest.approx([0, 0.2, 0.6])  # no failure among them
     # now: one of three is <= 0.1, three of three are <= 0.7; of the count queue (0, .9) one is <= 0.7
-    again = [scored(score(mask_iou=0.1, parsed=1.0), score(mask_iou=0.7, parsed=1.0))]
-    again.append(scored(score(mask_iou=0.7, parsed=1.0), task="count"))
-    assert combine(again, config, store) == [(1 + 1 / 3, 2.0), (1.5,)]
+    again = [group(measured(mask_iou=0.1, parsed=1.0), measured(mask_iou=0.7, parsed=1.0))]
+    again.append(group(measured(mask_iou=0.7, parsed=1.0), task="count"))
+    assert rewards(again, config, store) == [(1 + 1 / 3, 2.0), (1.5,)]
 
 
 def test_dr_seg_preset_first_and_second_step() -> None:
@@ -196,37 +188,35 @@ def test_dr_seg_preset_first_and_second_step() -> None:
     config = preset("dr_seg")
     store = make_store(config)
     assert store is not None
-    names = components_in_use(config)
 
-    def full(text: str) -> Score:
+    def full(text: str) -> Trajectory:
         one = case(text)
-        return Score(
-            metrics={name: COMPONENTS[name](one) for name in names}, answer=one.answer, failure=one.answer.failure
-        )
+        metrics = {name: term(one) for name, term in reward_terms(config).items()}
+        return measured(**metrics) if one.answered else unparsed(**metrics)
 
     good, bad = full(said(f"[{RIGHT}, {OFF}]")), full("gibberish")
     # good: think 1 + answer 2 + look 1 + non-repeat 1; bad: non-repeat 1
-    assert combine([scored(good, bad)], config, store) == [(8.0, 4.0)]
+    assert rewards([group(good, bad)], config, store) == [(8.0, 4.0)]
     store.flush()
     # bad is 0 in all three: 129 of the 130 rows are <= 0, which rounds to 1.0
-    assert combine([scored(good, bad)], config, store) == [(8.0, 4.0)]
+    assert rewards([group(good, bad)], config, store) == [(8.0, 4.0)]
     for _ in range(20):
         store.append("segment", np.ones((128, 3)))
         store.flush()
     # 2048 rows of ones: a zero has rank 0, half right has rank 0, equal counts rank 1
-    assert combine([scored(good, bad)], config, store) == [(6.0, 1.0)]
+    assert rewards([group(good, bad)], config, store) == [(6.0, 1.0)]
 
 
 def test_the_paper_takes_the_mean_where_the_code_takes_the_sum() -> None:
     code, paper = preset("dr_seg"), preset("dr_seg_paper")
     assert (code.ecdf.aggregate, paper.ecdf.aggregate) == ("sum", "mean")
-    metrics = dict.fromkeys(components_in_use(code), 0.0)
+    metrics = dict.fromkeys(reward_terms(code), 0.0)
     # before the first flush everyone has rank 1 in all three
-    assert combine([scored(score(**metrics))], code, make_store(code)) == [(3.0,)]
-    assert combine([scored(score(**metrics))], paper, make_store(paper)) == [(1.0,)]
+    assert rewards([group(measured(**metrics))], code, make_store(code)) == [(3.0,)]
+    assert rewards([group(measured(**metrics))], paper, make_store(paper)) == [(1.0,)]
 
 
 @pytest.mark.parametrize("ranked", [{}, {"matched_iou": 1.0}])
 def test_a_group_of_which_nothing_could_be_measured_gets_nothing(ranked: dict[str, float]) -> None:
     config = RewardConfig(name="test", components={"parsed": 1.0}, ranked=ranked)
-    assert combine([scored(score(FailureKind.ENGINE), score(FailureKind.SCORER))], config, None) == [(0.0, 0.0)]
+    assert rewards([group(lost(FailureKind.ENGINE), lost(FailureKind.SCORER))], config, None) == [(None, None)]
