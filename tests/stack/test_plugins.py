@@ -67,7 +67,9 @@ def test_the_plugin_of_the_readme_is_whole(tmp_path: Path) -> None:
     """The settings beside it are accepted, and what it registers works; no worker is started."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "mine.py").write_text(text.split("```python\n")[1].split("```")[0], encoding="utf-8")
-    command = shlex.split(text.split("    python -m launch.train recipe=quickstart plugins=[mine.py]")[1].split("\n\n")[0])
+    command = shlex.split(
+        text.split("    python -m launch.train recipe=quickstart plugins=[mine.py]")[1].split("\n\n")[0]
+    )
     data = tmp_path / "table.txt"
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 60, 3), np.uint8))
     data.write_text("a.png;the red circle?;10;20;30;40\n")
@@ -97,4 +99,8 @@ print(surrogate.loss.tolist(), surrogate.clipped_low.any().item(), surrogate.cli
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ['["the red circle", [[10.0, 20.0, 30.0, 40.0]]]', "0.75", "[1.0, -1.0] False False"]
+    assert done.stdout.splitlines() == [
+        '["the red circle", [[10.0, 20.0, 30.0, 40.0]]]',
+        "0.75",
+        "[1.0, -1.0] False False",
+    ]

@@ -1,0 +1,88 @@
+"""Counting and grounding from boxes alone, in one mixed set, with rollouts one step ahead: trains, evaluates by task."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from launch import world
+from perception.config import DataConfig
+from perception.datasets import load
+from runtime.cluster import ROOT
+
+
+def write_lines(folder: Path, split: str, tasks: dict[str, int]) -> Path:
+    """Questions of the synthetic world as README's JSONL, with boxes alone: so many of each task."""
+    source = str(folder / "world" / f"{split}.json")
+    samples = [s for s in load(DataConfig(format="coco", train=source, eval=source), "train") if s.target.count]
+    lines = [
+        {
+            "image": str(Path(sample.image_path).relative_to(folder)),
+            "question": sample.question,
+            "task": task,
+            "boxes": sample.target.boxes.tolist(),
+        }
+        for task, count in tasks.items()
+        for sample in [samples.pop() for _ in range(count)]
+    ]
+    file = folder / f"{split}.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("boxes")
+    world.write(folder / "world", train=24, eval=16)
+    train, held_out = (
+        write_lines(folder, split, {"count": n, "ground": 3}) for split, n in (("train", 5), ("eval", 2))
+    )
+    command = [
+        *(sys.executable, "-m", "launch.train", "recipe=quickstart", "data=jsonl", "data.world_side=null"),
+        *(f"data.train={train}", f"data.eval={held_out}", "task.ground=${task.segment}", "task.ground.form=ground"),
+        *("reward=vision_reasoner", "+reward.components.count_exact=1.0", "pipeline.max_staleness=1"),
+        *("algorithm.steps=3", "algorithm.prompts_per_step=4", "algorithm.group_size=4"),
+        *(f"run.output={folder}/runs", "run.name=boxes"),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "boxes"
+
+
+def test_each_task_is_evaluated_by_its_own_metrics(run: Path) -> None:
+    before, after = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    measures = {"count": ("count_exact", "count_ratio"), "ground": ("box_accuracy", "box_iou")}
+    names = {f"{task}/{one}/{way}" for task in measures for one in measures[task] for way in ("greedy", "sampled")}
+    names |= {f"{task}/{one}/sampled" for task in measures for one in ("parsed", "samples")}
+    for evaluation in (before, after):
+        assert evaluation.keys() == {"step"} | names
+        assert evaluation["count/samples/sampled"] == 2 and evaluation["ground/samples/sampled"] == 3
+        # Two counting questions, four answers to each.
+        assert (evaluation["count/count_exact/sampled"] * 8).is_integer()
+
+
+def test_the_step_learns_from_rollouts_of_the_step_before(run: Path) -> None:
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    for row in metrics:
+        assert 0 <= row["component/count_exact"] <= 1 and row["policy/optimizer_steps"] == 1
+        versions = {
+            version
+            for rollout in pq.read_table(run / f"rollouts/train-{row['step']:06d}.parquet").to_pylist()
+            for version in rollout["policy_versions"]
+        }
+        # Weights of version s were made by step s. Step t is sampled while step t-1 learns, or after it.
+        assert versions and versions <= {row["step"] - 2, row["step"] - 1}
+
+
+def test_nothing_was_segmented(run: Path) -> None:
+    rows = pq.read_table(run / "rollouts/train-000003.parquet").to_pylist()
+    assert rows and all(row["mask"] is None and row["truth_masks"] == [] for row in rows)
+    assert {row["task"] for row in rows} <= {"count", "ground"}
