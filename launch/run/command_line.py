@@ -67,8 +67,7 @@ def valid_keys(kind: Any, prefix: str = "") -> list[str]:
 
 
 def unknown(key: str, valid: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
-    return f"unknown key {key!r}; did you mean {near[0]!r}?"
+    return f"unknown key {key!r}; did you mean {difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]!r}?"
 
 
 def one_line(error: Exception) -> str:

@@ -68,7 +68,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         process.kill()
     assert process.returncode == 0, err
-    assert "parity: mean importance ratio 1.0000" in out
+    assert "parity: mean importance ratio 1.0000" in out and "go on with run.resume=small" in out
     return output / "small"
 
 
