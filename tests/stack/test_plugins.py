@@ -63,18 +63,8 @@ def test_a_package_elsewhere_brings_task_component_reader_and_loss(tmp_path: Pat
     assert np.mean([not np.array_equal(before[name], trained[name]) for name in before]) > 0.9
 
 
-def test_the_plugin_of_the_readme_is_whole(tmp_path: Path) -> None:
-    """The settings beside it are accepted, and what it registers works; no worker is started."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (tmp_path / "mine.py").write_text(text.split("```python\n")[1].split("```")[0], encoding="utf-8")
-    command = shlex.split(
-        text.split("    python -m launch.train recipe=quickstart plugins=[mine.py]")[1].split("\n\n")[0]
-    )
-    data = tmp_path / "table.txt"
-    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 60, 3), np.uint8))
-    data.write_text("a.png;the red circle?;10;20;30;40\n")
-    program = f"""
-import json, torch
+PROGRAM = """
+import json, sys, torch
 from types import SimpleNamespace
 from learner.loss import SURROGATES
 from launch.run.checks import check_registered
@@ -84,23 +74,33 @@ from perception.registry import find_plugins
 from perception.tasks import TASKS
 from reward_workers.components import reward_terms
 from tests.builders import case
-config = compose(["recipe=quickstart", "plugins=[{tmp_path}/mine.py]", *{[word for word in command if word.strip()]!r},
-                  "data.train={data}", "data.eval={data}"])
+
+config = compose(["recipe=quickstart", *sys.argv[1:]])
 find_plugins(config.plugins)
 check_registered(config)
 (sample,) = load(config.data, "train")
 print(json.dumps([TASKS["find"].question(sample), sample.target.boxes.tolist()]))
-found = '<answer>[{{"bbox_2d": [10, 20, 30, 36]}}]</answer>'
-term = reward_terms(config.reward)["edge_error"]
-print(term(case(found, sample.target, answer=TASKS["find"].parse(found))))
+answer = TASKS["find"].parse('<answer>[{"bbox_2d": [10, 20, 30, 36]}]</answer>')
+print(reward_terms(config.reward)["edge_error"](case("", sample.target, answer=answer)))
 tokens = SimpleNamespace(advantages=torch.tensor([2.0, -1.0]))
 surrogate = SURROGATES[config.algorithm.loss](torch.tensor([-0.5, -1.0]), None, tokens, None)
 print(surrogate.loss.tolist(), surrogate.clipped_low.any().item(), surrogate.clipped_high.any().item())
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_plugin_of_the_readme_is_whole(tmp_path: Path) -> None:
+    """The settings beside it are accepted, and what it registers works; no worker is started."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.py").write_text(text.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    command = text.split("    python -m launch.train recipe=quickstart plugins=[mine.py]")[1].split("\n\n")[0]
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 60, 3), np.uint8))
+    data = tmp_path / "table.txt"
+    data.write_text("a.png;the red circle?;10;20;30;40\n")
+    settings = [word for word in shlex.split(command) if word.strip()]
+    settings += [f"plugins=[{tmp_path}/mine.py]", f"data.train={data}", f"data.eval={data}"]
+    python = [sys.executable, "-c", PROGRAM, *settings]
+    done = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        '["the red circle", [[10.0, 20.0, 30.0, 40.0]]]',
-        "0.75",
-        "[1.0, -1.0] False False",
-    ]
+    question, reward, loss = done.stdout.splitlines()
+    assert json.loads(question) == ["the red circle", [[10, 20, 30, 40]]]
+    assert reward == "0.75" and loss == "[1.0, -1.0] False False"
