@@ -6,7 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from benchmarks import ablation, ablation_table
 from benchmarks.ablation import Planned, finished, plan, run_name, write_results
 from benchmarks.ablation_table import Interval, change, interval, verdict
 from launch.record.recorder import Recorder
+from launch.run.config import compose
 from perception import metric_catalog as catalog
 from perception.config import weights
 from perception.errors import UserError
@@ -62,6 +64,14 @@ def write_all(out: Path, extra: Sequence[str] = ()) -> list[tuple[str, int]]:
         for seed, after in zip(SEEDS, values, strict=True):
             write(plan(arm, seed, 12, out, extra), after)
     return [(arm, seed) for arm in AFTER for seed in SEEDS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Composing settings takes the most part of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "compose", cache(compose))
+        yield
 
 
 @pytest.fixture(scope="module")

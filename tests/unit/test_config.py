@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import hydra
 import pytest
 from omegaconf import OmegaConf
@@ -11,6 +13,7 @@ from perception.config import Config
 from perception.errors import UserError
 
 
+@cache
 def config(*overrides: str) -> Config:
     return compose(["run.name=test", *overrides])
 

@@ -201,18 +201,19 @@ def test_a_step_of_which_some_updates_were_skipped_goes_on_and_says_so(tmp_path:
 
 
 class Rounds:
-    """Stands for the pipeline: hands over prepared groups, each take after a wait."""
+    """Stands for the pipeline: hands over prepared groups. A take lasts 6 s of this clock, 4 of them for sampling."""
 
-    def __init__(self, *rounds: Sequence[Group], waits: float = 0.0) -> None:
-        self._rounds, self._waits = iter(rounds), waits
+    def __init__(self, *rounds: Sequence[Group]) -> None:
+        self._rounds, self._now = iter(rounds), 100.0
         self.asked: list[tuple[int, int]] = []
+
+    def monotonic(self) -> float:
+        return self._now
 
     async def take(self, n: int, step: int) -> list[Group]:
         self.asked.append((n, step))
-        began = asyncio.get_running_loop().time()
-        await asyncio.sleep(self._waits)
-        # Two thirds of the wait were for sampling, the rest for scoring.
-        sampling = Span(began=began - 5.0, ended=began + self._waits * 2 / 3)
+        sampling = Span(began=self._now - 50.0, ended=self._now + 4.0)
+        self._now += 6.0
         return [replace(one, sampling=sampling) for one in next(self._rounds)]
 
 
@@ -238,16 +239,16 @@ async def test_rounds_add_up_in_prompt_order(tmp_path: Path) -> None:
     assert [[one.advantage for one in each.trajectories] for each in batch.teaching] == [[-0.5, 0.5]] * 2
 
 
-async def test_a_steps_waits_add_up_over_its_rounds(tmp_path: Path) -> None:
+async def test_a_steps_waits_add_up_over_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring overlaps sampling: what was waited until all were sampled is generation, the rest scoring; what was
     done before the step asked counts nothing."""
     settings = changed(settings_of(tmp_path, dynamic="refill"), "algorithm", prompts_per_step=1)
     settings = changed(settings, "reward", rank="none")
-    scored = Rounds([of_rewards(1.0, 1.0)], [of_rewards(1.0, 1.0)], [of_rewards(0.0, 1.0)], waits=0.06)
+    scored = Rounds([of_rewards(1.0, 1.0)], [of_rewards(1.0, 1.0)], [of_rewards(0.0, 1.0)])
+    monkeypatch.setattr("launch.run.batch.time", scored)
     batch = await next_batch(scored, 1, settings, None, None)  # type: ignore[arg-type]
-    assert batch.rounds == 3 and batch.seconds["learn"] == 0
-    assert batch.seconds["generate"] == pytest.approx(3 * 0.04, abs=0.03)
-    assert batch.seconds["score"] == pytest.approx(3 * 0.02, abs=0.03) and batch.seconds["score"] >= 3 * 0.019
+    assert (batch.rounds, batch.began) == (3, 100.0)
+    assert batch.seconds == {"generate": 12.0, "score": 6.0, "learn": 0.0}
 
 
 @pytest.mark.parametrize(
