@@ -4,7 +4,7 @@
 
 Every arm gets the same warm start, steps and samples per step. A run that is already there, finished, with the same
 settings and nothing newer beneath it, is not trained again: after an interruption the same command goes on. Writes
-`ablation.md`, `ablation.svg` and `ablation.json` under --out, and keeps every run and its log there.
+`ablation.md` and `ablation.json` under --out, and keeps every run and its log there.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from launch.run.config import compose
 from launch.run.prepare import prepare
 from perception.config import Config
 from perception.errors import UserError
+from perception.files import write_text
 
 ARMS = {
     "binary": ("reward=vision_reasoner", "look=none"),
@@ -187,7 +188,7 @@ def train(wanted: Sequence[tuple[str, int]], arguments: argparse.Namespace, comm
 
 
 def write_results(out: Path, wanted: Sequence[tuple[str, int]], command: str) -> dict[str, Any]:
-    """Tables, plot and figures of finished runs; returns the arms' figures. Raises UserError if they do not compare."""
+    """Tables and figures of finished runs; returns the arms' figures. Raises UserError if they do not compare."""
     runs: dict[str, dict[int, table.Run]] = {}
     for arm, seed in sorted(wanted, key=lambda pair: list(ARMS).index(pair[0])):
         runs.setdefault(arm, {})[seed] = table.read(out / run_name(arm, seed))
@@ -197,10 +198,8 @@ def write_results(out: Path, wanted: Sequence[tuple[str, int]], command: str) ->
         for arm, by_seed in runs.items()
         for seed, run in by_seed.items()
     ]
-    run_directory.write_text(out / "ablation.md", table.page(runs, command, ARMS))
-    run_directory.write_text(out / "ablation.svg", table.plot(runs))
-    written = {"command": command, "arms": figures, "runs": every}
-    run_directory.write_text(out / RESULTS, json.dumps(written, indent=2) + "\n")
+    write_text(out / "ablation.md", table.page(runs, command, ARMS))
+    write_text(out / RESULTS, json.dumps({"command": command, "arms": figures, "runs": every}, indent=2) + "\n")
     return figures
 
 

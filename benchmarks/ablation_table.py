@@ -1,4 +1,4 @@
-"""What the runs of the ablation come to over the seeds, and how that is shown: Markdown tables and one SVG plot."""
+"""What the runs of the ablation come to over the seeds, as Markdown tables."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import yaml
 from scipy import stats
 
 from launch.record import run_directory
-from launch.report import charts
 from perception import metric_catalog as catalog
 from perception.errors import UserError
+from perception.metric_catalog import GREEDY, SAMPLED, HeldOut
 
 BASE = "binary"
 SHIFTED = "shifted"
 LABELS = {"binary": "binary", "look": "+look", "rank": "+rank", "both": "+both", "raw": "raw sum", "relook": "relook"}
 SETS = {"in domain": "", "out of domain": SHIFTED}
-WAYS = {"sampled": catalog.GIOU_SAMPLED, "greedy": catalog.GIOU_GREEDY}
+WAYS = (SAMPLED, GREEDY)
 EDGE = 5
 """Steps at either end of a run that its entropy there is the mean of."""
 TRAINING: Mapping[str, tuple[str, Callable[[Sequence[float]], float]]] = {
@@ -81,14 +81,6 @@ class Interval:
         spread = "" if self.half is None else f" ± {scale * self.half:.{digits}f}"
         return f"{scale * self.mean:+.{digits}f}{spread}"
 
-    @property
-    def low(self) -> float:
-        return self.mean - (self.half or 0.0)
-
-    @property
-    def high(self) -> float:
-        return self.mean + (self.half or 0.0)
-
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -123,9 +115,9 @@ def read(run_dir: Path) -> Run:
     return Run(summary["before"], summary["after"], over_steps, config)
 
 
-def metric(way: str, held_out: str) -> str:
-    """As evaluations name it."""
-    return catalog.held_out(WAYS[way], SETS[held_out])
+def metric(way: str, held_out: str, measure: str = "mask_iou") -> str:
+    """As evaluations name it; by default the gIoU of the segmentation task."""
+    return HeldOut("segment", measure, way, SETS[held_out]).name
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -173,13 +165,13 @@ def page(runs: Runs, command: str, overrides: Mapping[str, Sequence[str]]) -> st
         if any(config[key] != first.config[key] for key in config.keys() - {"reward", "look", "run"}):
             pair = f"{config['run']['name']} and {first.config['run']['name']}"
             raise UserError(f"{pair} differ in more than arm and seed: one table needs all without --table-only")
-    return _template("ablation.md.j2").render(
+    return _template().render(
         command=command,
         overrides=overrides,
         seeds=list(dict.fromkeys(seed for by_seed in runs.values() for seed in by_seed)),
         config=first.config,
         samples={
-            name: f"{first.after[catalog.held_out(catalog.HELD_OUT_SAMPLES, name)]:.0f}" for name in SETS.values()
+            name: f"{first.after[metric(SAMPLED, held_out, catalog.SAMPLES)]:.0f}" for held_out, name in SETS.items()
         },
         runs=runs,
         labels={arm: LABELS[arm] for arm in runs},
@@ -199,33 +191,12 @@ def _effects(runs: Runs) -> Iterator[tuple[str, str, float, str, Interval | None
     for arm, claims in CLAIMS.items():
         apart = [ours - base for ours, base in zip(PUBLISHED[arm], PUBLISHED[BASE], strict=True)]
         for held_out, claimed, theirs in zip(SETS, claims, (fmean(apart[:3]), apart[3]), strict=True):
-            found = change(runs, arm, metric("sampled", held_out)).less_binary if arm in runs else None
+            found = change(runs, arm, metric(SAMPLED, held_out)).less_binary if arm in runs else None
             yield LABELS[arm], held_out, theirs, SIGNS[claimed], found, verdict(claimed, found)
 
 
-def _template(name: str) -> jinja2.Template:
-    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+def _template() -> jinja2.Template:
+    text = Path(__file__).with_name("ablation.md.j2").read_text(encoding="utf-8")
     return jinja2.Template(
         text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-
-
-def plot(runs: Runs) -> str:
-    """Gain of every arm as SVG: the mean over seeds with its interval, and a paler dot per seed beside it."""
-    found = {name: [change(runs, arm, metric("sampled", name)) for arm in runs] for name in SETS}
-    every = [one for changes in found.values() for one in changes]
-    shown = [value for one in every for value in (*one.gains.values(), one.gain.low, one.gain.high)]
-    low, high = min(0.0, *shown), max(0.0, *shown)
-    spec = charts.Spec("", "", {"gain": ""}, marks=True)
-    axis = charts.chart(spec, [{"step": 0, "gain": low}, {"step": 1, "gain": high}])
-    assert axis is not None, "it was given values"
-    (_, bottom), (_, top) = axis.series[0].dots
-    left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
-    return _template("ablation.svg.j2").render(
-        found=found,
-        labels=[LABELS[arm] for arm in runs],
-        charts=charts,
-        ticks=axis.y_ticks,
-        x=lambda place: left + (place + 0.5) * (right - left) / len(runs),
-        y=lambda value: bottom + (value - low) / ((high - low) or 1.0) * (top - bottom),
     )

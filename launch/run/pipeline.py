@@ -40,12 +40,13 @@ class Ticket:
     place: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Ahead:
     ticket: Ticket
     sample: Sample
     want_masks: bool
     group: asyncio.Task[Group]
+    """The latest attempt."""
 
 
 class Pipeline:
@@ -113,17 +114,16 @@ class Pipeline:
         return await self._system.looking.rollout(prompt, asked, want_masks)
 
     async def _fresh(self, ahead: _Ahead) -> Group:
-        group = await ahead.group
-        for _ in range(1, _ATTEMPTS):
-            if self._system.version - oldest_version(group, self._system.version) <= self._staleness:
-                return group
+        attempts = 1
+        while staleness([group := await ahead.group], self._system.version) > self._staleness:
+            if attempts == _ATTEMPTS:
+                raise ActorError(
+                    f"sample {ahead.sample.id} was sampled {_ATTEMPTS} times from weights more than "
+                    f"pipeline.max_staleness={self._staleness} versions behind version {self._system.version}"
+                )
+            attempts += 1
             self.resampled += 1
-            group = await self._rollout(ahead.ticket, ahead.sample, ahead.want_masks)
-        if self._system.version - oldest_version(group, self._system.version) > self._staleness:
-            raise ActorError(
-                f"sample {ahead.sample.id} was sampled {_ATTEMPTS} times from weights more than "
-                f"pipeline.max_staleness={self._staleness} versions behind version {self._system.version}"
-            )
+            ahead.group = asyncio.create_task(self._rollout(ahead.ticket, ahead.sample, ahead.want_masks))
         return group
 
 

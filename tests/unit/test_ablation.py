@@ -1,27 +1,26 @@
-"""The ablation: intervals worked out by hand, verdicts, what is trained again, and runs that fail or hang."""
+"""The ablation: intervals worked out by hand, verdicts, its tables, and what is trained again."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
-import signal
-import threading
 import time
-import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import ablation, ablation_table
-from benchmarks.ablation import Planned, RunError, finished, plan, run_all, run_name, write_results
+from benchmarks.ablation import Planned, finished, plan, run_name, write_results
 from benchmarks.ablation_table import Interval, change, interval, verdict
 from launch.record.recorder import Recorder
+from launch.run.config import compose
 from perception import metric_catalog as catalog
 from perception.errors import UserError
+from perception.metric_catalog import GREEDY, SAMPLED, HeldOut
 
 T_2 = 4.302652729911275  # 97.5 % quantile of Student's t with 2 degrees of freedom
 SEEDS = (42, 1, 2)
@@ -29,8 +28,17 @@ AFTER = {"binary": (0.50, 0.51, 0.52), "rank": (0.53, 0.54, 0.56), "relook": (0.
 
 
 def evaluation(sampled: float) -> dict[str, float]:
-    own = {catalog.GIOU_SAMPLED: sampled, catalog.GIOU_GREEDY: sampled + 0.1, "samples": 128}
-    return own | {f"{name}/shifted": value - (0.2 if name != "samples" else 0) for name, value in own.items()}
+    found = {}
+    for held_out, shift in (("", 0.0), ("shifted", 0.2)):
+        found |= {
+            HeldOut("segment", "mask_iou", SAMPLED, held_out).name: sampled - shift,
+            HeldOut("segment", "mask_iou", GREEDY, held_out).name: sampled + 0.1 - shift,
+            HeldOut("segment", catalog.SAMPLES, SAMPLED, held_out).name: 128,
+        }
+    return found
+
+
+GIOU = HeldOut("segment", "mask_iou").name
 
 
 def write(planned: Planned, after: float, before: float = 0.4, steps: int = 12) -> None:
@@ -45,7 +53,7 @@ def write(planned: Planned, after: float, before: float = 0.4, steps: int = 12) 
                 catalog.RESPONSE_TOKENS: 30.0,
                 catalog.SECONDS_STEP: 100.0 if step == 1 else 2.0,
             }
-            recorder.step(step, metrics, [], [], [])
+            recorder.step(step, metrics, [])
         recorder.evaluation(steps, evaluation(after))
         recorder.summary({"before": evaluation(before), "after": evaluation(after), "steps": steps, "seed": 0})
 
@@ -55,6 +63,14 @@ def write_all(out: Path, extra: Sequence[str] = ()) -> list[tuple[str, int]]:
         for seed, after in zip(SEEDS, values, strict=True):
             write(plan(arm, seed, 12, out, extra), after)
     return [(arm, seed) for arm in AFTER for seed in SEEDS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Composing settings takes the most part of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "compose", cache(compose))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +94,14 @@ def test_the_interval_is_students_over_the_seeds() -> None:
 
 def test_the_difference_is_paired_by_seed(runs: ablation_table.Runs) -> None:
     """0.03, 0.03 and 0.04: far narrower than what the arms themselves scatter."""
-    found = change(runs, "rank", catalog.GIOU_SAMPLED).less_binary
+    found = change(runs, "rank", GIOU).less_binary
     assert found is not None and found.mean == pytest.approx(0.1 / 3)
     assert found.half == pytest.approx(T_2 * 0.01 / 3)  # standard deviation 0.01 / sqrt 3, over 3 seeds
     fewer = {"binary": {1: runs["binary"][1]}, "rank": runs["rank"]}
-    one = change(fewer, "rank", catalog.GIOU_SAMPLED).less_binary
+    one = change(fewer, "rank", GIOU).less_binary
     assert one is not None and (one.n, one.half) == (1, None) and one.mean == pytest.approx(0.03)
-    assert change({"rank": runs["rank"]}, "rank", catalog.GIOU_SAMPLED).less_binary is None
-    assert change(runs, "binary", catalog.GIOU_SAMPLED).less_binary is None
+    assert change({"rank": runs["rank"]}, "rank", GIOU).less_binary is None
+    assert change(runs, "binary", GIOU).less_binary is None
 
 
 @pytest.mark.parametrize(
@@ -126,13 +142,7 @@ def test_the_tables(out: Path) -> None:
     assert "| raw sum | out of domain | -1.1 | down |  | not run |" in text
     written = json.loads((out / "ablation.json").read_text())
     assert len(written["runs"]) == 9 and written["command"] == "the command"
-    assert written["arms"]["relook"]["giou_sampled"]["gains"]["2"] == pytest.approx(0.05)
-
-
-def test_the_plot_shows_every_seed_and_interval(out: Path) -> None:
-    root = ET.fromstring((out / "ablation.svg").read_text())
-    radii = [circle.get("r") for circle in root.iter("{http://www.w3.org/2000/svg}circle")]
-    assert (radii.count("1.8"), radii.count("3")) == (3 * 2 * 3, 3 * 2 + 2)  # seeds; means and the legend's two
+    assert written["arms"]["relook"][GIOU]["gains"]["2"] == pytest.approx(0.05)
 
 
 def test_runs_with_different_settings_do_not_share_a_table(tmp_path: Path) -> None:
@@ -184,8 +194,8 @@ def test_every_arm_fits_the_settings(tmp_path: Path) -> None:
     }  # fmt: skip
     form = {"think_format": 1.0, "answer_format": 1.0}
     assert {arm: config.reward.components for arm, config in found.items()} == {
-        "binary": form | {"non_repeat_plain": 1.0, "accuracy": 1.0},
-        "look": form | {"non_repeat": 1.0, "accuracy": 1.0, "look": 1.0},
+        "binary": form | {"non_repeat_plain": 1.0, "vision_reasoner_accuracy": 1.0},
+        "look": form | {"non_repeat": 1.0, "vision_reasoner_accuracy": 1.0, "look": 1.0},
         "rank": form | {"non_repeat": 1.0},
         "both": form | {"non_repeat": 1.0, "look": 1.0},
         "raw": form | {"non_repeat": 1.0, "look": 1.0},
@@ -196,59 +206,3 @@ def test_every_arm_fits_the_settings(tmp_path: Path) -> None:
     assert all(set(config.data.also) == {"shifted"} for config in found.values())
     with pytest.raises(UserError, match="lr"):
         plan("both", 1, 60, tmp_path, ("learner.lr=fast",))
-
-
-def shell(script: str) -> list[str]:
-    return ["bash", "-c", script]
-
-
-def test_at_most_so_many_run_at_once_and_each_keeps_a_log(tmp_path: Path) -> None:
-    script = f"cd {tmp_path}; touch $0; sleep 0.3; ls one two three four 2>/dev/null | wc -l; rm $0"
-    ended: list[str] = []
-    commands = {name: [*shell(script), name] for name in ("one", "two", "three", "four")}
-    asyncio.run(run_all(commands, tmp_path, 2, 20, ended.append))
-    assert sorted(ended) == ["four", "one", "three", "two"]
-    assert all(int((tmp_path / f"{name}.log").read_text()) <= 2 for name in ended)
-
-
-def test_a_failing_run_is_named_with_the_end_of_its_log_and_stops_the_others(tmp_path: Path) -> None:
-    commands = {
-        "slow": shell(f"trap 'touch {tmp_path}/told; exit 0' TERM; sleep 60 & wait"),
-        "bad": shell("sleep 0.5; echo fine; echo error: no such weights >&2; exit 2"),
-    }
-    with pytest.raises(RunError, match=r"bad failed with exit status 2[^$]*fine\n *error: no such weights$"):
-        asyncio.run(run_all(commands, tmp_path, 2, 20, lambda name: None))
-    assert (tmp_path / "told").exists()
-
-
-def test_a_run_past_its_limit_is_killed_with_its_children_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ablation, "GRACE_S", 0.3)
-    hangs = shell("trap '' TERM; sleep 60 & echo $$; echo $!; wait")
-    with pytest.raises(RunError, match=r"hangs was not done after 0\.5 s"):
-        asyncio.run(run_all({"hangs": hangs}, tmp_path, 1, 0.5, lambda name: None))
-    pids = [int(line) for line in (tmp_path / "hangs.log").read_text().split()]
-    deadline = time.monotonic() + 5
-    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(pids) == 2 and not any(alive(pid) for pid in pids)
-
-
-def alive(pid: int) -> bool:
-    """A zombie that nobody has waited for yet is dead."""
-    state = Path(f"/proc/{pid}/stat")
-    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def test_being_told_to_end_stops_the_runs(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGUSR1, ablation.terminate)
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
-    timer.start()
-    try:
-        with pytest.raises(SystemExit):
-            asyncio.run(run_all({"run": shell("echo $$; exec sleep 60")}, tmp_path, 1, 20, lambda name: None))
-    finally:
-        timer.join()
-        signal.signal(signal.SIGUSR1, before)
-    assert not alive(int((tmp_path / "run.log").read_text()))

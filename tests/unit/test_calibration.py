@@ -45,7 +45,7 @@ def test_a_constant_truth_is_fitted_by_the_bias_alone() -> None:
         max_size=40,
     )
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_no_other_threshold_gains_more(rows: list[tuple[float, float, float]]) -> None:
     sure, gains, weights = np.array(rows).T
     cost = 0.05

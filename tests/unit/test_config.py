@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ OWN = ("model.path=policy", "model.segmenter=sam2", "data.train=train.jsonl", "d
 """What recipe=dr_seg leaves to the user."""
 
 
+@cache
 def config(*overrides: str) -> Config:
     return compose(["recipe=quickstart", *overrides])
 
@@ -158,10 +160,12 @@ def test_open_mappings_take_new_keys_without_a_plus() -> None:
     assert found.plugins == ("mine", "theirs.py")
 
 
-def test_looking_changes_no_reward() -> None:
-    found = [config("reward=dr_seg", f"look={mode}") for mode in ("none", "inline", "relook")]
-    assert [one.look.mode for one in found] == ["none", "inline", "relook"]
-    assert found[0].reward == found[1].reward == found[2].reward
+def test_looking_changes_no_reward_and_a_reward_no_look() -> None:
+    for reward in choices("reward"):
+        found = [config(f"reward={reward}", f"look={mode}") for mode in ("none", "inline", "relook")]
+        assert [one.look.mode for one in found] == ["none", "inline", "relook"]
+        assert found[0].reward == found[1].reward == found[2].reward
+        assert config(f"reward={reward}").look == config().look
 
 
 def test_dr_seg_without_looks_is_dr_seg_but_for_that_component() -> None:

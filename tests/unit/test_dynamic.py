@@ -1,6 +1,5 @@
-"""Dynamic sampling and KL in the reward, through the real loop: real cursor, rank store and recorder, invented workers.
-
-And the published algorithms as presets.
+"""Dynamic sampling, KL in the reward, failures and steps that learn nothing, through the real loop: real pipeline,
+cursor, rank store and recorder, invented workers. And the published algorithms as presets.
 """
 
 from __future__ import annotations
@@ -10,122 +9,112 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from launch.record import run_directory
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
-from launch.run.batch import StepBatch
+from launch.run.batch import next_batch
 from launch.run.config import CONF, compose
+from launch.run.session import Session
 from launch.run.state import RunState
-from launch.run.step_metrics import StageClock
-from launch.run.system import System
-from launch.train import Session, train
+from launch.run.system import Sync
+from launch.train import train
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, Config
 from perception.errors import UserError
-from perception.types import (
-    Failure,
-    FailureKind,
-    Group,
-    LearnerReport,
-    Prompt,
-    ScoredGroup,
-    TrainGroup,
-    UpdateReport,
-)
-from tests.fake_run import N, config, scored_group
+from perception.types import FailureKind, Group, LearnerReport, Prompt, Sample, Span
+from tests import builders
+from tests.builders import changed, group, lost, measured, noise, sample, turn
 
+N = 8
 Teaches = Callable[[int], bool]
 """By how many groups were sampled before it: whether a group's rewards differ."""
 
 
-class World(System):
-    """A system whose workers answer at once; prompts come from the real method."""
+class World:
+    """A system whose workers answer at once."""
 
-    def __init__(self, settings: Config, folder: Path, teaches: Teaches, fails: Teaches = lambda _: False) -> None:
-        self.config, self.folder, self.teaches, self.fails = settings, folder, teaches, fails
+    def __init__(self, settings: Config, teaches: Teaches, fails: Teaches = lambda _: False) -> None:
+        self.config, self.teaches, self.fails = settings, teaches, fails
         self.asked: list[Prompt] = []
-        self.learned: list[Sequence[TrainGroup]] = []
-        self.kl: list[tuple[float, ...]] = []
+        self.learned: list[Sequence[Group]] = []
+        self.kl_asked = 0
+        self.report: dict[str, float] = {catalog.OPTIMIZER_STEPS: 1.0}
         self.version = 0
-        maker: Any = SimpleNamespace(prompt=self._prompt)
-        images: Any = SimpleNamespace(handle=lambda sample: None)
-        learner: Any = SimpleNamespace(
-            train_step=self._learn, parity=self._parity, kl=self._kl, save_checkpoint=_nothing
-        )
-        self._prompts, self._images, self.learner = maker, images, learner
+        self.looking: Any = self
+        self.learner: Any = self
 
-    def _prompt(self, sample: Any, image: None, seed: int, inline: bool) -> Prompt:
-        return Prompt(sample=sample, token_ids=(1,), images=(), answer_height=112, answer_width=112, seed=seed)
+    def look_state(self, explore: bool) -> None:
+        """One pass."""
 
-    async def answer(self, prompts: Sequence[Prompt], sampling: Any, **options: Any) -> list[ScoredGroup]:
-        options["on_sampled"].set()
-        return [self._answer(prompt) for prompt in prompts]
+    def prompt(self, asked: Sample, step: int, place: int) -> Prompt:
+        return builders.prompt(asked, seed=1000 * step + place)
 
-    def _answer(self, prompt: Prompt) -> ScoredGroup:
+    async def rollout(self, prompt: Prompt, asked: Any, want_masks: bool) -> Group:
         place = len(self.asked)
         self.asked.append(prompt)
-        entry = scored_group(self.folder, int(prompt.sample.id.split("-")[1]), 5.0, np.random.default_rng(prompt.seed))
-        failure = Failure(kind=FailureKind.SCORER, detail="timed out") if self.fails(place) else None
+        if self.fails(place):
+            return group(*[lost(FailureKind.SCORER, "timed out")] * N, about=prompt)
         spread = 0.5 if self.teaches(place) else 0.0
-        scores = tuple(
-            replace(s, failure=failure, metrics={"mask_iou": 0.1 + spread * (i % 2), "parsed": 1.0, "point_score": 0.5})
-            for i, s in enumerate(entry.scores)
-        )
-        group = replace(entry.group, prompt=replace(entry.group.prompt, seed=prompt.seed))
-        return replace(entry, group=group, scores=scores)
+        made = (measured(mask_iou=0.1 + spread * (i % 2), parsed=1.0, point_score=0.5) for i in range(N))
+        said = turn("<answer>[]</answer>", range(5), version=self.version)
+        return group(*(replace(one, turns=(said,)) for one in made), about=prompt)
 
-    async def _learn(self, groups: Sequence[TrainGroup]) -> LearnerReport:
+    async def update(self, groups: Sequence[Group]) -> LearnerReport:
         self.learned.append(groups)
-        return LearnerReport(metrics={}, seconds=0.0)
+        return LearnerReport(metrics=self.report, seconds=0.0)
 
-    async def _parity(self, groups: Sequence[Group]) -> dict[str, float]:
-        return {
-            catalog.LOGPROB_MISMATCH: 0.0,
-            catalog.LOGPROB_MISMATCH_MAX: 0.0,
-            catalog.RATIO: 1.0,
-        }
+    async def parity(self, groups: Sequence[Group]) -> dict[str, float]:
+        return {catalog.LOGPROB_MISMATCH: 0.0, catalog.LOGPROB_MISMATCH_MAX: 0.0, catalog.RATIO: 1.0}
 
-    async def _kl(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
-        found = [tuple(0.25 * i for i in range(N)) for _ in groups]
-        self.kl += found
-        return found
+    async def with_kl(self, groups: Sequence[Group]) -> list[Group]:
+        self.kl_asked += len(groups)
+        return [
+            replace(one, trajectories=tuple(replace(each, kl=0.25 * each.index) for each in one.trajectories))
+            for one in groups
+        ]
 
-    async def sync_weights(self, version: int) -> list[UpdateReport]:
-        return [UpdateReport(version=version, transfer_seconds=0.0, pause_seconds=0.0, nbytes=0)]
+    async def save(self, folder: str) -> None:
+        """Nothing to save."""
 
-
-async def _nothing(*arguments: Any) -> None:
-    """Nothing to save."""
+    async def sync_weights(self, version: int) -> Sync:
+        self.version = version
+        return Sync(seconds=0.0, pause_seconds=0.0, transfer_seconds=0.0)
 
 
 def settings_of(output: Path, **algorithm: Any) -> Config:
-    whole = config(output)
-    return replace(
-        whole,
-        run=replace(whole.run, rollouts_kept=100),
-        reward=replace(whole.reward, rank="ecdf", max_failure_rate=0.5),
-        algorithm=AlgorithmConfig(steps=2, prompts_per_step=4, group_size=N, **algorithm),
-    )
+    plain = changed(builders.config(output), "run", rollouts_kept=100)
+    plain = replace(plain, reward=replace(plain.reward, rank="ecdf"))
+    return replace(plain, algorithm=AlgorithmConfig(steps=2, prompts_per_step=4, group_size=N, **algorithm))
+
+
+def samples(folder: Path) -> list[Sample]:
+    path = folder / "image.png"
+    Image.fromarray(noise(0)).save(path)
+    return [sample(f"scene-{i}", image_path=str(path)) for i in range(64)]
+
+
+def play(world: World, folder: Path) -> tuple[RunState, list[dict[str, Any]]]:
+    """The training loop, recorded; the run's state and its steps' metrics."""
+    questions = samples(folder)
+    state = RunState.fresh(world.config, questions)
+    progress = Progress(2, console=Console(file=io.StringIO()))
+    with Recorder(world.config) as recorder:
+        session = Session(world.config, questions, {}, state, world, recorder, progress)  # type: ignore[arg-type]
+        asyncio.run(train(session))
+        return state, run_directory.read_lines(recorder.run_dir / run_directory.METRICS)
 
 
 def run(tmp_path: Path, teaches: Teaches, **algorithm: Any) -> tuple[World, RunState, list[dict[str, Any]]]:
-    """Two steps of four prompts over 64 scenes; their metrics."""
-    world = World(settings_of(tmp_path, **algorithm), tmp_path, teaches)
-    rng = np.random.default_rng(0)
-    samples = [scored_group(tmp_path, seed, 5.0, rng).group.prompt.sample for seed in range(64)]
-    state = RunState.fresh(world.config, samples)
-    progress = Progress(2, console=Console(file=io.StringIO()))
-    with Recorder(world.config) as recorder:
-        asyncio.run(train(Session(world.config, samples, {}, state, world, recorder, progress, asyncio.Event())))
-        return world, state, run_directory.read_lines(recorder.run_dir / run_directory.METRICS)
+    """Two steps of four prompts over 64 samples; their metrics."""
+    world = World(settings_of(tmp_path, **algorithm), teaches)
+    return world, *play(world, tmp_path)
 
 
 def test_refill_samples_further_prompts_until_enough_groups_teach(tmp_path: Path) -> None:
@@ -135,7 +124,7 @@ def test_refill_samples_further_prompts_until_enough_groups_teach(tmp_path: Path
     assert [m[catalog.GROUPS_TRAINED] for m in metrics] == [4, 4]
     assert [m[catalog.ZERO_VARIANCE] for m in metrics] == [3 / 7, 0]
     assert [len(groups) for groups in world.learned] == [4, 4]
-    assert all(any(group.advantages) for groups in world.learned for group in groups)
+    assert all(one.teaches for groups in world.learned for one in groups)
     assert len({p.seed for p in world.asked}) == len({p.sample.id for p in world.asked}) == 11 == state.cursor.position
     stored = state.ranks.state() if state.ranks else None
     assert stored and set(stored.steps.values()) == {2} and sum(map(len, stored.rows.values())) == 11 * N
@@ -167,66 +156,103 @@ def test_kl_is_taken_from_the_reward_before_the_advantages(tmp_path: Path) -> No
     # Equal rewards less 0.1 * (0, 0.25, .. 1.75), whose mean is 0.875: what is left is the KL alone.
     expected = [0.1 * (0.875 - 0.25 * i) for i in range(N)]
     assert [len(groups) for groups in world.learned] == [4, 4]
-    for groups in world.learned:
-        for entry in groups:
-            assert entry.advantages == pytest.approx(expected)
-    tokens = sum(t.sampled_tokens for entry in world.learned[0] for t in entry.group.trajectories)
+    for one in (one for groups in world.learned for one in groups):
+        assert [each.advantage for each in one.trajectories] == pytest.approx(expected)
+    tokens = sum(each.sampled_tokens for one in world.learned[0] for each in one.trajectories)
     assert metrics[0][catalog.KL] == pytest.approx(4 * 0.25 * 28 / tokens)  # 0 + 1 + .. + 7 = 28
 
 
 def test_no_kl_is_asked_for_unless_it_belongs_in_the_reward(tmp_path: Path) -> None:
     world, _, metrics = run(tmp_path, lambda _: True, kl_coef=0.1)
-    assert world.kl == [] and catalog.KL not in metrics[0]
+    assert world.kl_asked == 0 and catalog.KL not in metrics[0]
 
 
 def test_failures_are_judged_over_the_whole_step(tmp_path: Path) -> None:
     """A refill round of one failed group is no reason to stop; half a step that failed is."""
     settings = settings_of(tmp_path, dynamic="refill")
-    rng = np.random.default_rng(0)
-    samples = [scored_group(tmp_path, seed, 5.0, rng).group.prompt.sample for seed in range(64)]
 
     def go(fails: Teaches) -> World:
-        world = World(settings, tmp_path, lambda place: place != 0, fails)
-        progress = Progress(2, console=Console(file=io.StringIO()))
-        with Recorder(settings) as recorder:
-            state = RunState.fresh(settings, samples)
-            asyncio.run(train(Session(settings, samples, {}, state, world, recorder, progress, asyncio.Event())))
+        world = World(settings, lambda place: place != 0, fails)
+        play(world, tmp_path)
         return world
 
-    assert len(go(lambda place: place == 4).learned[0]) == 4
+    assert sum(one.teaches for one in go(lambda place: place == 4).learned[0]) == 4
     with pytest.raises(UserError, match="24 of 32 answers of the step failed"):
         go(lambda place: place in (1, 2, 3))
 
 
-def test_the_clock_adds_up_the_rounds_of_a_step() -> None:
-    async def step() -> dict[str, float]:
-        clock = StageClock()
-        for _ in range(3):
-            with clock.generate_and_score() as sampled:
-                await asyncio.sleep(0.02)
-                sampled.set()
-                await asyncio.sleep(0.04)
-        return clock.seconds()
-
-    seconds = asyncio.run(step())
-    assert seconds[catalog.SECONDS_GENERATE] >= 3 * 0.02 and seconds[catalog.SECONDS_SCORE] >= 3 * 0.039
-    assert seconds[catalog.SECONDS_CONTROLLER] < 0.02
+def test_a_step_that_learned_nothing_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    """No optimizer step was taken: loss or gradient norm were not finite. Nothing of the step is recorded."""
+    world = World(settings_of(tmp_path), lambda _: True)
+    world.report = {catalog.OPTIMIZER_STEPS: 0.0, catalog.SKIPPED: 1.0, catalog.LOSS: float("nan")}
+    with pytest.raises(
+        UserError, match=r"^step 1: loss or gradient norm is not finite, the weights were left"
+    ) as error:
+        play(world, tmp_path)
+    assert "\n" not in str(error.value)
+    assert run_directory.read_lines(tmp_path / "quickstart" / run_directory.METRICS) == []
 
 
-def test_rounds_add_up_in_prompt_order(tmp_path: Path) -> None:
-    groups = [scored_group(tmp_path, seed, 5.0, np.random.default_rng(seed)) for seed in range(3)]
-    algorithm = AlgorithmConfig(steps=1, prompts_per_step=2, group_size=N, dynamic="refill", kl_coef=0.5)
-    batch = StepBatch(algorithm)
-    assert batch.missing == 2
-    batch.add(groups[:2], [(1.0,) * N, (0.0, 1.0) * (N // 2)], ())
-    assert batch.missing == 1
-    batch.add(groups[2:], [(1.0, 2.0) * (N // 2)], [(2.0,) * N])
-    assert batch.missing == 0 and batch.scored == groups
-    assert batch.rewards[2] == (0.0, 1.0) * (N // 2)  # 1 - 0.5 * 2, 2 - 0.5 * 2
+def test_a_step_of_which_some_updates_were_skipped_goes_on_and_says_so(tmp_path: Path) -> None:
+    world = World(settings_of(tmp_path), lambda _: True)
+    world.report = {catalog.OPTIMIZER_STEPS: 1.0, catalog.SKIPPED: 1.0}
+    _, metrics = play(world, tmp_path)
+    assert [row[catalog.SKIPPED] for row in metrics] == [1.0, 1.0] and [row["step"] for row in metrics] == [1, 2]
+
+
+class Rounds:
+    """Stands for the pipeline: hands over prepared groups. A take lasts 6 s of this clock, 4 of them for sampling."""
+
+    def __init__(self, *rounds: Sequence[Group]) -> None:
+        self._rounds, self._now = iter(rounds), 100.0
+        self.asked: list[tuple[int, int]] = []
+
+    def monotonic(self) -> float:
+        return self._now
+
+    async def take(self, n: int, step: int) -> list[Group]:
+        self.asked.append((n, step))
+        sampling = Span(began=self._now - 50.0, ended=self._now + 4.0)
+        self._now += 6.0
+        return [replace(one, sampling=sampling) for one in next(self._rounds)]
+
+
+def of_rewards(*rewards: float) -> Group:
+    return group(*(measured(mask_iou=value, parsed=0.0, point_score=0.0) for value in rewards))
+
+
+async def test_rounds_add_up_in_prompt_order(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, dynamic="refill", kl_coef=0.5, kl_in="reward", scale="none")
+    settings = changed(changed(settings, "algorithm", prompts_per_step=2), "reward", rank="none")
+    scored = Rounds([of_rewards(1.0, 1.0), of_rewards(0.0, 1.0)], [of_rewards(1.0, 2.0)])
+
+    class Kl:
+        async def with_kl(self, groups: Sequence[Group]) -> list[Group]:
+            return [
+                replace(one, trajectories=tuple(replace(each, kl=2.0) for each in one.trajectories)) for one in groups
+            ]
+
+    batch = await next_batch(scored, 7, settings, Kl(), None)  # type: ignore[arg-type]
+    assert scored.asked == [(2, 7), (1, 7)] and batch.rounds == 2
+    # every reward less 0.5 * 2
+    assert [[one.reward for one in each.trajectories] for each in batch.groups] == [[0, 0], [-1, 0], [0, 1]]
+    assert [[one.advantage for one in each.trajectories] for each in batch.teaching] == [[-0.5, 0.5]] * 2
+
+
+async def test_a_steps_waits_add_up_over_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring overlaps sampling: what was waited until all were sampled is generation, the rest scoring; what was
+    done before the step asked counts nothing."""
+    settings = changed(settings_of(tmp_path, dynamic="refill"), "algorithm", prompts_per_step=1)
+    settings = changed(settings, "reward", rank="none")
+    scored = Rounds([of_rewards(1.0, 1.0)], [of_rewards(1.0, 1.0)], [of_rewards(0.0, 1.0)])
+    monkeypatch.setattr("launch.run.batch.time", scored)
+    batch = await next_batch(scored, 1, settings, None, None)  # type: ignore[arg-type]
+    assert (batch.rounds, batch.began) == (3, 100.0)
+    assert batch.seconds == {"generate": 12.0, "score": 6.0, "learn": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("name", "changed"),
+    ("name", "differs"),
     [
         ("grpo", {}),
         ("dapo", {"clip_high": 0.28, "dynamic": "refill"}),
@@ -235,9 +261,9 @@ def test_rounds_add_up_in_prompt_order(tmp_path: Path) -> None:
         ("cispo", {"loss": "cispo", "clip_low": 1.0, "clip_high": 4.0, "dynamic": "refill"}),
     ],
 )
-def test_a_preset_changes_what_its_paper_says_and_nothing_else(name: str, changed: dict[str, Any]) -> None:
+def test_a_preset_changes_what_its_paper_says_and_nothing_else(name: str, differs: dict[str, Any]) -> None:
     grpo = compose(["recipe=quickstart"]).algorithm
-    assert compose(["recipe=quickstart", f"algorithm={name}"]).algorithm == replace(grpo, **changed)
+    assert compose(["recipe=quickstart", f"algorithm={name}"]).algorithm == replace(grpo, **differs)
 
 
 def test_every_preset_is_known_here() -> None:

@@ -99,7 +99,7 @@ def test_only_the_scale_is_equalised_not_what_a_component_tells() -> None:
 def test_the_same_in_groups_of_eight_against_the_published_queue() -> None:
     """As training does it: the learner's own advantages of eight samples, 2048 rows of history."""
     rng = np.random.default_rng(1)
-    scores = rng.standard_normal((10_000, 8, 3))
+    scores = rng.standard_normal((5_000, 8, 3))
     values = SCALES * scores
     history = SCALES * rng.standard_normal((2048, 3))
 

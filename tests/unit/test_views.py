@@ -50,7 +50,7 @@ def test_nothing_inside_the_image_is_nothing_to_look_at() -> None:
 
 
 @given(side, side, st.lists(st.tuples(number, number, number, number), max_size=4))
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_every_view_has_an_area_inside_the_image(
     height: int, width: int, boxes: list[tuple[float, float, float, float]]
 ) -> None:
@@ -64,7 +64,7 @@ def test_every_view_has_an_area_inside_the_image(
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_view_and_image_coordinates_round_trip_within_a_pixel(data: st.DataObject) -> None:
     """Answers are written in whole numbers of the view's frame; a frame no coarser than the view loses half a step."""
     left, top = data.draw(st.integers(0, 2000)), data.draw(st.integers(0, 2000))
