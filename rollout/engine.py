@@ -189,7 +189,6 @@ class RolloutEngine:
         return replace(self._stats, image_hits=self._images.hits, image_misses=self._images.misses)
 
     async def shutdown(self) -> None:
-        self._watch.stop()
         self._decoder.shutdown()
         self._engine.shutdown(timeout=_SHUTDOWN_TIMEOUT_S)
         del self._engine
