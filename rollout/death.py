@@ -12,7 +12,7 @@ class EngineDead(RuntimeError):
 
 
 class DeathWatch:
-    """Watches one `AsyncLLM` from inside its event loop, until `stop`."""
+    """Watches one `AsyncLLM` from inside its event loop, until it dies or is shut down."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -28,9 +28,6 @@ class DeathWatch:
         if self._engine.errored and (not task.done() or task.exception()):
             raise EngineDead(f"vLLM's engine process died while {doing}")
         return task.result()
-
-    def stop(self) -> None:
-        self._death.cancel()
 
     async def _wait(self) -> None:
         while not self._engine.errored:

@@ -187,7 +187,6 @@ class RolloutEngine:
         return await self._updates.end(version, checksum)
 
     async def shutdown(self) -> None:
-        self._watch.stop()
         self._decoder.shutdown()
         self._engine.shutdown(timeout=_SHUTDOWN_TIMEOUT_S)
         del self._engine

@@ -12,22 +12,25 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 import ray
+from ray._private.parameter import RayParams
 
 from perception.config import PlacementConfig
 from runtime import cluster
 from tests.listeners import Listener, listeners, outside
 
-AGENT_PORT = 52365
-"""Where Ray's dashboard agent takes jobs. While another Ray of this machine has the port, an agent takes none."""
 WAIT_S = 60.0
+with socket.create_server(("127.0.0.1", 0)) as free:
+    AGENT_PORT = free.getsockname()[1]
+    """Of Ray's dashboard agent, which takes jobs. Where another Ray has the usual port, an agent takes none."""
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[set[Listener]]:
     """Everything that listens in a local run. The agents come some seconds after `ray.init` has returned."""
-    wait("the agent of an earlier Ray to end", lambda: not listens("127.0.0.1", AGENT_PORT))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
+        port = property(lambda _: AGENT_PORT, lambda *_: None)
+        patch.setattr(RayParams, "dashboard_agent_listen_port", port, raising=False)
         cluster.connect(PlacementConfig(name="cpu", device="cpu"))
         try:
             ray.get(ray.remote(num_cpus=0.1)(lambda: None).remote(), timeout=60)  # so that there is a worker

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -17,6 +19,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.setenv(name, "")  # so that it is put back in any case
         monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
 
 
 def settings() -> dict[str, str]:
@@ -43,6 +46,11 @@ def test_the_users_own_token_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_joins_a_ray_on_loopback_stays_there_with_its_token(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert settings() == {LOOPBACK: "0", "RAY_ADDRESS": address}
+
+
+def test_a_worker_of_ray_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    assert settings() == {}
 
 
 @pytest.mark.parametrize("address", ["10.0.0.7:6379", "head.example:6379", "auto", "ray://10.0.0.7:10001"])
