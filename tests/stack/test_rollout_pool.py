@@ -15,7 +15,9 @@ import ray
 
 from perception.config import PlacementConfig, RolloutConfig
 from perception.types import FailureKind, SamplingSpec, Turn
-from rollout.pool import RolloutError, RolloutPool
+from rollout.pool import RolloutPool
+from runtime.actors import ActorError, Limit
+from runtime.placement import anywhere
 from tests.hf_reference import Reference
 from tests.tiny_policy import build
 
@@ -56,7 +58,9 @@ class Trainer:
 async def trainer(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trainer]:
     ray.init(num_cpus=2, include_dashboard=False)
     trainer = Trainer(Reference(build(tmp_path_factory.mktemp("policy"))))
-    trainer.pool = RolloutPool(trainer.reference.policy, CONFIG, PLACEMENT, resync=trainer.sync)
+    trainer.pool = RolloutPool(
+        trainer.reference.policy, CONFIG, PLACEMENT, anywhere(PLACEMENT, "engine", 1), trainer.sync
+    )
     await trainer.pool.start()
     yield trainer
     await trainer.pool.shutdown()
@@ -119,7 +123,7 @@ async def test_an_unknown_parameter_is_refused(trainer: Trainer) -> None:
     wrong = replace(bucket, slots=(replace(bucket.slots[0], name="model.nothing.weight"),))
     trainer.pool.begin_update()
     await trainer.pool.stage(wrong)
-    with pytest.raises(RolloutError, match=r"rollout engine 0, taking new weights: .*nothing"):
+    with pytest.raises(ActorError, match=r"rollout engine 0, taking new weights: .*nothing"):
         await trainer.pool.end_update(trainer.version)
     await trainer.sync()
     assert_is_the_policy(trainer, await greedy(trainer, seed=3), seed=3)
@@ -127,11 +131,11 @@ async def test_an_unknown_parameter_is_refused(trainer: Trainer) -> None:
 
 async def test_a_late_answer_is_a_marked_group(trainer: Trainer) -> None:
     pool = trainer.pool
-    pool._config, config = replace(CONFIG, request_timeout_s=0.05), pool._config
+    pool._limit, limit = Limit(0.05, "rollout.request_timeout_s"), pool._limit
     try:
         group = await pool.generate(trainer.reference.prompt(4), SamplingSpec(n=4, temperature=1.0, max_new_tokens=900))
     finally:
-        pool._config = config
+        pool._limit = limit
     assert len(group.trajectories) == 4
     for trajectory in group.trajectories:
         assert trajectory.failure is not None and trajectory.failure.kind is FailureKind.ENGINE
@@ -140,7 +144,7 @@ async def test_a_late_answer_is_a_marked_group(trainer: Trainer) -> None:
 
 async def processes(trainer: Trainer) -> tuple[psutil.Process, psutil.Process]:
     """The actor's process and that of vLLM's engine under it."""
-    actor = trainer.pool._slots[0].actor
+    actor = trainer.pool.actors.slots[0].actor
     mine = psutil.Process(await actor.__ray_call__.remote(lambda self: os.getpid()))
     (core,) = [child for child in mine.children(recursive=True) if "EngineCor" in child.name()]
     return mine, core
@@ -150,7 +154,7 @@ async def test_a_killed_engine_comes_back_with_the_current_weights(trainer: Trai
     _, core = await processes(trainer)
     core.kill()
     turns = await asyncio.gather(*(greedy(trainer, seed) for seed in (5, 6)))
-    assert trainer.pool.restarts == 1
+    assert trainer.pool.actors.restarts == 1
     for seed, turn in zip((5, 6), turns, strict=True):
         assert_is_the_policy(trainer, turn, seed)
         assert [span.version for span in turn.versions] == [trainer.version]
