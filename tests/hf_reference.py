@@ -12,18 +12,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from perception.images import content_key
-from perception.types import ImageHandle, PolicySpec, Prompt, Sample, Target, TensorSlot, WeightBucket
+from perception.types import PolicySpec, Prompt, TensorSlot, WeightBucket
+from tests import builders
 from tests.tiny_policy import IMAGE_TOKENS
-
-
-def image(seed: int, height: int = 112, width: int = 140) -> ImageHandle:
-    """A random image, held as encoded PNG."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, "png")
-    data = encoded.getvalue()
-    return ImageHandle(key=content_key(data), height=height, width=width, ref=data)
 
 
 @dataclass
@@ -36,16 +27,10 @@ class Reference:
 
     def prompt(self, seed: int, images: int = 1) -> Prompt:
         text = f"<|im_start|>user\n{IMAGE_TOKENS * images}Where is it?<|im_end|>\n<|im_start|>assistant\n"
-        nothing = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
-        sample = Sample(
-            id=f"s{seed}", image_path="", height=112, width=140, question="Where is it?", task="ground", target=nothing
-        )
-        return Prompt(
-            sample=sample,
+        return builders.prompt(
+            builders.sample(f"s{seed}", height=112, width=140, question="Where is it?", task="ground"),
             token_ids=tuple(self.processor.tokenizer(text).input_ids),
-            images=tuple(image(seed + i) for i in range(images)),
-            answer_height=112,
-            answer_width=140,
+            images=tuple(builders.noise_image(seed + i, 112, 140) for i in range(images)),
             seed=seed,
         )
 

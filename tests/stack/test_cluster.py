@@ -13,20 +13,11 @@ import pytest
 import ray
 
 from launch import world
-from perception.config import (
-    AlgorithmConfig,
-    Config,
-    DataConfig,
-    LearnerConfig,
-    LookConfig,
-    ModelConfig,
-    PlacementConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-)
+from perception.config import AlgorithmConfig, Config, LearnerConfig, PlacementConfig
 from perception.errors import UserError
-from runtime import cluster
+from perception.metric_catalog import GREEDY, SAMPLED, HeldOut
+from runtime import cluster, placement
+from tests import builders
 from tests.listeners import listeners, outside
 from tests.ray_cluster import RayCluster, two_nodes
 
@@ -35,19 +26,12 @@ pytestmark = pytest.mark.timeout(660)  # starting two raylets counts towards the
 HALF = PlacementConfig(name="cpu", device="cpu", engine_cpus=0.5, reward_cpus=0.5, learner_cpus=0.5)
 
 
-def settings(placement: PlacementConfig = HALF, ranks: int = 2) -> Config:
+def settings(where: PlacementConfig = HALF, ranks: int = 2) -> Config:
     """One engine, one reward worker and `ranks` learner ranks."""
-    return Config(
-        run=RunConfig(name="test"),
-        model=ModelConfig(path="policy", segmenter="sam2"),
-        data=DataConfig(format="jsonl", train="train.jsonl", eval="eval.jsonl"),
-        task={},
-        look=LookConfig(),
-        reward=RewardConfig(name="test", components={}),
+    return builders.config(
         algorithm=AlgorithmConfig(steps=1, prompts_per_step=2, group_size=2),
         learner=LearnerConfig(ranks=ranks),
-        rollout=RolloutConfig(),
-        placement=placement,
+        placement=where,
     )
 
 
@@ -97,7 +81,7 @@ def test_a_training_run_submitted_as_a_job_writes_where_it_was_told(nodes: RayCl
     run = tmp_path / "runs" / "quickstart"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2
-    assert {"giou_greedy", "giou_sampled"} <= set(summary["after"])
+    assert {HeldOut("segment", "mask_iou", way).name for way in (GREEDY, SAMPLED)} <= set(summary["after"])
     assert (run / "report.html").stat().st_size > 0
     assert (run / "policy" / "model.safetensors").is_file()
 
@@ -108,29 +92,37 @@ def test_both_nodes_listen_on_loopback_only(nodes: RayCluster) -> None:
     assert outside(found) == set()
 
 
+def bundles(reservation: placement.Reservation) -> tuple[list[int], ...]:
+    """Of engines, reward workers and learner ranks."""
+    roles = (reservation.engines, reservation.reward_workers, reservation.learners)
+    assert all(seat.placement_group == reservation.placement_group for role in roles for seat in role)
+    return tuple([seat.bundle for seat in role] for role in roles)
+
+
 def test_a_reservation_spreads_over_the_nodes_and_is_given_back(joined: None) -> None:
-    reservation = cluster.reserve(settings())
-    assert (reservation.engines, reservation.reward_workers, reservation.learners) == ((0,), (1,), (2, 3))
-    placed = ray.util.placement_group_table(reservation.group)["bundles_to_node_id"]
+    reservation = placement.reserve(settings())
+    assert bundles(reservation) == ([0], [1], [2, 3])
+    assert all((seat.cpus, seat.gpus) == (0.5, 0.0) for seat in reservation.engines)
+    placed = ray.util.placement_group_table(reservation.placement_group)["bundles_to_node_id"]
     assert sorted(placed) == [0, 1, 2, 3]
     assert len(set(placed.values())) == 2  # four halves do not fit on a node of one CPU
     with pytest.raises(UserError, match=r"asks for 2 CPUs, the cluster has 2 CPUs \(0 CPUs free\)"):
-        cluster.reserve(settings(dataclasses.replace(HALF, start_timeout_s=0.5)))
+        placement.reserve(settings(dataclasses.replace(HALF, start_timeout_s=0.5)))
     reservation.free()
-    cluster.reserve(settings(dataclasses.replace(HALF, start_timeout_s=30.0))).free()
+    placement.reserve(settings(dataclasses.replace(HALF, start_timeout_s=30.0))).free()
 
 
 def test_a_shared_bundle_seats_everyone_together(joined: None) -> None:
     quarter = dataclasses.replace(HALF, engine_cpus=0.25, reward_cpus=0.25, learner_cpus=0.25, transport="ipc")
-    reservation = cluster.reserve(settings(quarter))
-    assert (reservation.engines, reservation.reward_workers, reservation.learners) == ((0,), (0,), (0, 0))
-    assert reservation.group.bundle_specs == [{"CPU": 1.0}]
+    reservation = placement.reserve(settings(quarter))
+    assert bundles(reservation) == ([0], [0], [0, 0])
+    assert reservation.placement_group.bundle_specs == [{"CPU": 1.0}]
     reservation.free()
 
 
 def test_what_the_cluster_can_never_hold_is_refused_in_one_line(joined: None) -> None:
     with pytest.raises(UserError) as refused:
-        cluster.reserve(settings(dataclasses.replace(HALF, engine_cpus=7, start_timeout_s=0.5)))
+        placement.reserve(settings(dataclasses.replace(HALF, engine_cpus=7, start_timeout_s=0.5)))
     assert str(refused.value).startswith("placement=cpu asks for 8.5 CPUs, the cluster has 2 CPUs")
     assert "\n" not in str(refused.value)
 
@@ -149,7 +141,7 @@ def test_without_a_cluster_a_local_one_is_started(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("placement", "ranks", "message"),
+    ("where", "ranks", "message"),
     [
         (dataclasses.replace(HALF, learner_cpus=1.0), 1000, r"asks for 1001 CPUs, this machine has \d+ CPUs"),
         (dataclasses.replace(HALF, name="one_gpu", device="cuda", engine_gpus=0.5), 1, "needs a CUDA GPU"),
@@ -158,19 +150,19 @@ def test_without_a_cluster_a_local_one_is_started(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(
-    placement: PlacementConfig, ranks: int, message: str, monkeypatch: pytest.MonkeyPatch
+    where: PlacementConfig, ranks: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match=message):
-        cluster.check_resources(settings(placement, ranks))
+        placement.check_resources(settings(where, ranks))
 
 
 def test_cuda_ipc_wants_everyone_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "_local_gpus", lambda: 2)
+    monkeypatch.setattr(placement, "local_gpus", lambda: 2)
     shared = dataclasses.replace(HALF, device="cuda", learner_gpus=0.6, transport="ipc")
     with pytest.raises(UserError, match=r"add up to 1\.2"):
-        cluster.check_resources(settings(shared, ranks=2))
+        placement.check_resources(settings(shared, ranks=2))
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])

@@ -14,9 +14,11 @@ import pytest
 import ray
 
 from perception.config import RolloutConfig
-from perception.types import FailureKind, Feed, Group, Prompt, SamplingSpec, Trajectory, Turn, View
+from perception.types import FailureKind, Feed, Group, Prompt, SamplingSpec, Trajectory, Turn
 from rollout.engine import EngineDead, RolloutEngine
-from tests.hf_reference import Reference, image
+from tests import builders
+from tests.builders import noise_image
+from tests.hf_reference import Reference
 from tests.tiny_policy import IMAGE_TOKENS, build
 
 CONFIG = RolloutConfig(max_model_len=1024, kv_cache_mb=64)
@@ -122,9 +124,9 @@ def sample(
 
 def closer(reference: Reference, seed: int) -> Feed:
     text = f"\n<|im_start|>user\n{IMAGE_TOKENS}Again.<|im_end|>\n<|im_start|>assistant\n"
-    view = View(left=0, top=0, right=56, bottom=56, height=84, width=84)
+    view = builders.view(0, 0, 56, 56, 84, 84)
     ids = tuple(reference.processor.tokenizer(text).input_ids)
-    return Feed(input_ids=ids, images=(image(seed, 84, 84),), view=view)
+    return Feed(input_ids=ids, images=(noise_image(seed, 84, 84),), view=view)
 
 
 def test_a_sample_of_its_own_is_the_one_its_group_would_hold(
@@ -180,13 +182,16 @@ def test_a_bad_request_is_a_marked_group_not_an_exception(engine: Any, reference
     assert all(t.turns for t in marked[3].trajectories)
 
 
-def test_the_group_shares_its_prompt(engine: Any, groups: list[Group]) -> None:
-    before = ray.get(engine.stats.remote(), timeout=30)
-    generate(engine, [groups[0].prompt])
-    after = ray.get(engine.stats.remote(), timeout=30)
-    assert after.requests == before.requests + 1
-    assert after.cached_tokens > before.cached_tokens
-    assert (after.image_hits, after.image_misses) == (before.image_hits + 1, before.image_misses)
+def test_a_group_is_one_request_and_its_image_is_decoded_once(engine: Any, groups: list[Group]) -> None:
+    def seen() -> tuple[int, list[str]]:
+        """How many requests there were, and the keys of the decoded images, which are added in order."""
+        looked = engine.__ray_call__.remote(lambda self: (repr(self._ids), list(self._images._kept)))
+        count, images = ray.get(looked, timeout=30)
+        return int(count.removeprefix("count(").rstrip(")")), images
+
+    (requests, images), prompt = seen(), groups[0].prompt
+    generate(engine, [prompt])
+    assert seen() == (requests + 1, images) and prompt.images[0].key in images
 
 
 def test_more_prompt_tokens_than_one_batch_takes_leave_the_engine_alive(engine: Any, reference: Reference) -> None:

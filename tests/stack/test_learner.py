@@ -28,12 +28,14 @@ from learner.rows import pieces
 from learner.zero import learning_rate
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
-from perception.types import LearnerReport, PolicySpec, TrainGroup
+from perception.types import Group, LearnerReport, PolicySpec
+from runtime.actors import Late
+from runtime.cluster import ROOT
+from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
-from tests.train_groups import train_group
+from tests.builders import sampled_group
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 5
 CONFIG = LearnerConfig(
     ranks=2, lr=1e-3, warmup_steps=2, schedule="linear", timeout_s=600.0, bucket_mb=1, micro_tokens=90
@@ -51,8 +53,8 @@ class Outcome:
     exported: Path
     next_weights: dict[str, Tensor]
     """One step later."""
-    again: tuple[dict, dict[str, Tensor]]
-    """Client state loaded back, and the weights after the same step again."""
+    again: dict[str, Tensor]
+    """After the same step again, from the checkpoint."""
     fresh: dict[str, Tensor]
     """The same from new processes; ZeRO-2 only, to save time."""
 
@@ -70,15 +72,16 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> PolicySpec:
 
 
 @pytest.fixture(scope="module")
-def groups(spec: PolicySpec) -> list[TrainGroup]:
+def groups(spec: PolicySpec) -> list[Group]:
     rng = np.random.default_rng(1)
-    return [train_group(spec, rng, n=3, turns=turns) for turns in (1, 2, 1)]
+    return [sampled_group(spec, rng, n=3, turns=turns) for turns in (1, 2, 1)]
 
 
 def make_pool(spec: PolicySpec, stage: int, algorithm: AlgorithmConfig = ALGORITHM, **changes: Any) -> LearnerPool:
     config = replace(CONFIG, zero_stage=stage, **changes)  # type: ignore[arg-type]
+    seats = anywhere(PLACEMENT, "learner", config.ranks)
     return LearnerPool(
-        spec, config, algorithm, PLACEMENT, temperature=0.9, max_new_tokens=16, seed=3, deterministic=True
+        spec, config, algorithm, PLACEMENT, seats, temperature=0.9, max_new_tokens=16, seed=3, deterministic=True
     )
 
 
@@ -92,30 +95,30 @@ async def receive(pool: LearnerPool) -> dict[str, Tensor]:
     return received
 
 
-async def resume(spec: PolicySpec, stage: int, groups: list[TrainGroup], checkpoint: Path) -> dict[str, Tensor]:
+async def resume(spec: PolicySpec, stage: int, groups: list[Group], checkpoint: Path) -> dict[str, Tensor]:
     pool = make_pool(spec, stage)
     await pool.start()
-    await pool.load_checkpoint(str(checkpoint))
-    await pool.train_step(groups)
+    await pool.load(str(checkpoint))
+    await pool.update(groups)
     weights = await receive(pool)
-    pool.shutdown()
+    await pool.shutdown()
     return weights
 
 
-async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[TrainGroup], folder: Path) -> Outcome:
+async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group], folder: Path) -> Outcome:
     pool = make_pool(spec, stage, ranks=ranks)
     await pool.start()
-    parity = await pool.parity([entry.group for entry in groups])
-    reports = [await pool.train_step(groups) for _ in range(STEPS)]
+    parity = await pool.parity(groups)
+    reports = [await pool.update(groups) for _ in range(STEPS)]
     weights = await receive(pool)
     await pool.export(str(folder / "policy"))
-    await pool.save_checkpoint(str(folder / "checkpoint"), {"cursor": 7})
-    await pool.train_step(groups)
+    await pool.save(str(folder / "checkpoint"))
+    await pool.update(groups)
     next_weights = await receive(pool)
-    client_state = await pool.load_checkpoint(str(folder / "checkpoint"))
-    await pool.train_step(groups)
-    again = client_state, await receive(pool)
-    pool.shutdown()
+    await pool.load(str(folder / "checkpoint"))
+    await pool.update(groups)
+    again = await receive(pool)
+    await pool.shutdown()
     fresh = await resume(spec, stage, groups, folder / "checkpoint") if (stage, ranks) == (2, 2) else {}
     return Outcome(
         parity=parity,
@@ -130,7 +133,7 @@ async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[TrainG
 
 @pytest.fixture(scope="module", params=[(1, 2), (2, 2), (3, 2), (2, 1)], ids="zero{0[0]}-ranks{0[1]}".format)
 def outcome(
-    request: pytest.FixtureRequest, spec: PolicySpec, groups: list[TrainGroup], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, spec: PolicySpec, groups: list[Group], tmp_path_factory: pytest.TempPathFactory
 ) -> Outcome:
     return asyncio.run(exercise(spec, *request.param, groups, tmp_path_factory.mktemp("run")))
 
@@ -147,7 +150,7 @@ class Plain:
 
 
 @pytest.fixture(scope="module")
-def plain(spec: PolicySpec, groups: list[TrainGroup]) -> Plain:
+def plain(spec: PolicySpec, groups: list[Group]) -> Plain:
     """The same steps in one process: one batch, torch's AdamW, no DeepSpeed."""
     policy = load_policy(spec, 0.9, LearnerConfig(rows="padded"), lambda handle: handle.ref)
     reference = copy.deepcopy(policy)
@@ -157,7 +160,7 @@ def plain(spec: PolicySpec, groups: list[TrainGroup]) -> Plain:
     losses, norms = [], []
     rates = [5e-4, 1e-3, 1e-3, 0.875e-3, 0.75e-3]
     with torch.no_grad():
-        mismatch = policy(batch)[0] - batch.tokens.engine_logprobs
+        mismatch = policy(batch)[0] - batch.tokens.rollout_logprobs
     for rate in rates:
         optimizer.param_groups[0]["lr"] = rate
         with torch.no_grad():
@@ -199,13 +202,11 @@ def test_parity_measures_the_difference_to_the_engine(outcome: Outcome, plain: P
 
 
 def test_a_checkpoint_goes_on_bit_for_bit(outcome: Outcome) -> None:
-    client_state, weights = outcome.again
-    assert client_state == {"cursor": 7}
     assert any(not torch.equal(outcome.weights[name], w) for name, w in outcome.next_weights.items())
     for name, weight in outcome.next_weights.items():
-        assert torch.equal(weights[name], weight), name
+        assert torch.equal(outcome.again[name], weight), name
     for name, weight in outcome.fresh.items():
-        assert torch.equal(weights[name], weight), name
+        assert torch.equal(outcome.again[name], weight), name
 
 
 def test_the_export_loads_in_transformers(outcome: Outcome) -> None:
@@ -220,17 +221,23 @@ def test_the_export_loads_in_transformers(outcome: Outcome) -> None:
 
 def test_a_wait_ends_with_the_name_of_what_it_waited_for(spec: PolicySpec) -> None:
     pool = make_pool(spec, stage=2, timeout_s=0.01)
-    with pytest.raises(TimeoutError, match=r"learner: open_store on 1 rank\(s\) took longer than 0.01 s"):
-        asyncio.run(pool.start())
-    pool.shutdown()
+
+    async def start() -> None:
+        try:
+            await pool.start()
+        finally:
+            await pool.shutdown()
+
+    with pytest.raises(Late, match=r"learner rank 0: open store took more than 0\.01 s \(learner\.timeout_s\)"):
+        asyncio.run(start())
 
 
 def test_groups_are_dealt_out_evenly(spec: PolicySpec) -> None:
     rng = np.random.default_rng(0)
-    entries = [train_group(spec, rng, n=2, images=0, prompt_tokens=10 * i) for i in range(1, 8)]
+    entries = [sampled_group(spec, rng, n=2, images=0, prompt_tokens=10 * i) for i in range(1, 8)]
     shares = deal(entries, 3)
     assert sorted(id(entry) for share in shares for entry in share) == sorted(map(id, entries))
-    lengths = [sum(len(e.group.prompt.token_ids) for e in share) for share in shares]
+    lengths = [sum(len(e.prompt.token_ids) for e in share) for share in shares]
     assert max(lengths) < 1.3 * min(lengths)
     assert [len(share) for share in deal(entries[:2], 3)] == [1, 1, 0]
 

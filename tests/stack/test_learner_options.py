@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from learner.pool import LearnerPool
 from learner.rows import pieces
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, LoraConfig, PlacementConfig
-from perception.types import LearnerReport, PolicySpec, TrainGroup
+from perception.types import FailureKind, Group, LearnerReport, PolicySpec
+from runtime.cluster import ROOT
+from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
-from tests.train_groups import train_group
+from tests.builders import failure, sampled_group
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = LearnerConfig(lr=1e-3, timeout_s=600.0, bucket_mb=1, micro_tokens=90)
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, importance="none", clip_high=5.0)
 PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
@@ -49,9 +50,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> PolicySpec:
 
 
 @pytest.fixture(scope="module")
-def groups(spec: PolicySpec) -> list[TrainGroup]:
+def groups(spec: PolicySpec) -> list[Group]:
     rng = np.random.default_rng(1)
-    return [train_group(spec, rng, n=3, turns=turns) for turns in (1, 2, 1)]
+    return [sampled_group(spec, rng, n=3, turns=turns) for turns in (1, 2, 1)]
 
 
 class Run:
@@ -60,33 +61,50 @@ class Run:
     def __init__(
         self,
         spec: PolicySpec,
-        groups: list[TrainGroup],
+        groups: list[Group],
         *,
         steps: int = 2,
+        then: Sequence[list[Group]] = (),
         algorithm: AlgorithmConfig = ALGORITHM,
         folder: Path | None = None,
         **settings: Any,
     ) -> None:
-        pool = LearnerPool(
-            spec, replace(CONFIG, **settings), algorithm, PLACEMENT, temperature=0.9, max_new_tokens=16, seed=3
-        )
+        """`steps` steps over the groups, and one over each batch of `then`."""
+        config = replace(CONFIG, **settings)
+        seats = anywhere(PLACEMENT, "learner", config.ranks)
+        pool = LearnerPool(spec, config, algorithm, PLACEMENT, seats, temperature=0.9, max_new_tokens=16, seed=3)
         self.reports: list[LearnerReport] = []
-        self.weights: dict[str, Tensor] = {}
+        self.history: list[dict[str, Tensor]] = []
+        """The weights after every step of `then`, and before the first of them."""
+        self.kl: list[Group] = []
 
-        async def run() -> None:
-            await pool.start()
-            self.reports += [await pool.train_step(groups) for _ in range(steps)]
-            self.kl = await pool.kl([entry.group for entry in groups]) if algorithm.kl_coef else []
+        async def weights() -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
             async for bucket in pool.buckets():
                 flat = torch.tensor(ray.get(bucket.payload))
-                self.weights |= {slot.name: view(flat, slot) for slot in bucket.slots}
-            if folder is not None:
-                await pool.export(str(folder))
+                found |= {slot.name: view(flat, slot) for slot in bucket.slots}
+            return found
 
-        try:
-            asyncio.run(run())
-        finally:
-            pool.shutdown()
+        async def run() -> None:
+            try:
+                await pool.start()
+                self.reports += [await pool.update(groups) for _ in range(steps)]
+                self.history.append(await weights())
+                for batch in then:
+                    self.reports.append(await pool.update(batch))
+                    self.history.append(await weights())
+                if algorithm.kl_coef:
+                    self.kl = await pool.with_kl(groups)
+                if folder is not None:
+                    await pool.export(str(folder))
+            finally:
+                await pool.shutdown()
+
+        asyncio.run(run())
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return self.history[-1]
 
     def metric(self, name: str) -> list[float]:
         return [report.metrics[name] for report in self.reports]
@@ -107,7 +125,7 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Ten
 
 
 def test_adapters_train_alike_on_shards_and_leave_merged(
-    spec: PolicySpec, groups: list[TrainGroup], start: dict[str, Tensor], tmp_path: Path
+    spec: PolicySpec, groups: list[Group], start: dict[str, Tensor], tmp_path: Path
 ) -> None:
     algorithm = replace(ALGORITHM, kl_coef=0.1)
     lora = LoraConfig(rank=4, alpha=8)
@@ -124,7 +142,7 @@ def test_adapters_train_alike_on_shards_and_leave_merged(
     assert torch.linalg.matrix_rank(moved, rtol=1e-4) == 4
     # The reference is the policy without adapters: no KL before the first step, some after.
     assert sharded.metric(catalog.KL)[0] == pytest.approx(0.0, abs=1e-9) and sharded.metric(catalog.KL)[1] > 0
-    assert all(value > 0 for group in sharded.kl for value in group)
+    assert all(one.kl is not None and one.kl > 0 for group in sharded.kl for one in group.trajectories)
     exported = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "policy").named_parameters())
     assert exported.keys() == start.keys()
     for name, weight in start.items():
@@ -132,7 +150,7 @@ def test_adapters_train_alike_on_shards_and_leave_merged(
 
 
 def test_a_frozen_vision_tower_stays_and_its_features_are_reused(
-    spec: PolicySpec, groups: list[TrainGroup], start: dict[str, Tensor]
+    spec: PolicySpec, groups: list[Group], start: dict[str, Tensor]
 ) -> None:
     sharded = Run(spec, groups, freeze_vision=True, ranks=2, zero_stage=3)
     single = Run(spec, groups, freeze_vision=True, zero_stage=2, feature_cache_mb=0)
@@ -145,13 +163,13 @@ def test_a_frozen_vision_tower_stays_and_its_features_are_reused(
 
 
 def test_the_optimizer_steps_alike_in_host_memory(
-    spec: PolicySpec, groups: list[TrainGroup], start: dict[str, Tensor]
+    spec: PolicySpec, groups: list[Group], start: dict[str, Tensor]
 ) -> None:
     away = Run(spec, groups, steps=3, offload_optimizer=True, zero_stage=2)
     assert apart(away.weights, Run(spec, groups, steps=3, zero_stage=2).weights, start) < 1e-3
 
 
-def test_bf16_steps_too_small_for_bf16_add_up_in_the_masters(spec: PolicySpec, groups: list[TrainGroup]) -> None:
+def test_bf16_steps_too_small_for_bf16_add_up_in_the_masters(spec: PolicySpec, groups: list[Group]) -> None:
     """A step of 1e-5 is lost on a bf16 weight of 0.1, whose neighbours are 5e-4 away; sixty of them are not."""
     half = replace(spec, dtype="bfloat16")
     run = Run(half, groups, steps=60, lr=1e-5)
@@ -164,7 +182,7 @@ def test_bf16_steps_too_small_for_bf16_add_up_in_the_masters(spec: PolicySpec, g
 
 
 def test_several_steps_over_a_batch_follow_the_policy_from_its_beginning(
-    spec: PolicySpec, groups: list[TrainGroup], start: dict[str, Tensor]
+    spec: PolicySpec, groups: list[Group], start: dict[str, Tensor]
 ) -> None:
     """Two mini-batches, twice: the old policy is the learner's before the first of four steps, for all of them, and the
     learning rate falls from step to step."""
@@ -189,16 +207,69 @@ def test_several_steps_over_a_batch_follow_the_policy_from_its_beginning(
     assert run.metric(catalog.LR) == [pytest.approx(CONFIG.lr / 4)]
 
 
-def test_a_mini_batch_of_failures_has_no_gradient(spec: PolicySpec, groups: list[TrainGroup]) -> None:
-    failed = tuple(replace(t, turns=()) for t in groups[0].group.trajectories)
-    nothing = replace(groups[0], group=replace(groups[0].group, trajectories=failed))
+def test_a_mini_batch_of_failures_has_no_gradient(spec: PolicySpec, groups: list[Group]) -> None:
+    nothing = replace(groups[0], trajectories=tuple(replace(one, turns=()) for one in groups[0].trajectories))
     run = Run(spec, [nothing, groups[1]], steps=1, algorithm=replace(ALGORITHM, updates=2))
     assert np.isfinite(run.metric(catalog.LOSS)[0]) and run.metric(catalog.GRAD_NORM)[0] > 0
     assert all(torch.isfinite(weight).all() for weight in run.weights.values())
 
 
+def failed(group: Group, kind: FailureKind) -> Group:
+    """What was sampled is still there; nothing of it may count."""
+    return replace(group, trajectories=tuple(replace(one, failure=failure(kind)) for one in group.trajectories))
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+def test_a_scorers_failure_does_not_dilute_the_step(spec: PolicySpec, groups: list[Group], aggregate: str) -> None:
+    """With half of the groups failed the step is that of the other half alone: loss, gradient and weights."""
+    rng = np.random.default_rng(5)
+    lost = [failed(sampled_group(spec, rng, n=3), kind) for kind in (FailureKind.SCORER, FailureKind.ENGINE)]
+    lost.append(failed(sampled_group(spec, rng, n=3, turns=2), FailureKind.SCORER))
+    half = [lost[0], groups[0], groups[1], lost[1], groups[2], lost[2]]
+    algorithm = replace(ALGORITHM, aggregate=aggregate, kl_coef=0.1)
+    still = Run(spec, groups, steps=1, then=[half], algorithm=algorithm, lr=1e-12)  # the weights stay where they are
+    assert still.metric(catalog.GRAD_NORM)[1] == pytest.approx(still.metric(catalog.GRAD_NORM)[0], rel=1e-6)
+    assert still.metric(catalog.LOSS)[1] == pytest.approx(still.metric(catalog.LOSS)[0], rel=1e-6, abs=1e-9)
+    assert still.metric(catalog.ENTROPY)[1] == pytest.approx(still.metric(catalog.ENTROPY)[0], rel=1e-6)
+    alone, mixed = (Run(spec, batch, steps=1, algorithm=algorithm) for batch in (groups, half))
+    for name, weight in alone.weights.items():
+        assert torch.allclose(mixed.weights[name], weight, rtol=0, atol=1e-6), name
+    # and the KL, which goes into the reward, is not measured of them either
+    (gone, whole) = (still.kl[0], mixed.kl[0])
+    assert all(one.kl is not None for one in gone.trajectories) and all(one.kl is None for one in whole.trajectories)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_that_is_not_finite_leaves_the_weights_bit_for_bit(
+    spec: PolicySpec, groups: list[Group], stage: int
+) -> None:
+    """One trajectory on one of two ranks makes loss and gradient infinite. The steps after it are as if there had been
+    none: the optimizer's moments were left alone, too."""
+    first = groups[0].trajectories[0]
+    bad = replace(groups[0], trajectories=(replace(first, advantage=float("inf")), *groups[0].trajectories[1:]))
+    poisoned = [bad, *groups[1:]]
+    run = Run(spec, groups, steps=1, then=[poisoned, groups], ranks=2, zero_stage=stage)
+    assert run.metric(catalog.SKIPPED) == [0.0, 1.0, 0.0]
+    assert run.metric(catalog.OPTIMIZER_STEPS) == [1.0, 0.0, 1.0]
+    assert not np.isfinite(run.metric(catalog.LOSS)[1])
+    before, after, later = run.history
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert any(not torch.equal(later[name], weight) for name, weight in before.items())
+    untouched = Run(spec, groups, steps=1, then=[groups], ranks=2, zero_stage=stage)
+    for name, weight in untouched.weights.items():
+        assert torch.allclose(later[name], weight, rtol=0, atol=1e-7), name
+
+
+def test_only_the_mini_batch_that_is_not_finite_is_skipped(spec: PolicySpec, groups: list[Group]) -> None:
+    nan = replace(groups[0], trajectories=tuple(replace(one, advantage=np.nan) for one in groups[0].trajectories))
+    run = Run(spec, [nan, groups[1]], steps=1, algorithm=replace(ALGORITHM, updates=2), ranks=2)
+    assert (run.metric(catalog.SKIPPED), run.metric(catalog.OPTIMIZER_STEPS)) == ([1.0], [1.0])
+    assert np.isfinite(run.metric(catalog.LOSS)[0]) and np.isfinite(run.metric(catalog.GRAD_NORM)[0])
+    assert all(torch.isfinite(weight).all() for weight in run.weights.values())
+
+
 def test_padded_rows_train_alike_and_say_what_they_waste(
-    spec: PolicySpec, groups: list[TrainGroup], start: dict[str, Tensor]
+    spec: PolicySpec, groups: list[Group], start: dict[str, Tensor]
 ) -> None:
     packed, padded = Run(spec, groups), Run(spec, groups, rows="padded", ranks=2)
     # Adam divides by the gradient's size: where that is all rounding, as where patches are summed in another order, so

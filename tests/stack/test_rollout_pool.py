@@ -16,8 +16,11 @@ import ray
 
 from perception.config import PlacementConfig, RolloutConfig
 from perception.types import FailureKind, Feed, Group, SamplingSpec, Trajectory, Turn, View
-from rollout.pool import RolloutError, RolloutPool
-from tests.hf_reference import Reference, image
+from rollout.pool import RolloutPool
+from runtime.actors import ActorError, Limit
+from runtime.placement import anywhere
+from tests.builders import noise_image
+from tests.hf_reference import Reference
 from tests.tiny_policy import IMAGE_TOKENS, build
 
 CONFIG = RolloutConfig(max_model_len=1024, kv_cache_mb=64, request_timeout_s=120)
@@ -59,7 +62,9 @@ class Trainer:
 async def trainer(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trainer]:
     ray.init(num_cpus=2, include_dashboard=False)
     trainer = Trainer(Reference(build(tmp_path_factory.mktemp("policy"))))
-    trainer.pool = RolloutPool(trainer.reference.policy, CONFIG, PLACEMENT, resync=trainer.sync)
+    trainer.pool = RolloutPool(
+        trainer.reference.policy, CONFIG, PLACEMENT, anywhere(PLACEMENT, "engine", 1), trainer.sync
+    )
     await trainer.pool.start()
     yield trainer
     await trainer.pool.shutdown()
@@ -81,7 +86,9 @@ def assert_is_the_policy(trainer: Trainer, turn: Turn, seed: int) -> None:
 def second_look(reference: Reference) -> Feed:
     text = f"\n<|im_start|>user\n{IMAGE_TOKENS}Again.<|im_end|>\n<|im_start|>assistant\n"
     view = View(left=0, top=0, right=56, bottom=56, height=84, width=84)
-    return Feed(input_ids=tuple(reference.processor.tokenizer(text).input_ids), images=(image(50, 84, 84),), view=view)
+    return Feed(
+        input_ids=tuple(reference.processor.tokenizer(text).input_ids), images=(noise_image(50, 84, 84),), view=view
+    )
 
 
 async def test_changed_weights_change_the_next_sample(trainer: Trainer) -> None:
@@ -174,7 +181,7 @@ async def test_an_unknown_parameter_is_refused(trainer: Trainer) -> None:
     wrong = replace(bucket, slots=(replace(bucket.slots[0], name="model.nothing.weight"),))
     trainer.pool.begin_update()
     await trainer.pool.stage(wrong)
-    with pytest.raises(RolloutError, match=r"rollout engine 0, taking new weights: .*nothing"):
+    with pytest.raises(ActorError, match=r"rollout engine 0, taking new weights: .*nothing"):
         await trainer.pool.end_update(trainer.version)
     await trainer.sync()
     assert_is_the_policy(trainer, await greedy(trainer, seed=3), seed=3)
@@ -182,11 +189,11 @@ async def test_an_unknown_parameter_is_refused(trainer: Trainer) -> None:
 
 async def test_a_late_answer_is_a_marked_group(trainer: Trainer) -> None:
     pool = trainer.pool
-    pool._config, config = replace(CONFIG, request_timeout_s=0.05), pool._config
+    pool._limit, limit = Limit(0.05, "rollout.request_timeout_s"), pool._limit
     try:
         group = await pool.generate(trainer.reference.prompt(4), SamplingSpec(n=4, temperature=1.0, max_new_tokens=900))
     finally:
-        pool._config = config
+        pool._limit = limit
     assert len(group.trajectories) == 4
     for trajectory in group.trajectories:
         assert trajectory.failure is not None and trajectory.failure.kind is FailureKind.ENGINE
@@ -195,7 +202,7 @@ async def test_a_late_answer_is_a_marked_group(trainer: Trainer) -> None:
 
 async def processes(trainer: Trainer) -> tuple[psutil.Process, psutil.Process]:
     """The actor's process and that of vLLM's engine under it."""
-    actor = trainer.pool._slots[0].actor
+    actor = trainer.pool.actors.slots[0].actor
     mine = psutil.Process(await actor.__ray_call__.remote(lambda self: os.getpid()))
     (core,) = [child for child in mine.children(recursive=True) if "EngineCor" in child.name()]
     return mine, core
@@ -208,10 +215,10 @@ async def test_a_killed_engine_comes_back_with_the_current_weights(trainer: Trai
     staging = asyncio.create_task(trainer.pool.stage(next(trainer.reference.buckets())))
     await asyncio.sleep(0.5)
     core.kill()
-    with pytest.raises(RolloutError, match="engine 0 died while staging weight bucket 1: "):
+    with pytest.raises(ActorError, match="engine 0 died while staging weight bucket 1: "):
         await asyncio.wait_for(staging, 10.0)
     turns = await asyncio.gather(*(greedy(trainer, seed) for seed in (5, 6)))
-    assert trainer.pool.restarts == 1
+    assert trainer.pool.actors.restarts == 1
     for seed, turn in zip((5, 6), turns, strict=True):
         assert_is_the_policy(trainer, turn, seed)
         assert [span.version for span in turn.versions] == [trainer.version]

@@ -20,7 +20,9 @@ from learner.pool import LearnerPool
 from learner.weights import WeightSender, weights
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig, RolloutConfig
 from perception.types import SamplingSpec, UpdateReport, WeightBucket
-from rollout.pool import RolloutError, RolloutPool
+from rollout.pool import RolloutPool
+from runtime.actors import ActorError
+from runtime.placement import anywhere
 from tests.hf_reference import Reference
 from tests.listeners import listeners, outside
 from tests.tiny_policy import build
@@ -48,7 +50,7 @@ async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rol
     ray.init(num_cpus=3, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     policy = build(tmp_path_factory.mktemp("policy"), seed=0)
     config = RolloutConfig(engines=2, max_model_len=1024, kv_cache_mb=64, request_timeout_s=120)
-    pool = RolloutPool(policy, config, PLACEMENT)
+    pool = RolloutPool(policy, config, PLACEMENT, anywhere(PLACEMENT, "engine", 2))
     await pool.start()
     yield pool
     await pool.shutdown()
@@ -87,9 +89,14 @@ async def assert_engines_are(engines: RolloutPool, policy: Reference, version: i
         assert [span.version for span in turn.versions] == [version]
 
 
+def own(engines: RolloutPool) -> Reference:
+    """The policy they started with."""
+    return Reference(engines.actors._arguments(0)[0])
+
+
 async def reset(engines: RolloutPool) -> None:
     """The engines' own policy again."""
-    await sync(sender(Reference(engines._policy), "store"), engines, version=0)
+    await sync(sender(own(engines), "store"), engines, version=0)
 
 
 @pytest.mark.parametrize("transport", ["store", "gloo"])
@@ -108,7 +115,7 @@ async def test_every_parameter_reaches_every_engine_and_the_checksum_proves_it(
 
 async def test_only_what_is_trained_is_sent_and_the_rest_is_summed_all_the_same(engines: RolloutPool) -> None:
     await reset(engines)
-    trained = Reference(engines._policy)
+    trained = own(engines)
     trained.model.requires_grad_(False)
     layer = trained.model.model.language_model.layers[1].requires_grad_(True)
     with torch.no_grad():
@@ -122,7 +129,7 @@ async def test_only_what_is_trained_is_sent_and_the_rest_is_summed_all_the_same(
 
 async def test_staging_leaves_requests_in_flight_alone(engines: RolloutPool, other: Reference) -> None:
     await reset(engines)
-    old = Reference(engines._policy)
+    old = own(engines)
     prompt = other.prompt(6)
     running = asyncio.create_task(engines.generate(prompt, SAMPLED))
     await asyncio.sleep(0.1)
@@ -165,7 +172,7 @@ async def test_a_single_wrong_parameter_fails_the_checksum(
     engines: RolloutPool, other: Reference, change: Callable[[WeightBucket], WeightBucket]
 ) -> None:
     await reset(engines)
-    with pytest.raises(RolloutError, match=r"rollout engine 0 does not hold the learner's weights .* of version 3"):
+    with pytest.raises(ActorError, match=r"rollout engine 0 does not hold the learner's weights .* of version 3"):
         await sync(sender(other, "store"), engines, 3, change)
 
 
@@ -177,23 +184,32 @@ async def test_a_bucket_that_does_not_arrive_is_named(engines: RolloutPool, othe
     await impose(engines, replace(engines._config, request_timeout_s=1.0))
     await engines.stage(bucket)
     missing = r"rollout engine \d, taking new weights: receiving the staged buckets took more than 1 s"
-    with pytest.raises(RolloutError, match=missing):
+    with pytest.raises(ActorError, match=missing):
         await engines.end_update(1)
     await impose(engines, engines._config)
 
 
 async def impose(engines: RolloutPool, config: RolloutConfig) -> None:
-    for slot in engines._slots:
+    for slot in engines.actors.slots:
         await slot.actor.__ray_call__.remote(lambda self: setattr(self._updates, "_config", config))
 
 
 async def test_a_zero_3_learner_of_two_ranks_sends_every_parameter(engines: RolloutPool, other: Reference) -> None:
     await reset(engines)
-    start = dict(Reference(engines._policy).model.named_parameters())
+    start = dict(own(engines).model.named_parameters())
     for name, parameter in other.model.named_parameters():
         assert (start[name] != parameter).float().mean() > 0.9, name
     algorithm = AlgorithmConfig(steps=1, prompts_per_step=2, group_size=2)
-    learner = LearnerPool(other.policy, LEARNER, algorithm, PLACEMENT, temperature=1.0, max_new_tokens=24, seed=0)
+    learner = LearnerPool(
+        other.policy,
+        LEARNER,
+        algorithm,
+        PLACEMENT,
+        anywhere(PLACEMENT, "learner", 2),
+        temperature=1.0,
+        max_new_tokens=24,
+        seed=0,
+    )
     try:
         await learner.start()
         for version in (1, 2):
@@ -206,20 +222,20 @@ async def test_a_zero_3_learner_of_two_ranks_sends_every_parameter(engines: Roll
         assert (host, port) in {one[1:] for one in found} and any("EngineCore" in one[0] for one in found)
         assert outside(found) == set()  # neither the process groups nor their rendezvous
     finally:
-        learner.shutdown()
+        await learner.shutdown()
 
 
 async def test_a_restarted_engine_joins_a_new_broadcast(engines: RolloutPool, other: Reference) -> None:
     out = sender(other, "gloo")
     await sync(out, engines, version=1)
     engines._resync = lambda: sync(out, engines, version=1)
-    (dead, alive), greedy = [slot.actor for slot in engines._slots], replace(GREEDY, max_new_tokens=2)
+    (dead, alive), greedy = [slot.actor for slot in engines.actors.slots], replace(GREEDY, max_new_tokens=2)
     ray.kill(dead)
     await engines.sample(other.prompt(4), 0, (), None, greedy)  # finds it dead and turns to the other one
-    revival = engines._slots[0].revival
+    revival = engines.actors.slots[0].revival
     assert revival is not None
     await revival
-    assert engines.restarts == 1 and engines._slots[1].actor is alive
+    assert engines.actors.restarts == 1 and engines.actors.slots[1].actor is alive
     await assert_engines_are(engines, other, version=1)
     await sync(out, engines, version=2)
     await assert_engines_are(engines, other, version=2)

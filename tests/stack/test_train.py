@@ -16,10 +16,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from perception import metric_catalog as catalog
+from perception.metric_catalog import GREEDY, HeldOut
 from runtime.cluster import ROOT
 
 START_S = 240.0
 STEPS = 6
+HELD_OUT = HeldOut("segment", "mask_iou")
 SMALL = (
     "recipe=quickstart",
     "algorithm.prompts_per_step=4",
@@ -111,8 +114,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(finished: Path, tmp_pat
 
 def test_a_finished_run_leaves_what_was_promised(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
-    assert {"before", "after", "steps", "seconds", "parse_ok"} <= summary.keys()
-    assert {"giou_greedy", "giou_sampled"} <= summary["before"].keys() & summary["after"].keys()
+    assert {"before", "after", "steps", "seconds", "restarts", "seed"} <= summary.keys()
+    assert {HELD_OUT.name, HELD_OUT._replace(way=GREEDY).name} <= summary["before"].keys() & summary["after"].keys()
+    assert 0 < summary["after"][HeldOut("segment", catalog.PARSED).name] <= 1
     assert summary["steps"] == steps(finished)[-1]
     page = (finished / "report.html").read_text()
     assert "<svg" in page and "data:image/" in page and "http://" not in page.replace("http://www.w3.org", "")
