@@ -3,7 +3,7 @@
     python -m benchmarks.hostile [--length 100000] [--json]
 
 Families of adversarial texts, each against one place where a careless reader takes quadratic time; the best of three.
-There is no rival. `tests/test_hostile_text.py` puts 200,000 mutated completions through the same functions.
+There is no rival. `tests/stack/test_hostile_text.py` puts 200,000 mutated completions through the same functions.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.common import options, print_result
-from perception import answers
 from perception.frames import Frame
-from perception.types import Answer, Target, View
-from reward_workers.rewards import COMPONENTS, Case
+from perception.tasks import TASKS
+from perception.types import Answer, Target
+from reward_workers.components import COMPONENTS
+from tests.builders import case, target, view
 
 FRAME = Frame(480, 640)
-VIEW = View(left=0, top=0, right=640, bottom=480, height=480, width=640)
+VIEW = view(0, 0, 640, 480, 480, 640)
 
 
 def _answer(body: str) -> str:
@@ -66,28 +67,17 @@ FAMILIES: dict[str, Callable[[int], str]] = {
 
 def _truth(count: int) -> Target:
     corner = np.arange(count, dtype=np.float32)[:, None] * 40
-    return Target(
-        boxes=corner + np.array([10, 20, 110, 130], np.float32), points=corner + np.array([60, 75], np.float32)
-    )
+    return target(corner + np.array([10, 20, 110, 130]), corner + np.array([60, 75]))
 
 
 TRUTHS = (_truth(2), _truth(1), _truth(7), _truth(0))
 _MASK = np.arange(64).reshape(8, 8) % 5 == 0
 
 
-def measure(text: str, read: Answer, truth: Target, published: bool) -> dict[str, float]:
+def measure(text: str, read: Answer, truth: Target) -> dict[str, float]:
     """Every component's value. Raises ValueError where one is not finite."""
-    case = Case(
-        text=text,
-        answer=read,
-        target=truth,
-        image=FRAME,
-        view=VIEW,
-        published=published,
-        answered_mask=_MASK.T,
-        true_mask=_MASK,
-    )
-    values = {name: component(case) for name, component in COMPONENTS.items()}
+    one = case(text, truth, answer=read, image=FRAME, view=VIEW, masks=lambda: (_MASK.T, _MASK))
+    values = {name: COMPONENTS[name].measure(one) for name in COMPONENTS}
     if not all(map(math.isfinite, values.values())):
         raise ValueError(f"not finite: {values} for {text[:200]!r}")
     return values
@@ -98,7 +88,7 @@ def seconds_of(text: str, repeats: int = 3) -> float:
     took = []
     for _ in range(repeats):
         began = time.process_time()
-        measure(text, answers.parse(text, "segment"), TRUTHS[0], published=True)
+        measure(text, TASKS["segment"].parse(text), TRUTHS[0])
         took.append(time.process_time() - began)
     return min(took)
 

@@ -32,7 +32,7 @@ from benchmarks import learner_batch, trl_step
 from benchmarks.common import parser, print_result
 from benchmarks.learner_sides import Task, learner_config, serve
 from launch.record.environment import version_of
-from learner.pool import KEEP_FREED_MEMORY
+from runtime.cluster import KEEP_FREED_MEMORY
 
 RIVALS = ("padded", "padded_varlen", "trl")
 RIVAL_ROWS = {"toy": 8, "3b": 4, "7b": 2}

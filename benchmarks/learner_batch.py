@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from launch.run.prompts import read_policy_spec
 from launch.warm_start import policies
 from perception.config import ModelConfig
-from perception.images import content_key
-from perception.types import (
-    Group,
-    ImageHandle,
-    PolicySpec,
-    Prompt,
-    Sample,
-    Target,
-    TrainGroup,
-    Trajectory,
-    Turn,
-    VersionSpan,
-)
+from perception.types import Group, PolicySpec, Trajectory
+from tests import builders
 
 TASK = "ground"
 
@@ -66,7 +53,7 @@ def read_policy(folder: Path, dtype: str) -> PolicySpec:
     return dataclasses.replace(read_policy_spec(model), banned_token_ids=())
 
 
-def make_groups(shape: BatchShape, policy: PolicySpec, seed: int = 0) -> list[TrainGroup]:
+def make_groups(shape: BatchShape, policy: PolicySpec, seed: int = 0) -> list[Group]:
     """Groups of `n` answers of equal length: noise for images, digits for questions, ordinary ids for answers.
 
     Advantages are standardised within the group; log-probs are 0 until `on_policy`.
@@ -88,29 +75,31 @@ def make_groups(shape: BatchShape, policy: PolicySpec, seed: int = 0) -> list[Tr
     image_tokens = (shape.side // (2 * policies.PATCH)) ** 2
     digits = shape.prompt_tokens - image_tokens - len(encode("")) + 1
 
-    def group(number: int) -> TrainGroup:
+    def group(number: int) -> Group:
         question = "".join(str(digit) for digit in rng.integers(0, 10, digits))
-        image = _noise(rng, shape.side)
-        prompt = Prompt(
-            sample=_sample(number, shape.side, question),
-            token_ids=encode(question),
-            images=(image,),
-            answer_height=shape.side,
-            answer_width=shape.side,
-            seed=number,
-        )
-        trajectories = tuple(
-            _trajectory(index, prompt, tuple(rng.choice(ordinary, shape.answer_tokens).tolist()))
-            for index in range(shape.n)
-        )
+        image = builders.noise_image(rng, shape.side, shape.side)
+        asked = builders.sample(str(number), height=shape.side, width=shape.side, question=question, task=TASK)
+        prompt = builders.prompt(asked, token_ids=encode(question), images=(image,), seed=number)
+        answers = [rng.choice(ordinary, shape.answer_tokens).tolist() for _ in range(shape.n)]
+        turns = [
+            builders.turn(
+                token_ids=answer,
+                input_ids=prompt.token_ids,
+                images=prompt.images,
+                logprobs=(0.0,) * shape.answer_tokens,
+                finish_reason="length",
+            )
+            for answer in answers
+        ]
         rewards = rng.normal(size=shape.n)
         advantages = (rewards - rewards.mean()) / rewards.std(ddof=1)
-        return TrainGroup(group=Group(prompt=prompt, trajectories=trajectories), advantages=tuple(advantages.tolist()))
+        made = builders.group(*map(builders.trajectory, turns), about=prompt)
+        return builders.with_advantages(made, advantages.tolist())
 
     return [group(number) for number in range(shape.groups)]
 
 
-def on_policy(groups: Sequence[TrainGroup], logprobs: Sequence[Sequence[np.ndarray]]) -> list[TrainGroup]:
+def on_policy(groups: Sequence[Group], logprobs: Sequence[Sequence[np.ndarray]]) -> list[Group]:
     """The same groups as if these log-probs (per group and trajectory) had been the engine's."""
 
     def filled(trajectory: Trajectory, values: np.ndarray) -> Trajectory:
@@ -118,34 +107,6 @@ def on_policy(groups: Sequence[TrainGroup], logprobs: Sequence[Sequence[np.ndarr
         return dataclasses.replace(trajectory, turns=(turn,))
 
     return [
-        TrainGroup(
-            group=Group(prompt=entry.group.prompt, trajectories=tuple(map(filled, entry.group.trajectories, of_group))),
-            advantages=entry.advantages,
-        )
-        for entry, of_group in zip(groups, logprobs, strict=True)
+        dataclasses.replace(group, trajectories=tuple(map(filled, group.trajectories, of_group)))
+        for group, of_group in zip(groups, logprobs, strict=True)
     ]
-
-
-def _noise(rng: np.random.Generator, side: int) -> ImageHandle:
-    encoded = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(encoded, "png")
-    data = encoded.getvalue()
-    return ImageHandle(key=content_key(data), height=side, width=side, ref=data)
-
-
-def _sample(number: int, side: int, question: str) -> Sample:
-    nothing = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
-    return Sample(id=str(number), image_path="", height=side, width=side, question=question, task=TASK, target=nothing)
-
-
-def _trajectory(index: int, prompt: Prompt, answer: tuple[int, ...]) -> Trajectory:
-    turn = Turn(
-        input_ids=prompt.token_ids,
-        images=prompt.images,
-        token_ids=answer,
-        logprobs=(0.0,) * len(answer),
-        versions=(VersionSpan(version=0, start=0, end=len(answer)),),
-        text="",
-        finish_reason="length",
-    )
-    return Trajectory(index=index, turns=(turn,))

@@ -15,7 +15,7 @@ import torch
 from benchmarks import learner_batch, trl_step
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig
-from perception.types import PolicySpec, TrainGroup
+from perception.types import Group, PolicySpec
 
 OURS: dict[str, dict[str, Any]] = {
     "toy": {},
@@ -30,7 +30,7 @@ class Task:
     """What both sides are given."""
 
     policy: PolicySpec
-    groups: list[TrainGroup]
+    groups: list[Group]
     shape: str
     device: str
     steps: int
@@ -79,7 +79,7 @@ def serve_learner(link: Connection, name: str, task: Task) -> None:
     for _ in range(task.steps):
         wait(link)
         began = time.perf_counter()
-        metrics = rank.train_step([groups]).metrics
+        metrics = rank.update([groups]).metrics
         seconds = time.perf_counter() - began
         figures = {
             "seconds": seconds,

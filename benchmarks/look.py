@@ -2,10 +2,11 @@
 
     python -m benchmarks.look [--samples 256] [--answers 4] [--rounds 3] [--json] [overrides as for launch.train]
 
-The second look's calibration is learned on training scenes first (`launch/calibrate.py`) and frozen for the held-out
-ones, as in any evaluation. `giou` is of answers sampled at the rollout temperature. A sample's tokens are all its row
-holds: prompt, image tokens and answers of every pass. Seconds are medians over the rounds, in which the modes take
-turns; before each answer the prefix cache is cold. `gain` is paired by scene, with its 95 % t-interval.
+The second look's calibration is learned on training scenes first (`launch/run/calibrate.py`) and frozen for the
+held-out ones, as in any evaluation. `giou` is of answers sampled at the rollout temperature, by the reward's
+`mask_iou`. A sample's tokens are all its row holds: prompt, image tokens and answers of every pass. Seconds are medians
+over the rounds, in which the modes take turns; before each answer the prefix cache is cold. `gain` is paired by scene,
+with its 95 % t-interval.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from launch.run.step_metrics import look_metrics
 from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.config import Config, LookMode
-from perception.types import Sample, SamplingSpec, Trajectory
+from perception.types import Group, Sample, SamplingSpec, Trajectory
 from runtime import cluster
 
 MODES: tuple[LookMode, ...] = get_args(LookMode)
@@ -92,15 +93,20 @@ async def _round(
 ) -> None:
     await system.sync_weights(0)  # drops the prefix cache
     began = time.perf_counter()
-    scored = await system.answer(system.prompts(samples, number, mode), sampling, mode=mode, metrics=("mask_iou",))
+    groups = await system.answer(system.prompts(samples, number, mode), sampling, mode=mode)
     into.seconds.append(time.perf_counter() - began)
-    into.ious.append(np.array([np.mean([s.metrics.get("mask_iou", 0.0) for s in one.scores]) for one in scored]))
-    trajectories = [t for one in scored for t in one.group.trajectories]
+    into.ious.append(np.array([_giou(group) for group in groups]))
+    trajectories = [one for group in groups for one in group.trajectories]
     into.tokens.append(float(np.mean([_row_tokens(t, prompts) for t in trajectories])))
     into.sampled.append(float(np.mean([t.sampled_tokens for t in trajectories])))
     if mode == "relook":
-        looks = look_metrics(scored)
+        looks = look_metrics(groups)
         into.relook_rate, into.prefix_hit = looks[catalog.RELOOK_RATE], looks[catalog.PREFIX_HITS]
+
+
+def _giou(group: Group) -> float:
+    """Mean mask IoU of a scene's answers; what was not measured counts 0."""
+    return float(np.mean([one.score.metrics["mask_iou"] if one.score else 0.0 for one in group.trajectories]))
 
 
 def _row_tokens(trajectory: Trajectory, prompts: PromptMaker) -> int:

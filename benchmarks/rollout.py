@@ -21,27 +21,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import numpy as np
 import ray
 from PIL import Image
 
 from benchmarks.common import parser, print_result
 from perception.config import ModelConfig, PlacementConfig, RolloutConfig
-from perception.images import content_key
-from perception.types import ImageHandle, PolicySpec, Prompt, Sample, SamplingSpec, Target
+from perception.types import PolicySpec, Prompt, SamplingSpec
 from rollout.engine import engine_args, environment, sampling_params
 from rollout.pool import RolloutPool
+from runtime.placement import anywhere
+from tests import builders
 
 Device = Literal["cpu", "cuda"]
 QUESTION = "Find the small red circle left of the blue square."
-
-
-def image(seed: int, side: int) -> ImageHandle:
-    pixels = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, "jpeg")
-    data = encoded.getvalue()
-    return ImageHandle(key=content_key(data), height=side, width=side, ref=data)
 
 
 def make_prompts(policy: PolicySpec, count: int, side: int, round_number: int) -> list[Prompt]:
@@ -54,23 +46,11 @@ def make_prompts(policy: PolicySpec, count: int, side: int, round_number: int) -
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
-    nothing = Target(boxes=np.zeros((0, 4), np.float32), points=np.zeros((0, 2), np.float32))
     prompts = []
-    for number in range(count):
-        seed = round_number * count + number
-        sample = Sample(
-            id=str(seed), image_path="", height=side, width=side, question=QUESTION, task="ground", target=nothing
-        )
-        prompts.append(
-            Prompt(
-                sample=sample,
-                token_ids=ids,
-                images=(image(seed, side),),
-                answer_height=side,
-                answer_width=side,
-                seed=seed * 1000,
-            )
-        )
+    for seed in range(round_number * count, (round_number + 1) * count):
+        asked = builders.sample(str(seed), height=side, width=side, question=QUESTION, task="ground")
+        images = (builders.noise_image(seed, side, side, "jpg"),)
+        prompts.append(builders.prompt(asked, token_ids=ids, images=images, seed=seed * 1000))
     return prompts
 
 
@@ -85,7 +65,7 @@ class Ours:
     def __init__(self, policy: PolicySpec, config: RolloutConfig, sampling: SamplingSpec, device: Device, threads: int):
         gpus = 0.5 if device == "cuda" else 0.0
         placement = PlacementConfig(name="benchmark", device=device, threads=threads, engine_gpus=gpus)
-        self._pool = RolloutPool(policy, config, placement)
+        self._pool = RolloutPool(policy, config, placement, anywhere(placement, "engine", 1))
         self._sampling = sampling
 
     async def start(self) -> None:

@@ -33,10 +33,15 @@ from launch.run.prepare import prepare
 from launch.run.prompts import read_policy_spec
 from learner.pool import LearnerPool
 from perception.config import Config
-from rollout import pool as rollout_pool
+from rollout import pool
 from rollout.engine import RolloutEngine
+from rollout.pool import RolloutPool
 from rollout.update import WeightUpdates
 from runtime import cluster
+from runtime.actors import ActorPool, Call, Limit
+from runtime.placement import anywhere
+
+COPY = Limit(600.0, "a constant of this benchmark")
 
 
 class CopyingEngine(RolloutEngine):
@@ -62,24 +67,22 @@ def _copy_held(wrapper: Any) -> None:
     worker._relook_inbox.clear()
 
 
-class CountingPool(rollout_pool.RolloutPool):
+class CountingActors(ActorPool[RolloutEngine]):
     calls = 0
 
-    async def _all(self, *arguments: Any) -> list[Any]:
+    async def each(self, *arguments: Any, **named: Any) -> list[Any]:
         self.calls += 1  # there is one engine
-        return await super()._all(*arguments)
-
-    async def copy_held(self) -> None:
-        await self._all(self._updating, lambda slot: slot.actor.copy_held.remote(), "copying")
+        return await super().each(*arguments, **named)
 
 
-async def sync(learner: LearnerPool, engines: CountingPool, version: int) -> dict[str, float]:
-    engines.calls, buckets = 0, 0
+async def sync(learner: LearnerPool, engines: RolloutPool, version: int) -> dict[str, float]:
+    assert isinstance(engines.actors, CountingActors)
+    engines.actors.calls, buckets = 0, 0
     async for bucket in learner.buckets(engines.begin_update()):
         await engines.stage(bucket)
         buckets += 1
     (report,) = await engines.end_update(version)
-    calls = engines.calls
+    calls = engines.actors.calls
     await learner.release_buckets()
     return {
         "calls": calls,
@@ -90,14 +93,15 @@ async def sync(learner: LearnerPool, engines: CountingPool, version: int) -> dic
     }
 
 
-async def copy(learner: LearnerPool, engines: CountingPool) -> dict[str, float]:
+async def copy(learner: LearnerPool, engines: RolloutPool) -> dict[str, float]:
     seconds = 0.0
     async for bucket in learner.buckets(engines.begin_update()):
         began = time.perf_counter()
         await engines.stage(bucket)
         seconds += time.perf_counter() - began
     began = time.perf_counter()
-    await engines.copy_held()
+    copying: Call[RolloutEngine, None] = Call("copy_held", ())
+    await engines.actors.each([copying], COPY)
     last_leg = time.perf_counter() - began
     await learner.release_buckets()
     return {"copy_s": seconds + last_leg, "last_leg_s": last_leg}
@@ -107,12 +111,13 @@ async def measure(config: Config, repeats: int) -> dict[str, float]:
     """Median of every figure of both sides."""
     policy = read_policy_spec(config.model)
     rollout = config.rollout
-    engines = CountingPool(policy, rollout, config.placement)
+    engines = RolloutPool(policy, rollout, config.placement, anywhere(config.placement, "engine", 1))
     learner = LearnerPool(
         policy,
         config.learner,
         config.algorithm,
         config.placement,
+        anywhere(config.placement, "learner", config.learner.ranks),
         temperature=rollout.temperature,
         max_new_tokens=rollout.max_new_tokens,
         seed=config.run.seed,
@@ -124,7 +129,7 @@ async def measure(config: Config, repeats: int) -> dict[str, float]:
         ]
     finally:
         await engines.shutdown()
-        learner.shutdown()
+        await learner.shutdown()
     return {name: round(median([one[name] for one in rounds[1:]]), 5) for name in rounds[0]}
 
 
@@ -134,7 +139,7 @@ def main() -> None:
         config = compose(["recipe=quickstart", "rollout.engines=1", "run.name=sync", *arguments.overrides])
         prepare(config, say=lambda text: None)
     config = replace(config, learner=replace(config.learner, checksum=False))
-    rollout_pool.RolloutEngine = CopyingEngine  # type: ignore[misc]
+    pool.RolloutEngine, pool.ActorPool = CopyingEngine, CountingActors  # type: ignore[misc, assignment]
     cluster.connect(config.placement)
     try:
         figures = asyncio.run(measure(config, arguments.repeats))

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from perception.types import PolicySpec, TrainGroup
+from perception.types import Group, PolicySpec
 
 REQUIREMENT = "trl==1.16.0"
 
 
 def train(
     policy: PolicySpec,
-    groups: Sequence[TrainGroup],
+    groups: Sequence[Group],
     *,
     device: str,
     steps: int,
@@ -44,8 +44,8 @@ def train(
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    answers = [list(t.turns[0].token_ids) for entry in groups for t in entry.group.trajectories]
-    advantages = [advantage for entry in groups for advantage in entry.advantages]
+    answers = [list(one.turns[0].token_ids) for group in groups for one in group.trajectories]
+    advantages = [one.advantage for group in groups for one in group.trajectories]
     began = {"step": 0.0, "train": 0.0}
 
     def now() -> float:
@@ -73,7 +73,7 @@ def train(
             end = now()
             done({"seconds": end - began["step"], "train_s": end - began["train"], "grad_norm": trainer.grad_norm})
 
-    n = len(groups[0].group.trajectories)
+    n = len(groups[0].trajectories)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
@@ -99,13 +99,13 @@ def train(
             policy.path,
             reward_funcs=lambda completions, **_: advantages,
             args=config,
-            train_dataset=Dataset.from_list([_row(entry) for entry in groups]),
+            train_dataset=Dataset.from_list([_row(group) for group in groups]),
             callbacks=[Clock()],
         )
         trainer.train()
 
 
-def _row(entry: TrainGroup) -> dict[str, Any]:
-    prompt = entry.group.prompt
+def _row(group: Group) -> dict[str, Any]:
+    prompt = group.prompt
     image = Image.open(io.BytesIO(prompt.images[0].ref))
     return {"prompt": [{"role": "user", "content": prompt.sample.question}], "image": image}

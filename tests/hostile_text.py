@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Iterator
 
 from benchmarks.hostile import TRUTHS, measure
-from perception import answers
 from perception.tasks import TASKS
 
 COMPLETIONS = (
@@ -113,11 +112,10 @@ WEIGHTS = (20, 10, 10, 10, 15, 40, 10, 2, 0.3)
 
 
 def run(count: int, seed: int) -> dict[str, float]:
-    """Read so many completions for every task and measure them in both ways; counts what was met."""
+    """Read so many completions for every task and measure them by every component; counts what was met."""
     characters, answered = 0, 0
     for index, text in enumerate(completions(count, seed)):
-        reads = [answers.parse(text, task) for task in TASKS]
-        for published in (True, False):
-            measure(text, reads[0], TRUTHS[index % len(TRUTHS)], published)
+        reads = [TASKS[task].parse(text) for task in ("segment", "ground", "count")]
+        measure(text, reads[0], TRUTHS[index % len(TRUTHS)])
         characters, answered = characters + len(text), answered + (reads[0].failure is None)
     return {"mean_characters": round(characters / count), "share_answered": round(answered / count, 3)}

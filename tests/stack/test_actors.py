@@ -192,6 +192,21 @@ async def test_a_death_while_all_are_asked_is_named_with_what_was_done(tmp_path:
     await made.shutdown()
 
 
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="each() asks a slot whose actor is gone for good")
+async def test_an_actor_that_is_gone_for_good_is_named_where_all_are_asked(tmp_path: Path) -> None:
+    """As when an engine has died its last time while new weights are on their way to it."""
+    made = make(tmp_path)
+    await made.start()
+    updating = made.running()
+    with pytest.raises(ActorError, match=r"^worker 0 died 1 times"):
+        await made.ask(call(Worker.die), first, LONG)
+    try:
+        with pytest.raises(ActorError, match=r"^worker 0 .*staging weight bucket 2"):
+            await made.each([call(Worker.add, 1, 1)] * 2, LONG, updating, "staging weight bucket 2")
+    finally:
+        await made.shutdown()
+
+
 async def test_what_must_be_done_after_a_restart_is_done_before_the_actor_serves(tmp_path: Path) -> None:
     """And where it fails, that is the end: an actor with old weights must not serve."""
     done: list[str] = []

@@ -15,9 +15,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.hostile import FAMILIES, TRUTHS, measure, seconds_of
-from perception import answers, formats
+from perception.grammar import LONGEST
 from perception.tasks import TASKS
 from perception.types import Target
+from reward_workers.components import COMPONENTS
+from reward_workers.components.dr_seg import published_objects
+from tests.builders import case
 from tests.hostile_text import COMPLETIONS, FRAGMENTS, NUMBERS, TAGS, run
 
 keys = st.sampled_from(["bbox_2d", "point_2d", "label", "BBOX_2D", ""])
@@ -38,18 +41,15 @@ raw = st.lists(st.sampled_from([*FRAGMENTS, *NUMBERS, *TAGS, *COMPLETIONS]) | st
 @given(
     text=raw | bodies.map(lambda body: f"<think>a</think><answer>{body}</answer>"),
     truth=st.sampled_from(TRUTHS),
-    published=st.booleans(),
 )
-@example(text="<answer>" + "[" * 100_000 + "</answer>", truth=TRUTHS[0], published=True)
+@example(text="<answer>" + "[" * 100_000 + "</answer>", truth=TRUTHS[0])
 @example(
     text='<answer>[{"bbox_2d": [1e308, -1e308, -1e308, 1e308], "point_2d": [1e308, 0]}]</answer>',
     truth=TRUTHS[0],
-    published=True,
 )
-def test_any_text_is_read_and_measured(text: str, truth: Target, published: bool) -> None:
-    for task in TASKS:
-        read = answers.parse(text, task)
-        for worth in measure(text, read, truth, published).values():
+def test_any_text_is_read_and_measured(text: str, truth: Target) -> None:
+    for task in ("segment", "ground", "count"):  # the published ones read alike
+        for worth in measure(text, TASKS[task].parse(text), truth).values():
             assert 0 <= worth <= 3
 
 
@@ -84,12 +84,12 @@ def test_memory_is_bounded(name: str) -> None:
     """At most six times a text of ten million characters.
 
     The copies of a body and of its lower case take two; what becomes Python objects, some 40 times its size, is cut at
-    the first million characters (`formats.LONGEST`): four more.
+    the first million characters (`grammar.LONGEST`): four more.
     """
     text = FAMILIES[name](10**7)
     tracemalloc.start()
     try:
-        measure(text, answers.parse(text, "segment"), TRUTHS[0], published=True)
+        measure(text, TASKS["segment"].parse(text), TRUTHS[0])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -99,9 +99,9 @@ def test_memory_is_bounded(name: str) -> None:
 @pytest.mark.parametrize(("beyond", "answered"), [(0, True), (1, False)])
 def test_what_is_too_long_is_no_answer(beyond: int, answered: bool) -> None:
     items = '[{"bbox_2d": [10, 20, 110, 130], "point_2d": [60, 75]}'
-    text = f"<think>a</think><answer>{items}{' ' * (formats.LONGEST + beyond - len(items) - 1)}]</answer>"
-    failure = answers.parse(text, "segment").failure
+    text = f"<think>a</think><answer>{items}{' ' * (LONGEST + beyond - len(items) - 1)}]</answer>"
+    failure, one = TASKS["segment"].parse(text).failure, case(text)
     assert answered if failure is None else "1,000,000 characters" in failure.detail
-    assert formats.answer_format(text) == 2 * answered
-    assert formats.published_objects(text).count == answered
-    assert formats.think_format(text) == 1
+    assert COMPONENTS["answer_format"].measure(one) == 2 * answered
+    assert len(published_objects(one).boxes) == answered
+    assert COMPONENTS["think_format"].measure(one) == 1

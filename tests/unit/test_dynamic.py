@@ -201,10 +201,11 @@ def test_a_step_of_which_some_updates_were_skipped_goes_on_and_says_so(tmp_path:
 
 
 class Rounds:
-    """Stands for the pipeline: hands over prepared groups. A take lasts 6 s of this clock, 4 of them for sampling."""
+    """Stands for the pipeline: hands over prepared groups. A take lasts 6 s of this clock; what it takes was sampled
+    `sampled` seconds after it began."""
 
-    def __init__(self, *rounds: Sequence[Group]) -> None:
-        self._rounds, self._now = iter(rounds), 100.0
+    def __init__(self, *rounds: Sequence[Group], sampled: float = 4.0) -> None:
+        self._rounds, self._sampled, self._now = iter(rounds), sampled, 100.0
         self.asked: list[tuple[int, int]] = []
 
     def monotonic(self) -> float:
@@ -212,7 +213,7 @@ class Rounds:
 
     async def take(self, n: int, step: int) -> list[Group]:
         self.asked.append((n, step))
-        sampling = Span(began=self._now - 50.0, ended=self._now + 4.0)
+        sampling = Span(began=self._now - 50.0, ended=self._now + self._sampled)
         self._now += 6.0
         return [replace(one, sampling=sampling) for one in next(self._rounds)]
 
@@ -239,16 +240,22 @@ async def test_rounds_add_up_in_prompt_order(tmp_path: Path) -> None:
     assert [[one.advantage for one in each.trajectories] for each in batch.teaching] == [[-0.5, 0.5]] * 2
 
 
-async def test_a_steps_waits_add_up_over_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sampled", "generate", "score"),
+    [(4.0, 12.0, 6.0), (0.0, 0.0, 18.0), (-3.0, 0.0, 18.0), (6.0, 18.0, 0.0), (7.0, 18.0, 0.0)],
+)
+async def test_a_steps_waits_add_up_over_its_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampled: float, generate: float, score: float
+) -> None:
     """Scoring overlaps sampling: what was waited until all were sampled is generation, the rest scoring; what was
     done before the step asked counts nothing."""
     settings = changed(settings_of(tmp_path, dynamic="refill"), "algorithm", prompts_per_step=1)
     settings = changed(settings, "reward", rank="none")
-    scored = Rounds([of_rewards(1.0, 1.0)], [of_rewards(1.0, 1.0)], [of_rewards(0.0, 1.0)])
+    scored = Rounds([of_rewards(1.0, 1.0)], [of_rewards(1.0, 1.0)], [of_rewards(0.0, 1.0)], sampled=sampled)
     monkeypatch.setattr("launch.run.batch.time", scored)
     batch = await next_batch(scored, 1, settings, None, None)  # type: ignore[arg-type]
     assert (batch.rounds, batch.began) == (3, 100.0)
-    assert batch.seconds == {"generate": 12.0, "score": 6.0, "learn": 0.0}
+    assert batch.seconds == {"generate": generate, "score": score, "learn": 0.0}
 
 
 @pytest.mark.parametrize(
