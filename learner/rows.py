@@ -1,7 +1,14 @@
-"""Trajectories -> the tokens a policy computes on, and their share of every micro-batch.
+"""Rows: groups as the tokens a policy computes on, cut into pieces and binned into micro-batches.
 
 A group is its prompt, once, and one tail per trajectory: [sampled | fed | sampled | ...], the last sampled token left
-out because nothing follows that it could predict. `packing` and `families.generic` turn pieces of groups into tensors.
+out because it predicts nothing. A trajectory of two turns with the prompt 7 8, the answer 4 5, the fed ids 9 9 and the
+answer 6 3 is, as a `Tail`,
+
+    place    0  1  2  3  4  5
+    ids      4  5  9  9  6  3    length = 5: the 3 is not computed on
+    sampled  0  1        4  5    targets = (4, 5, 6, 3)
+
+`learner.packing` and `learner.families.generic` turn pieces into the tensors of a micro-batch.
 """
 
 import os
@@ -34,7 +41,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What of the policy its rows depend on."""
+    """The properties of a policy that its rows depend on."""
 
     image_token_id: int
     filler_id: int
@@ -50,15 +57,14 @@ class Segment:
 
     ids: Tensor
     """(T,) int64."""
-    pictures: tuple[Picture, ...]
     positions: Tensor
     """(3, T) int64 from 0; (3, 0) where the policy makes its own."""
-    starts: tuple[int, ...] = ()
-    """Where in `ids` each picture's tokens begin."""
+    pictures: tuple[tuple[int, Picture], ...] = ()
+    """Where in `ids` each image's tokens begin, and the image."""
 
     @property
     def end(self) -> int:
-        """The position after it."""
+        """The first position after it."""
         return int(self.positions.max()) + 1 if self.positions.numel() else 0
 
 
@@ -74,11 +80,12 @@ class Tail:
     sampled: list[Tensor] = field(default_factory=list)
     """Places of the sampled tokens, that of the last one included although it is not in the row."""
     pictures: list[tuple[int, Picture]] = field(default_factory=list)
-    """Where each image's tokens begin."""
+    """Where each image's tokens begin, and the image."""
     targets: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    """The engine's, of the targets."""
+    """Log-probs of the targets, as the rollout engine reported them."""
     length: int = 0
+    """Tokens in the row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +94,12 @@ class Piece:
 
     prompt: Segment
     tails: tuple[Tail, ...]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The images of its prompt and of its tails."""
+        own = [*self.prompt.pictures, *(pair for tail in self.tails for pair in tail.pictures)]
+        return [picture for _, picture in own]
 
     @property
     def packed(self) -> int:
@@ -103,6 +116,10 @@ class Piece:
         """The same with what pads the rows to one length."""
         return len(self.tails) * (len(self.prompt.ids) + max((tail.length for tail in self.tails), default=0))
 
+    def cost(self, padded: bool) -> int:
+        """Tokens that a policy on padded or on packed rows computes on."""
+        return self.padded if padded else self.packed
+
 
 def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = False) -> Iterator[Piece]:
     """Groups in pieces of at most `budget` tokens, or of one trajectory where that alone is longer.
@@ -115,30 +132,28 @@ def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = 
     for number, group in enumerate(groups):
         prompt, name = group.prompt, group.prompt.sample.id
         feeder = _Feeder(layout, pictures, name)
-        head = feeder.segment(prompt.token_ids, prompt.images)
+        first = feeder.segment(prompt.token_ids, prompt.images)
         tails: list[Tail] = []
         for index, trajectory in enumerate(group.trajectories):
             if not trajectory.sampled_tokens or trajectory.excluded:
                 continue
             if trajectory.turns[0].input_ids != prompt.token_ids or trajectory.turns[0].images != prompt.images:
                 raise ValueError(f"sample {name}: trajectory {index} does not begin with its group's prompt")
-            tail = _tail(number, index, trajectory, feeder, head.end)
-            fuller = Piece(prompt=head, tails=(*tails, tail))
-            if tails and (fuller.padded if padded else fuller.packed) > budget:
-                yield Piece(prompt=head, tails=tuple(tails))
+            tail = _tail(number, index, trajectory, feeder, first.end)
+            if tails and Piece(prompt=first, tails=(*tails, tail)).cost(padded) > budget:
+                yield Piece(prompt=first, tails=tuple(tails))
                 tails = []
             tails.append(tail)
         if tails:
-            yield Piece(prompt=head, tails=tuple(tails))
+            yield Piece(prompt=first, tails=tuple(tails))
 
 
 def bins(work: Sequence[Piece], budget: int, padded: bool = False) -> list[list[Piece]]:
     """Micro-batches of at most `budget` tokens: first-fit decreasing. A larger piece gets one of its own."""
     filled: list[list[Piece]] = []
     sizes: list[int] = []
-    cost = {id(piece): piece.padded if padded else piece.packed for piece in work}
-    for piece in sorted(work, key=lambda piece: -cost[id(piece)]):
-        size = cost[id(piece)]
+    for piece in sorted(work, key=lambda piece: -piece.cost(padded)):
+        size = piece.cost(padded)
         place = next((i for i, taken in enumerate(sizes) if taken + size <= budget), len(filled))
         if place == len(filled):
             filled.append([])
@@ -149,7 +164,7 @@ def bins(work: Sequence[Piece], budget: int, padded: bool = False) -> list[list[
 
 
 def token_batch(tails: Sequence[Tail]) -> TokenBatch:
-    """What the objective needs of the tails' sampled tokens, in order; of a filler's one token where there are none."""
+    """What the objective needs to know of the tails' sampled tokens, in order; no tail: one masked filler token."""
     lengths = [len(tail.targets) for tail in tails] or [1]
     return TokenBatch(
         rollout_logprobs=torch.tensor([value for tail in tails for value in tail.logprobs] or [0.0]),
@@ -172,34 +187,31 @@ def _pictures(groups: Sequence[Group], layout: Layout) -> dict[str, Picture]:
 
 @dataclass(slots=True)
 class _Feeder:
-    """Expands what is fed to the policy."""
+    """Puts image tokens in the place of a sample's placeholders."""
 
     layout: Layout
     pictures: dict[str, Picture]
     name: str
-    """Of the sample, for messages."""
+    """The sample's, for messages."""
 
     def segment(self, ids: Sequence[int], images: Sequence[ImageHandle]) -> Segment:
         places = [place for place, token in enumerate(ids) if token == self.layout.image_token_id]
         if len(places) != len(images):
             raise ValueError(f"sample {self.name}: {len(places)} image placeholders for {len(images)} images")
-        pictures = tuple(self.pictures[handle.key] for handle in images)
         parts: list[Tensor] = []
-        starts: list[int] = []
+        pictures: list[tuple[int, Picture]] = []
         start = longer = 0
-        for place, picture in zip(places, pictures, strict=True):
+        for place, handle in zip(places, images, strict=True):
+            picture = self.pictures[handle.key]
             parts += [torch.tensor(ids[start:place], dtype=torch.int64), picture.tokens]
-            starts.append(place + longer)
+            pictures.append((place + longer, picture))
             start, longer = place + 1, longer + len(picture.tokens) - 1
         expanded = torch.cat([*parts, torch.tensor(ids[start:], dtype=torch.int64)])
-        positions = self._positions(expanded, pictures)
-        return Segment(ids=expanded, pictures=pictures, positions=positions, starts=tuple(starts))
-
-    def _positions(self, ids: Tensor, pictures: Sequence[Picture]) -> Tensor:
-        if self.layout.positions is None or not len(ids):
-            return ids.new_zeros(3, 0)
-        grids = [picture.grid for picture in pictures if picture.grid is not None]
-        return self.layout.positions(ids, torch.stack(grids) if grids else ids.new_zeros(0, 3))
+        grids = [picture.grid for _, picture in pictures if picture.grid is not None]
+        positions = expanded.new_zeros(3, 0)
+        if self.layout.positions is not None and len(expanded):
+            positions = self.layout.positions(expanded, torch.stack(grids) if grids else expanded.new_zeros(0, 3))
+        return Segment(ids=expanded, positions=positions, pictures=tuple(pictures))
 
 
 def _tail(group: int, index: int, trajectory: Trajectory, feeder: _Feeder, next_position: int) -> Tail:
@@ -207,7 +219,7 @@ def _tail(group: int, index: int, trajectory: Trajectory, feeder: _Feeder, next_
     for number, turn in enumerate(trajectory.turns):
         if number:
             fed = feeder.segment(turn.input_ids, turn.images)
-            tail.pictures += [(tail.length + start, one) for start, one in zip(fed.starts, fed.pictures, strict=True)]
+            tail.pictures += [(tail.length + start, picture) for start, picture in fed.pictures]
             tail.ids.append(fed.ids)
             tail.positions.append(fed.positions + next_position)
             tail.length += len(fed.ids)

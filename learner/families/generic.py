@@ -57,7 +57,7 @@ class PaddedPolicy(Policy):
             for tail in piece.tails:
                 rows.append(torch.cat([prompt.ids, *tail.ids])[: len(prompt.ids) + tail.length])
                 predictors.append(torch.cat(tail.sampled) + len(prompt.ids) - 1)
-                pictures += [*prompt.pictures, *(picture for _, picture in tail.pictures)]
+                pictures += [picture for _, picture in (*prompt.pictures, *tail.pictures)]
         if not rows:
             rows, predictors, pictures = [self.blank.tokens], [torch.tensor([0])], [self.blank]
         tails = [tail for piece in pieces for tail in piece.tails]

@@ -89,7 +89,7 @@ class PackedPolicy(Policy):
             levels = levels.index_select(1, batch.image_source).to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, batch.image_slots, levels[0])
             extra = self._deep_features(levels[1:], batch)
-        mask = text_attention.packed_mask(batch.spans, len(embeddings), embeddings.device)
+        mask = text_attention.packed_mask(batch.lengths, len(embeddings), embeddings.device)
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings[None], position_ids=batch.position_ids, use_cache=False, packed=mask, **extra
         ).last_hidden_state
@@ -197,8 +197,9 @@ class FlopCounter:
             pairs += sum(tail.length * prompt + tail.length * (tail.length + 1) // 2 for tail in piece.tails)
             sampled += sum(len(tail.targets) for tail in piece.tails)
         text = 2.0 * self._text * tokens + self._pair * pairs + self._sampled * sampled
-        images = {p.key: p for piece in pieces for p in _pictures(piece) if p.features is None}
-        vision = sum(self._image(picture) for picture in images.values())
+        pictures = [picture for piece in pieces for picture in piece.pictures]
+        new = {picture.key: picture for picture in pictures if picture.features is None}
+        vision = sum(map(self._image, new.values()))
         return self._text_passes * text + self._vision_passes * vision
 
     def _image(self, picture: Picture) -> float:
@@ -211,10 +212,6 @@ class FlopCounter:
             squares += (self._vision.depth - len(whole)) * frames * _tiles(height, side) * _tiles(width, side)
         linear = self._patch * frames * height * width + self._merged * len(picture.tokens)
         return float(linear + 4 * self._width * squares)
-
-
-def _pictures(piece: Piece) -> list[Picture]:
-    return [*piece.prompt.pictures, *(picture for tail in piece.tails for _, picture in tail.pictures)]
 
 
 def _tiles(length: int, side: int) -> int:
