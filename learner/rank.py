@@ -144,7 +144,7 @@ class LearnerRank:
 
     def send(self, wanted: Call[WeightSender, R]) -> R:
         """Have the sender of this rank's weights do something; collective where its method is."""
-        done: R = getattr(self._sender, wanted.method)(*wanted.arguments)
+        done: R = getattr(self._sender, wanted.method)(*wanted.arguments, **wanted.named)
         return done
 
     def save(self, folder: str) -> None:

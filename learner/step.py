@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,16 +98,15 @@ class Stepper:
 
     def _accumulate(self, work: Sequence[Piece], old: Tensor | None, divisor: float, last: bool, sums: Sums) -> Tensor:
         batch = self._policy.collate(work).to(self._device)
-        reference = None
+        tokens = replace(batch.tokens, old_logprobs=old)
         if self._algorithm.kl_coef > 0 and self._algorithm.kl_in == "loss":
             with torch.no_grad():
-                reference = self._reference_logprobs(batch)
+                tokens = replace(tokens, reference_logprobs=self._reference_logprobs(batch))
         logprobs, entropy = self.zero.forward(batch)
-        evidence = {"old_logprobs": old, "reference_logprobs": reference}
-        loss = policy_loss(logprobs, entropy, batch.tokens, self._algorithm, **evidence)
+        loss = policy_loss(logprobs, entropy, tokens, self._algorithm)
         # DeepSpeed averages gradients over ranks; the objective sums them.
         self.zero.backward(loss * (dist.get_world_size() / divisor), last=last)
-        found = token_sums(logprobs.detach(), entropy.detach(), batch.tokens, self._algorithm, **evidence)
+        found = token_sums(logprobs.detach(), entropy.detach(), tokens, self._algorithm)
         for name, value in (found | self._counts(work, batch.computed)).items():
             sums[name] = sums.get(name, 0.0) + value
         return loss.detach()

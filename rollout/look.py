@@ -8,7 +8,7 @@ own way: none waits for another's first pass. (Dr. Seg's published form has one 
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from perception.types import Feed, Finding, Group, Prompt, Trajectory, Turn
 
@@ -38,36 +38,30 @@ async def look(prompt: Prompt, n: int, passes: int, sample: Sample, examine: Exa
     return Group(prompt=prompt, trajectories=tuple(await asyncio.gather(*(one(index) for index in range(n)))))
 
 
-@dataclass(slots=True)
-class _Waiting:
-    trajectory: Trajectory
-    answer: asyncio.Future[Finding]
-
-
 class _Examiner:
     """Answers that arrive while a call for their group is under way go together with the next one."""
 
     def __init__(self, prompt: Prompt, examine: Examine) -> None:
         self._prompt, self._examine = prompt, examine
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[tuple[Trajectory, asyncio.Future[Finding]]] = []
         self._task: asyncio.Task[None] | None = None
 
     async def finding(self, trajectory: Trajectory) -> Finding:
-        entry = _Waiting(trajectory, asyncio.get_running_loop().create_future())
-        self._waiting.append(entry)
+        answer: asyncio.Future[Finding] = asyncio.get_running_loop().create_future()
+        self._waiting.append((trajectory, answer))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain())
-        return await entry.answer
+        return await answer
 
     async def _drain(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting, []
-            group = Group(prompt=self._prompt, trajectories=tuple(entry.trajectory for entry in batch))
+            group = Group(prompt=self._prompt, trajectories=tuple(trajectory for trajectory, _ in batch))
             try:
                 findings = await self._examine(group)
             except Exception as error:  # noqa: BLE001 - handed on to everyone who waits for it
-                for entry in batch:
-                    entry.answer.set_exception(error)
+                for _, answer in batch:
+                    answer.set_exception(error)
             else:
-                for entry, finding in zip(batch, findings, strict=True):
-                    entry.answer.set_result(finding)
+                for (_, answer), finding in zip(batch, findings, strict=True):
+                    answer.set_result(finding)

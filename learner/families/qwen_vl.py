@@ -56,7 +56,7 @@ class PackedPolicy(Policy):
         super().__init__(family, temperature, config, entropy_gradient)
         self.layout = replace(self.layout, picture=self.picture, positions=self.positions)
         self.features: LRUCache[str, Picture] = LRUCache(config.feature_cache_mb << 20, _feature_bytes)
-        """Of images seen before, where the vision tower is frozen."""
+        """Images whose features are known, where the vision tower is frozen."""
         # Not by the loader: it takes a name with "flash" in it, which the tower's form of call needs, for a package.
         self.model.config.vision_config._attn_implementation_internal = vision_attention.NAME
         multiply_patches(self.model)
@@ -107,30 +107,30 @@ class PackedPolicy(Policy):
     def _image_levels(self, pictures: Sequence[Picture]) -> Tensor | None:
         """(levels, image tokens, hidden size) of the images end to end; None where no rank needs any."""
         if self.vision_trained:
-            return self._see(pictures)
-        known = {p.key: p if p.features is not None else self.features.get(p.key) for p in pictures}
-        new = [picture for picture in pictures if known[picture.key] is None]
+            return self._vision_features(pictures)
+        levels = {p.key: self.features.get(p.key, p).features if p.features is None else p.features for p in pictures}
+        new = [picture for picture in pictures if levels[picture.key] is None]
         self.images += len(pictures)
         self.images_known += len(pictures) - len(new)
         if self._any_rank(bool(new)):
             with torch.no_grad():
-                computed = self._see(new)
+                computed = self._vision_features(new)
             sizes = [len(picture.tokens) for picture in new]
-            for picture, levels in zip(new, computed.split(sizes, dim=1) if new else (), strict=True):
-                if levels.nbytes <= self.features.maxsize:
-                    self.features[picture.key] = replace(picture, inputs={}, features=levels.cpu())
-                known[picture.key] = replace(picture, features=levels)
-        found = [p.features.to(self.model.device) for p in known.values() if p is not None and p.features is not None]
+            for picture, own in zip(new, computed.split(sizes, dim=1) if new else (), strict=True):
+                levels[picture.key] = own
+                if own.nbytes <= self.features.maxsize:
+                    self.features[picture.key] = replace(picture, inputs={}, features=own.cpu())
+        found = [own.to(self.model.device) for own in levels.values() if own is not None]
         return torch.cat(found, dim=1) if found else None
 
-    def _see(self, pictures: Sequence[Picture]) -> Tensor:
-        """The vision tower over these images, over a blank one where there is none."""
-        seen_by = pictures or [self.blank]
-        values = torch.cat([picture.inputs["pixel_values"] for picture in seen_by]).to(self.model.device)
-        grids = torch.stack([picture.grid for picture in seen_by if picture.grid is not None]).to(self.model.device)
-        seen = self.model.model.get_image_features(values, grids)
-        deeper = getattr(seen, "deepstack_features", None) or ()
-        return torch.stack([torch.cat(level) for level in (seen.pooler_output, *deeper)])
+    def _vision_features(self, pictures: Sequence[Picture]) -> Tensor:
+        """The vision tower's features of these images as (levels, k, hidden size); no image: of a blank one."""
+        pictures = pictures or [self.blank]
+        values = torch.cat([picture.inputs["pixel_values"] for picture in pictures]).to(self.model.device)
+        grids = torch.stack([picture.grid for picture in pictures if picture.grid is not None]).to(self.model.device)
+        features = self.model.model.get_image_features(values, grids)
+        deeper = getattr(features, "deepstack_features", None) or ()
+        return torch.stack([torch.cat(level) for level in (features.pooler_output, *deeper)])
 
     def _any_rank(self, mine: bool) -> bool:
         """Under ZeRO-3 all ranks run the vision tower or none does."""
