@@ -73,7 +73,7 @@ class LearnerRank:
         algorithm, config = self._algorithm, self._config
         self._policy = load_policy(self._spec, self._temperature, config, fetch, algorithm.entropy_coef > 0)
         self._policy.to(self._device)
-        self._stepper = Stepper(self._policy, config, algorithm, self._max_new_tokens, self._device)
+        self._stepper = Stepper(self._policy, config, algorithm, self._max_new_tokens)
         self._matrix_rate = MatrixRate(self._device, getattr(torch, self._spec.dtype))
         self._sender = WeightSender(
             weights(self._policy.model), config, rank=self._rank, device=self._device, transport=self._transport
@@ -84,13 +84,8 @@ class LearnerRank:
         if self._rank > 0:
             self._store = join_store(address, port, self._world, self._config.timeout_s)
         os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._world), "LOCAL_RANK": "0"}
-        dist.init_process_group(
-            "nccl" if self._device.type == "cuda" else "gloo",
-            store=self._store,
-            rank=self._rank,
-            world_size=self._world,
-            timeout=timedelta(seconds=self._config.timeout_s),
-        )
+        backend, limit = "nccl" if self._device.type == "cuda" else "gloo", timedelta(seconds=self._config.timeout_s)
+        dist.init_process_group(backend, store=self._store, rank=self._rank, world_size=self._world, timeout=limit)
 
     def update(self, batches: Sequence[Sequence[Group]]) -> LearnerReport:
         """`algorithm.epochs` times an optimizer step over each mini-batch, of which these are this rank's groups.
@@ -144,8 +139,7 @@ class LearnerRank:
 
     def send(self, wanted: Call[WeightSender, R]) -> R:
         """Have the sender of this rank's weights do something; collective where its method is."""
-        done: R = getattr(self._sender, wanted.method)(*wanted.arguments, **wanted.named)
-        return done
+        return getattr(self._sender, wanted.method)(*wanted.arguments, **wanted.named)
 
     def save(self, folder: str) -> None:
         """Write a checkpoint. Collective."""

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -111,14 +112,11 @@ class Piece:
         """Tokens as one row per trajectory."""
         return sum(len(self.prompt.ids) + tail.length for tail in self.tails)
 
-    @property
-    def padded(self) -> int:
-        """The same with what pads the rows to one length."""
-        return len(self.tails) * (len(self.prompt.ids) + max((tail.length for tail in self.tails), default=0))
-
     def cost(self, padded: bool) -> int:
-        """Tokens that a policy on padded or on packed rows computes on."""
-        return self.padded if padded else self.packed
+        """Tokens that are computed on: as one row or, `padded`, as one row per trajectory, padded to one length."""
+        if not padded:
+            return self.packed
+        return len(self.tails) * (len(self.prompt.ids) + max((tail.length for tail in self.tails), default=0))
 
 
 def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = False) -> Iterator[Piece]:
@@ -131,15 +129,15 @@ def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = 
     pictures = _pictures(groups, layout)
     for number, group in enumerate(groups):
         prompt, name = group.prompt, group.prompt.sample.id
-        feeder = _Feeder(layout, pictures, name)
-        first = feeder.segment(prompt.token_ids, prompt.images)
+        expand = partial(_segment, layout, pictures, name)
+        first = expand(prompt.token_ids, prompt.images)
         tails: list[Tail] = []
         for index, trajectory in enumerate(group.trajectories):
             if not trajectory.sampled_tokens or trajectory.excluded:
                 continue
             if trajectory.turns[0].input_ids != prompt.token_ids or trajectory.turns[0].images != prompt.images:
                 raise ValueError(f"sample {name}: trajectory {index} does not begin with its group's prompt")
-            tail = _tail(number, index, trajectory, feeder, first.end)
+            tail = _tail(number, index, trajectory, expand, first.end)
             if tails and Piece(prompt=first, tails=(*tails, tail)).cost(padded) > budget:
                 yield Piece(prompt=first, tails=tuple(tails))
                 tails = []
@@ -178,47 +176,40 @@ def _pictures(groups: Sequence[Group], layout: Layout) -> dict[str, Picture]:
     """Every image of the groups by key, each prepared once, on all cores: decoding leaves Python's lock."""
     handles: dict[str, ImageHandle] = {}
     for group in groups:
-        turns = (turn for trajectory in group.trajectories for turn in trajectory.turns)
-        for images in (group.prompt.images, *(turn.images for turn in turns)):
-            handles |= {handle.key: handle for handle in images}
+        later = [turn.images for trajectory in group.trajectories for turn in trajectory.turns]
+        handles |= {handle.key: handle for images in (group.prompt.images, *later) for handle in images}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return dict(zip(handles, threads.map(layout.picture, handles.values()), strict=True))
 
 
-@dataclass(slots=True)
-class _Feeder:
-    """Puts image tokens in the place of a sample's placeholders."""
-
-    layout: Layout
-    pictures: dict[str, Picture]
-    name: str
-    """The sample's, for messages."""
-
-    def segment(self, ids: Sequence[int], images: Sequence[ImageHandle]) -> Segment:
-        places = [place for place, token in enumerate(ids) if token == self.layout.image_token_id]
-        if len(places) != len(images):
-            raise ValueError(f"sample {self.name}: {len(places)} image placeholders for {len(images)} images")
-        parts: list[Tensor] = []
-        pictures: list[tuple[int, Picture]] = []
-        start = longer = 0
-        for place, handle in zip(places, images, strict=True):
-            picture = self.pictures[handle.key]
-            parts += [torch.tensor(ids[start:place], dtype=torch.int64), picture.tokens]
-            pictures.append((place + longer, picture))
-            start, longer = place + 1, longer + len(picture.tokens) - 1
-        expanded = torch.cat([*parts, torch.tensor(ids[start:], dtype=torch.int64)])
-        grids = [picture.grid for _, picture in pictures if picture.grid is not None]
-        positions = expanded.new_zeros(3, 0)
-        if self.layout.positions is not None and len(expanded):
-            positions = self.layout.positions(expanded, torch.stack(grids) if grids else expanded.new_zeros(0, 3))
-        return Segment(ids=expanded, positions=positions, pictures=tuple(pictures))
+def _segment(
+    layout: Layout, known: Mapping[str, Picture], sample: str, ids: Sequence[int], images: Sequence[ImageHandle]
+) -> Segment:
+    """Unexpanded ids with the images' tokens in the place of their placeholders. `sample` is named in the error."""
+    places = [place for place, token in enumerate(ids) if token == layout.image_token_id]
+    if len(places) != len(images):
+        raise ValueError(f"sample {sample}: {len(places)} image placeholders for {len(images)} images")
+    parts: list[Tensor] = []
+    pictures: list[tuple[int, Picture]] = []
+    start = longer = 0
+    for place, handle in zip(places, images, strict=True):
+        picture = known[handle.key]
+        parts += [torch.tensor(ids[start:place], dtype=torch.int64), picture.tokens]
+        pictures.append((place + longer, picture))
+        start, longer = place + 1, longer + len(picture.tokens) - 1
+    expanded = torch.cat([*parts, torch.tensor(ids[start:], dtype=torch.int64)])
+    grids = [picture.grid for _, picture in pictures if picture.grid is not None]
+    positions = expanded.new_zeros(3, 0)
+    if layout.positions is not None and len(expanded):
+        positions = layout.positions(expanded, torch.stack(grids) if grids else expanded.new_zeros(0, 3))
+    return Segment(ids=expanded, positions=positions, pictures=tuple(pictures))
 
 
-def _tail(group: int, index: int, trajectory: Trajectory, feeder: _Feeder, next_position: int) -> Tail:
+def _tail(group: int, index: int, trajectory: Trajectory, expand: Callable[..., Segment], next_position: int) -> Tail:
     tail = Tail(group, index, trajectory.advantage)
     for number, turn in enumerate(trajectory.turns):
         if number:
-            fed = feeder.segment(turn.input_ids, turn.images)
+            fed = expand(turn.input_ids, turn.images)
             tail.pictures += [(tail.length + start, picture) for start, picture in fed.pictures]
             tail.ids.append(fed.ids)
             tail.positions.append(fed.positions + next_position)

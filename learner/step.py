@@ -37,21 +37,15 @@ class OptimizerStep:
 class Stepper:
     """The arithmetic of `LearnerRank`. Every method is collective."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        config: LearnerConfig,
-        algorithm: AlgorithmConfig,
-        max_new_tokens: int,
-        device: torch.device,
-    ) -> None:
-        self._policy, self._device, self._max_new_tokens = policy, device, max_new_tokens
+    def __init__(self, policy: Policy, config: LearnerConfig, algorithm: AlgorithmConfig, max_new_tokens: int) -> None:
+        """`policy` is on its device already; from here on it is DeepSpeed's."""
+        self._policy, self._device, self._max_new_tokens = policy, policy.model.device, max_new_tokens
         self._config, self._algorithm = config, algorithm
         # With adapters the base weights are the reference.
         copied = algorithm.kl_coef > 0 and not config.lora.rank
         self._reference = copy.deepcopy(policy).requires_grad_(False) if copied else None
         steps = algorithm.steps * algorithm.updates * algorithm.epochs
-        self.zero = Zero(policy, config, policy.family.spec.dtype, device, total_steps=steps)
+        self.zero = Zero(policy, config, policy.family.spec.dtype, self._device, total_steps=steps)
         self._flops = policy.family.flops(policy.model, policy.vision_trained, bool(config.lora.rank))
 
     def plan(self, groups: Sequence[Group]) -> Plan:
@@ -82,8 +76,7 @@ class Stepper:
 
     def _step(self, plan: Plan, old: Sequence[Tensor | None], sums: Sums) -> OptimizerStep:
         tails = [tail for work in plan for piece in work for tail in piece.tails]
-        mine = [float(sum(len(tail.targets) for tail in tails)), float(len(tails))]
-        size = torch.tensor(mine, dtype=torch.float64, device=self._device)
+        size = torch.tensor([sum(len(tail.targets) for tail in tails), len(tails)], device=self._device).double()
         dist.all_reduce(size)
         tokens, sequences = size.tolist()
         divisor = denominator(self._algorithm, tokens=tokens, sequences=sequences, max_new_tokens=self._max_new_tokens)
@@ -113,8 +106,7 @@ class Stepper:
 
     def _reference_logprobs(self, batch: object) -> Tensor:
         if self._reference is not None:
-            logprobs: Tensor = self._reference(batch)[0]
-            return logprobs
+            return self._reference(batch)[0]
         self._policy.use_adapters(False)
         logprobs = self.zero.forward(batch)[0]
         self._policy.use_adapters(True)

@@ -168,8 +168,7 @@ class WeightSender:
 
     def _send(self, index: int, flat: Tensor) -> Any:
         """The payload of a bucket (see `WeightBucket`)."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        torch.get_device_module(self._device).synchronize()
         if self._transport == "ipc":
             return ipc_handle(flat)
         if self._broadcast is None:

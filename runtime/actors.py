@@ -137,8 +137,7 @@ class ActorPool(Generic[T]):
             slot.in_flight += 1
             reference = _sent(actor, wanted)
             try:
-                done: R = await asyncio.wait_for(reference, limit.seconds)
-                return done
+                return await asyncio.wait_for(reference, limit.seconds)
             except TimeoutError as error:
                 ray.cancel(reference)
                 raise Late(f"no answer from {self._role} {slot.number} in {limit}") from error
@@ -211,8 +210,7 @@ class ActorPool(Generic[T]):
     async def _one(self, slot: Slot, wanted: Call[T, R], limit: Limit, doing: str) -> R:
         where = f"{self._role} {slot.number}"
         try:
-            done: R = await asyncio.wait_for(_sent(slot.actor, wanted), limit.seconds)
-            return done
+            return await asyncio.wait_for(_sent(slot.actor, wanted), limit.seconds)
         except self._deaths as error:
             raise ActorError(f"{where} died while {doing or wanted.doing}: {_why(error)}") from error
         except RayTaskError as error:
@@ -228,5 +226,6 @@ def _why(error: Exception) -> str:
     return f"{type(cause).__name__}: {lines[0]}" if lines else repr(cause)
 
 
-def _sent(actor: Any, wanted: Call[Any, Any]) -> Any:
+def _sent(actor: Any, wanted: Call[Any, R]) -> Awaitable[R]:
+    """Ray's reference to what the call will return."""
     return getattr(actor, wanted.method).remote(*wanted.arguments, **wanted.named)

@@ -43,9 +43,8 @@ class Reservation:
     """Resources the cluster has set aside for this run."""
 
     placement_group: PlacementGroup
-    engines: list[Seat]
-    reward_workers: list[Seat]
-    learners: list[Seat]
+    seats: dict[Role, list[Seat]]
+    """One for each actor of the role."""
 
     def free(self) -> None:
         """Give everything back; actors still sitting in the bundles are killed by Ray."""
@@ -105,7 +104,7 @@ def reserve(config: Config) -> Reservation:
     seats: dict[Role, list[Seat]] = {role: [] for role in ROLES}
     for number, (role, claim) in enumerate(claims):
         seats[role].append(Seat(claim["CPU"], claim["GPU"], granted, 0 if shared else number))
-    return Reservation(granted, seats["engine"], seats["reward"], seats["learner"])
+    return Reservation(granted, seats)
 
 
 def _await_grant(wanted: PlacementGroup, placement: PlacementConfig, asked: Resources) -> None:

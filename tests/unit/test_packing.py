@@ -80,7 +80,7 @@ def test_attention_by_parts_is_attention_under_the_whole_mask(
 def test_bins_hold_every_piece_once_within_the_budget(groups: list[tuple[int, list[int]]]) -> None:
     work = [piece(prompt, *tails) for prompt, tails in groups]
     for padded in (False, True):
-        size = lambda p: p.padded if padded else p.packed  # noqa: B023, E731
+        size = lambda p: p.cost(padded)  # noqa: B023, E731
         filled = bins(work, 100, padded)
         assert sorted(id(p) for b in filled for p in b) == sorted(map(id, work))
         assert all(sum(map(size, b)) <= 100 or len(b) == 1 for b in filled)
@@ -90,7 +90,8 @@ def test_bins_hold_every_piece_once_within_the_budget(groups: list[tuple[int, li
 
 def test_sizes_of_a_piece_by_hand() -> None:
     one = piece(10, 3, 0, 5)
-    assert (one.packed, one.rows, one.padded) == (18, 38, 45)
+    assert (one.packed, one.rows) == (one.cost(padded=False), 38) == (18, 38)
+    assert one.cost(padded=True) == 45
 
 
 def test_a_group_longer_than_the_budget_is_cut_between_its_trajectories(tmp_path: Path) -> None:
