@@ -1,4 +1,4 @@
-"""How fast the device multiplies, which is what useful FLOPs (`families.qwen_vl`) are held against: the MFU."""
+"""Matrix rate of a device: useful FLOPs (`Family.flops`) per second over it are the MFU."""
 
 import time
 

@@ -26,10 +26,8 @@ class VocabularyHead:
         rows = max(1, CHUNK_LOGITS // vocabulary)
         if len(hidden) <= rows:
             return self._chunk(hidden, targets)
-        chunks = [
-            checkpoint(self._chunk, h, t, use_reentrant=False)
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
-        ]
+        pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
+        chunks = [checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in pairs]
         logprobs, entropies = zip(*chunks, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 

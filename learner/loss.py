@@ -60,8 +60,8 @@ class Surrogate:
 
 
 SURROGATES: Registry[Callable[[Tensor, Tensor, TokenBatch, AlgorithmConfig], Surrogate]] = Registry("surrogate")
-"""By the name that `algorithm.loss` takes: (log-probs, old log-probs, batch, settings) -> `Surrogate`. With
-c = clip(ratio, 1 - clip_low, 1 + clip_high) and ratio = current / old."""
+"""Policy losses by the name that `algorithm.loss` takes: (log-probs, old log-probs, batch, settings) -> `Surrogate`.
+With c = clip(ratio, 1 - clip_low, 1 + clip_high) and ratio = current / old."""
 
 
 @SURROGATES.register("ppo")
@@ -112,7 +112,7 @@ def policy_loss(logprobs: Tensor, entropy: Tensor, batch: TokenBatch, config: Al
 
 
 def denominator(config: AlgorithmConfig, *, tokens: float, sequences: float, max_new_tokens: int) -> float:
-    """What the summed loss of a mini-batch over all ranks is divided by.
+    """The number by which the summed loss of a mini-batch, over all ranks, is divided.
 
     token: its sampled tokens (DAPO, arXiv 2503.14476); sequence: its trajectories (GRPO, arXiv 2402.03300); constant:
     trajectories x max_new_tokens (Dr. GRPO, arXiv 2503.20783).

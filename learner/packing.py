@@ -1,7 +1,8 @@
 """Packed rows: pieces of groups end to end in one row, [prompt | tail | tail | ...] for each piece.
 
-A tail sees its prompt and itself; its positions go on from the prompt's. Every image of the row is in it once, however
-many tails refer to it. Log-probs and gradients are those of one padded row per trajectory (`tests/test_exactness.py`).
+A tail attends to its prompt and to itself; its positions go on from the prompt's. Every image of the row is in it
+once, however many tails refer to it. Log-probs and gradients are those of one padded row per trajectory
+(`tests/unit/test_exactness.py`).
 
 The prompt 7 8 9 with the answers 4 5 6 and 3, padded to a multiple of four tokens, is
 

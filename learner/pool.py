@@ -71,8 +71,8 @@ class LearnerPool:
         Mean and maximum of |difference|, and the mean importance ratio learner / engine: 1 up to rounding.
         """
         learner = [tokens for found in await self._of_groups(LearnerRank.logprobs, groups) for tokens in found]
-        engine = [_logprobs(one) for group in groups for one in group.trajectories]
-        difference = np.concatenate(learner) - np.concatenate(engine)
+        rollout = [_logprobs(one) for group in groups for one in group.trajectories]
+        difference = np.concatenate(learner) - np.concatenate(rollout)
         return {
             catalog.LOGPROB_MISMATCH: float(np.abs(difference).mean()),
             catalog.LOGPROB_MISMATCH_MAX: float(np.abs(difference).max()),
@@ -86,7 +86,7 @@ class LearnerPool:
     async def _of_groups(
         self, method: Callable[[LearnerRank, Sequence[Group]], list[R]], groups: Sequence[Group]
     ) -> list[R]:
-        """What the ranks' method finds for each group, in the order of `groups`."""
+        """The results of the ranks' method, one for each group, in the order of `groups`."""
         bare = [_bare(group) for group in groups]
         shares = deal(bare, len(self.actors.slots))
         answers = await self.actors.each([call(method, share) for share in shares], self._limit)
@@ -99,7 +99,7 @@ class LearnerPool:
         `receivers` are the engines that will take them (`RolloutPool.begin_update`). When the last bucket has been
         asked for, all have left the learner; `release_buckets` once the engines have loaded them.
         """
-        count = await self._first(call(WeightSender.open, receivers), "opening the weight sync")
+        count = await self._ask_sender(call(WeightSender.open, receivers), "opening the weight sync")
         pending = self._filled(0, count)
         for index in range(count):
             bucket = (await pending)[0]
@@ -107,11 +107,11 @@ class LearnerPool:
                 pending = self._filled(index + 1, count)
             assert bucket is not None, "rank 0 fills the buckets"
             yield bucket
-        await self._first(call(WeightSender.flush), "sending the weight buckets")
+        await self._ask_sender(call(WeightSender.flush), "sending the weight buckets")
 
     async def release_buckets(self) -> None:
         """Free the buffers of the last sync."""
-        await self._first(call(WeightSender.release), "releasing the weight buckets")
+        await self._ask_sender(call(WeightSender.release), "releasing the weight buckets")
 
     async def save(self, folder: str) -> None:
         """Write a checkpoint to a folder that all ranks reach."""
@@ -132,8 +132,8 @@ class LearnerPool:
         filling = call(LearnerRank.send, call(WeightSender.fill_bucket, index))
         return asyncio.create_task(self._all(filling, f"filling weight bucket {index + 1} of {count}"))
 
-    async def _first(self, wanted: Call[WeightSender, R], doing: str) -> R:
-        """What rank 0's sender returns."""
+    async def _ask_sender(self, wanted: Call[WeightSender, R], doing: str) -> R:
+        """Call rank 0's weight sender."""
         sending = call(LearnerRank.send, wanted)
         return (await self.actors.each([sending], self._limit, self.actors.slots[:1], doing))[0]
 

@@ -84,7 +84,8 @@ class LearnerRank:
         if self._rank > 0:
             self._store = join_store(address, port, self._world, self._config.timeout_s)
         os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._world), "LOCAL_RANK": "0"}
-        backend, limit = "nccl" if self._device.type == "cuda" else "gloo", timedelta(seconds=self._config.timeout_s)
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        limit = timedelta(seconds=self._config.timeout_s)
         dist.init_process_group(backend, store=self._store, rank=self._rank, world_size=self._world, timeout=limit)
 
     def update(self, batches: Sequence[Sequence[Group]]) -> LearnerReport:
@@ -107,20 +108,20 @@ class LearnerRank:
     def _metrics(self, sums: Sums, seconds: float) -> dict[str, float]:
         images = {"images": self._policy.images, "known": self._policy.images_known}
         self._policy.images = self._policy.images_known = 0
-        whole = self._reduce(sums | images)
+        totals = self._reduce(sums | images)
         memory = self._reduce({"peak": _peak_bytes(self._device)}, dist.ReduceOp.MAX)["peak"]
-        metrics = {name: whole[name] / max(whole["tokens"], 1.0) for name in sums if name not in COUNTS} | {
-            catalog.LEARNER_SAMPLES_PER_S: whole["sequences"] / seconds,
-            catalog.LEARNER_TOKENS_PER_S: whole["useful"] / seconds,
-            catalog.PACKING: whole["rows"] / whole["computed"],
-            catalog.ROW_FILL: whole["useful"] / whole["computed"],
+        metrics = {name: totals[name] / max(totals["tokens"], 1.0) for name in sums if name not in COUNTS} | {
+            catalog.LEARNER_SAMPLES_PER_S: totals["sequences"] / seconds,
+            catalog.LEARNER_TOKENS_PER_S: totals["useful"] / seconds,
+            catalog.PACKING: totals["rows"] / totals["computed"],
+            catalog.ROW_FILL: totals["useful"] / totals["computed"],
             catalog.PEAK_MEMORY: memory / 2**30,
             catalog.COMPILED: float(counters["stats"]["unique_graphs"]),
         }
-        if whole["flops"]:
-            metrics[catalog.MFU] = whole["flops"] / seconds / (self._matrix_rate.measure() * self._world)
-        if whole["images"]:
-            metrics[catalog.FEATURE_HITS] = whole["known"] / whole["images"]
+        if totals["flops"]:
+            metrics[catalog.MFU] = totals["flops"] / seconds / (self._matrix_rate.measure() * self._world)
+        if totals["images"]:
+            metrics[catalog.FEATURE_HITS] = totals["known"] / totals["images"]
         return metrics
 
     def logprobs(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
@@ -138,7 +139,7 @@ class LearnerRank:
         return [tuple(float(one.sum()) for one in group) for group in _by_trajectory(groups, plan, values)]
 
     def send(self, wanted: Call[WeightSender, R]) -> R:
-        """Have the sender of this rank's weights do something; collective where its method is."""
+        """Call this rank's weight sender; collective where its method is."""
         return getattr(self._sender, wanted.method)(*wanted.arguments, **wanted.named)
 
     def save(self, folder: str) -> None:
@@ -166,11 +167,11 @@ class LearnerRank:
 def _by_trajectory(groups: Sequence[Group], plan: Plan, values: Iterable[Tensor]) -> list[list[np.ndarray]]:
     """(N,) values of each micro-batch -> per group and trajectory (sampled tokens,)."""
     result = [[np.zeros(0, np.float32) for _ in group.trajectories] for group in groups]
-    for work, of_work in zip(plan, values, strict=True):
+    for work, found in zip(plan, values, strict=True):
         tails = [tail for piece in work for tail in piece.tails]
-        ends = np.cumsum([len(tail.targets) for tail in tails])
-        for tail, part in zip(tails, np.split(of_work.cpu().numpy(), ends[:-1] if tails else []), strict=False):
-            result[tail.group][tail.trajectory] = part
+        lengths = [len(tail.targets) for tail in tails]
+        for tail, part in zip(tails, found[: sum(lengths)].cpu().split(lengths), strict=True):
+            result[tail.group][tail.trajectory] = part.numpy()
     return result
 
 

@@ -32,9 +32,9 @@ class Picture:
     tokens: Tensor
     """(k,) int64: the ids that stand in the row for its placeholder."""
     inputs: Mapping[str, Tensor]
-    """What the policy's image processor made of it; empty where `features` are known."""
+    """Output of the policy's image processor; empty where `features` are known."""
     grid: Tensor | None = None
-    """(3,) int64, temporal, height and width in patches, for policies that see in native resolution."""
+    """(3,) int64, temporal, height and width in patches, for policies that take images in native resolution."""
     features: Tensor | None = None
     """(levels, k, hidden size): what replaces the k tokens, then what deeper layers add to them (Qwen3-VL). Known
     beforehand where the vision tower is frozen."""
@@ -54,7 +54,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """What is fed at once, placeholders expanded."""
+    """Tokens that are fed at once, placeholders expanded."""
 
     ids: Tensor
     """(T,) int64."""
@@ -71,7 +71,9 @@ class Segment:
 
 @dataclass(slots=True)
 class Tail:
-    """What one trajectory has of its own, after the prompt. Places count from the prompt's end."""
+    """The tokens of one trajectory after the prompt (see the example above). Places count from the prompt's end.
+
+    `group` and `trajectory` are the numbers of both in the groups that `pieces` was given."""
 
     group: int
     trajectory: int
@@ -117,6 +119,10 @@ class Piece:
         if not padded:
             return self.packed
         return len(self.tails) * (len(self.prompt.ids) + max((tail.length for tail in self.tails), default=0))
+
+
+Expand = Callable[[Sequence[int], Sequence[ImageHandle]], Segment]
+"""Puts the tokens of images in the place of their placeholders."""
 
 
 def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = False) -> Iterator[Piece]:
@@ -176,8 +182,8 @@ def _pictures(groups: Sequence[Group], layout: Layout) -> dict[str, Picture]:
     """Every image of the groups by key, each prepared once, on all cores: decoding leaves Python's lock."""
     handles: dict[str, ImageHandle] = {}
     for group in groups:
-        later = [turn.images for trajectory in group.trajectories for turn in trajectory.turns]
-        handles |= {handle.key: handle for images in (group.prompt.images, *later) for handle in images}
+        fed = [turn.images for trajectory in group.trajectories for turn in trajectory.turns]
+        handles |= {handle.key: handle for images in (group.prompt.images, *fed) for handle in images}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return dict(zip(handles, threads.map(layout.picture, handles.values()), strict=True))
 
@@ -205,7 +211,7 @@ def _segment(
     return Segment(ids=expanded, positions=positions, pictures=tuple(pictures))
 
 
-def _tail(group: int, index: int, trajectory: Trajectory, expand: Callable[..., Segment], next_position: int) -> Tail:
+def _tail(group: int, index: int, trajectory: Trajectory, expand: Expand, next_position: int) -> Tail:
     tail = Tail(group, index, trajectory.advantage)
     for number, turn in enumerate(trajectory.turns):
         if number:

@@ -20,10 +20,10 @@ from perception.types import Group
 Plan = list[list[Piece]]
 """Pieces of every micro-batch of a rank: as many micro-batches on every rank, empty ones where it has less to do."""
 Sums = dict[str, Any]
-"""Sums over a rank's part of a step: `token_sums` by metric, and beside them `COUNTS`. Floats or scalar tensors."""
+"""Sums over a rank's part of a step: `token_sums` by metric and beside them `COUNTS`. Floats or scalar tensors."""
 COUNTS = ("tokens", "sequences", "flops", "rows", "useful", "computed")
-"""Sampled tokens and their trajectories; useful FLOPs; tokens of one row per trajectory, without padding; tokens of the
-rows that were made, without padding and with it."""
+"""tokens, sequences: sampled tokens and their trajectories. flops: useful FLOPs. rows: tokens of one row per
+trajectory, without padding. useful, computed: tokens of the rows that were made, without padding and with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ NAME = "relook_packed"
 _flex: Any = torch.compile(flex_attention, dynamic=False)
 """Compiled once per length of row; inside a compiled layer it is part of that."""
 Packed = BlockMask | tuple[PieceLengths, ...]
-"""What may attend to what, in the form the device's kernel takes."""
+"""The attention mask of a packed row, in the form that the device's kernel takes."""
 
 
 def attend(
@@ -52,7 +52,7 @@ def attend(
 
 
 def packed_mask(lengths: Sequence[PieceLengths], row: int, device: torch.device) -> Packed:
-    """What `attend` needs to know of a row of `row` tokens."""
+    """The mask of a row of `row` tokens on this device."""
     if device.type != "cuda":
         return tuple(lengths)
     part, prompt = (x.to(device) for x in token_parts(lengths, row))
@@ -88,7 +88,7 @@ def _stack(tails: Tensor, lengths: tuple[int, ...], width: int) -> Tensor:
 
 @lru_cache(maxsize=64)  # every layer asks, forward and recomputed
 def _tail_mask(prompt: int, width: int) -> Tensor:
-    """(width, prompt + width) bool: what a tail's r-th token sees of [prompt | tail]."""
+    """(width, prompt + width) bool: what a tail's r-th token attends to in [prompt | tail]."""
     return torch.ones(width, prompt + width, dtype=torch.bool).tril(prompt)
 
 

@@ -158,8 +158,8 @@ class WeightSender:
 
     def _buffer(self, index: int) -> Tensor:
         place = index if self._transport == "ipc" else index % 2
-        if (sending := self._sending.pop(place, None)) is not None:
-            sending.result()
+        if place in self._sending:
+            self._sending.pop(place).result()
         if place not in self._buffers:
             plans = self._plans[index : index + 1] if self._transport == "ipc" else self._plans
             size = max(plan.nbytes for plan in plans)

@@ -1,9 +1,9 @@
-"""Look-to-Confirm, the multi-pass form: an answer that is not to be believed is looked at again, closer.
+"""Look-to-Confirm, the multi-pass form: an answer of low confidence is looked at again, closer.
 
-Pass 1 answers. The reward pool says without any truth how far that can be believed and, where the answer falls below
-the learned threshold, draws the closer view: the part of the image around it, enlarged, the provisional mask outlined.
-The dialogue goes on with that view and a request to confirm or correct, up to `look.max_passes`. Every sample goes its
-own way: none waits for another's first pass. (Dr. Seg's published form has one pass; it is `look=inline`.)
+Pass 1 answers. The reward pool estimates the answer's confidence without the truth and, where that is below the learned
+threshold, draws the closer view: the part of the image around the answer, enlarged, the provisional mask outlined. The
+dialogue goes on with that view and a request to confirm or correct, up to `look.max_passes` passes. No sample waits for
+another's first pass. (Dr. Seg's published form has one pass; it is `look=inline`.)
 """
 
 import asyncio
@@ -17,7 +17,7 @@ Sample = Callable[[Prompt, int, tuple[Turn, ...], Feed | None], Awaitable[Trajec
 Examine = Callable[[Group], Awaitable[Sequence[Finding]]]
 """Trajectories of one prompt -> one finding each."""
 Show = Callable[[Prompt, Finding], Feed]
-"""Makes a closer view the policy's next turn."""
+"""Turns a closer view into what the policy is fed next."""
 
 
 async def look(prompt: Prompt, n: int, passes: int, sample: Sample, examine: Examine, show: Show) -> Group:
@@ -39,7 +39,7 @@ async def look(prompt: Prompt, n: int, passes: int, sample: Sample, examine: Exa
 
 
 class _Examiner:
-    """Answers that arrive while a call for their group is under way go together with the next one."""
+    """Calls `examine` for one group: answers that arrive while a call is under way go together with the next one."""
 
     def __init__(self, prompt: Prompt, examine: Examine) -> None:
         self._prompt, self._examine = prompt, examine

@@ -23,7 +23,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Where an actor sits: its share of CPUs and GPUs, in a bundle of a placement group or anywhere."""
+    """An actor's share of CPUs and GPUs, in a bundle of a placement group or, without one, anywhere."""
 
     cpus: float
     gpus: float
@@ -31,7 +31,7 @@ class Seat:
     bundle: int = -1
 
     def options(self) -> dict[str, Any]:
-        """As `ray.remote(...).options` takes them."""
+        """Options as `ray.remote(...).options` takes them."""
         options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         if self.placement_group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.placement_group, self.bundle)

@@ -38,7 +38,7 @@ _SPARE_BYTES = 2 << 30
 def plan_buckets(shapes: Shapes, limit: int, transport: str) -> list[WeightBucket]:
     """Cut parameters, in order, into buckets of at most `limit` bytes; their payload is still None.
 
-    A larger parameter gets a bucket of its own.
+    A larger parameter gets a bucket of its own. The docstring of `WeightBucket` has an example.
     """
     plans: list[WeightBucket] = []
     for name, (shape, dtype) in shapes.items():
@@ -172,12 +172,12 @@ class Broadcast:
 
 
 class Inbox:
-    """Where an engine's worker holds the buckets of one update until it loads them."""
+    """The buckets of one update, held by an engine's worker until it loads them."""
 
     def __init__(self) -> None:
         self._held: list[tuple[Future[Tensor], Sequence[TensorSlot]]] = []
-        self._membership: tuple[Any, ...] = ()
-        self._broadcast: Broadcast | None = None
+        self._broadcasts: dict[tuple[Any, ...], Broadcast] = {}
+        """The one joined last, by what it was joined with."""
 
     def take(self, transport: str, payload: Any, nbytes: int, slots: Sequence[TensorSlot]) -> None:
         """Take a bucket of `nbytes` bytes.
@@ -209,12 +209,12 @@ class Inbox:
 
     def _member(self, transport: str, host: str, port: int, world: int, receiver: int, timeout_s: float) -> Broadcast:
         membership = (transport, host, port, world, receiver, timeout_s)
-        if self._broadcast is None or self._membership != membership:
-            if self._broadcast is not None:
-                self._broadcast.close()
+        if membership not in self._broadcasts:
+            for left in self._broadcasts.values():
+                left.close()
             store = partial(join_store, host, port, world, timeout_s)
-            self._broadcast, self._membership = Broadcast(transport, store, receiver, world, timeout_s), membership
-        return self._broadcast
+            self._broadcasts = {membership: Broadcast(transport, store, receiver, world, timeout_s)}
+        return self._broadcasts[membership]
 
 
 def _weighted_sum(name: str, tensor: Tensor) -> int:

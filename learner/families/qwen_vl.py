@@ -96,7 +96,7 @@ class PackedPolicy(Policy):
         return self.head(hidden[0].index_select(0, batch.predictors), batch.targets, self.vocabulary)
 
     def _deep_features(self, levels: Tensor, batch: PackedBatch) -> dict[str, Any]:
-        """What Qwen3-VL adds to the first layers' hidden states at the image tokens (DeepStack, arXiv 2406.04334)."""
+        """What Qwen3-VL adds to the first layers' hidden states at image tokens (DeepStack, arXiv 2406.04334)."""
         if not len(levels):
             return {}
         places = torch.zeros(batch.input_ids.shape, dtype=torch.bool, device=levels.device)
@@ -132,17 +132,17 @@ class PackedPolicy(Policy):
         deeper = getattr(features, "deepstack_features", None) or ()
         return torch.stack([torch.cat(level) for level in (features.pooler_output, *deeper)])
 
-    def _any_rank(self, mine: bool) -> bool:
-        """Under ZeRO-3 all ranks run the vision tower or none does."""
+    def _any_rank(self, needed: bool) -> bool:
+        """Whether the vision tower must run: under ZeRO-3 on all ranks or on none."""
         if not hasattr(next(self.model.parameters()), "ds_id"):
-            return mine
-        flag = torch.tensor(float(mine), device=self.model.device)
+            return needed
+        flag = torch.tensor(float(needed), device=self.model.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
 
 def row_multiple(micro_tokens: int) -> int:
-    """What the length of a row on CUDA is a multiple of; 128 is FlexAttention's block."""
+    """Rows on CUDA are padded to a multiple of this length, itself one of 128, FlexAttention's block."""
     return max(128, -(-micro_tokens // ROW_BUCKETS // 128) * 128)
 
 
@@ -160,11 +160,11 @@ def multiply_patches(model: Any) -> None:
 
 
 class FlopCounter:
-    """How much arithmetic a step cannot avoid.
+    """Useful FLOPs: the arithmetic that a step cannot avoid.
 
     useful FLOPs of a micro-batch = sum over its groups of
         2 * text parameters * tokens              linear layers; a group's prompt once, its trajectories once each
-      + 4 * heads * head dim * layers * pairs     scores and values of every (query, key) that may see each other
+      + 4 * heads * head dim * layers * pairs     scores and values of every (query, key) that attends
       + 2 * hidden size * vocabulary * sampled    head, only where a sampled token is predicted
       + 2 * vision parameters * patches           once per image
       + 4 * vision width * sum over blocks of its windows' squared lengths
