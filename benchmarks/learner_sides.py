@@ -8,13 +8,13 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from benchmarks import learner_batch, trl_step
 from perception import metric_catalog as catalog
-from perception.config import AlgorithmConfig, LearnerConfig
+from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, PolicySpec
 
 OURS: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ class Task:
     policy: PolicySpec
     groups: list[Group]
     shape: str
-    device: str
+    device: Literal["cpu", "cuda"]
     steps: int
     """Warm-up included."""
     threads: int
@@ -64,11 +64,9 @@ def serve_learner(link: Connection, name: str, task: Task) -> None:
         policy=task.policy,
         config=learner_config(name, task),
         algorithm=algorithm,
+        placement=PlacementConfig(name=task.device, device=task.device, threads=task.threads),
         temperature=1.0,
         max_new_tokens=shape.answer_tokens,
-        device=task.device,
-        transport="store",
-        threads=task.threads,
         seed=0,
         deterministic=False,
     )

@@ -40,12 +40,7 @@ def advantages(rewards: Sequence[float], scale: Scale = "group", batch: Sequence
 
 
 def _advantaged(group: Group, scale: Scale, batch: Sequence[float]) -> Group:
-    found = iter(
-        advantages([one.reward for one in group.trajectories if one.reward is not None], scale, batch).tolist()
-    )
-    return replace(
-        group,
-        trajectories=tuple(
-            replace(one, advantage=next(found) if one.reward is not None else 0.0) for one in group.trajectories
-        ),
-    )
+    rewards = [one.reward for one in group.trajectories if one.reward is not None]
+    values = iter(advantages(rewards, scale, batch).tolist())
+    with_value = (replace(one, advantage=0.0 if one.reward is None else next(values)) for one in group.trajectories)
+    return replace(group, trajectories=tuple(with_value))

@@ -3,7 +3,6 @@
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,8 @@ def save(zero: Zero, folder: Path) -> None:
             scratch.mkdir(parents=True)
         dist.barrier()
         zero.save(str(scratch), TAG)
-        torch.save(_random_state(), scratch / f"random-{rank}.pt")
+        random_state = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        torch.save(random_state, scratch / f"random-{rank}.pt")
         dist.barrier()
     dist.barrier()
 
@@ -41,7 +41,9 @@ def load(zero: Zero, folder: Path) -> None:
     if not mine.is_file():
         raise FileNotFoundError(f"{mine}: missing; a checkpoint is loaded with as many learner ranks as saved it")
     zero.load(str(folder), TAG)
-    _restore_random_state(torch.load(mine, weights_only=True))
+    random_state = torch.load(mine, weights_only=True)
+    torch.set_rng_state(random_state["cpu"])
+    torch.cuda.set_rng_state_all(random_state["cuda"])
 
 
 def export(policy: Policy, weights: dict[str, Tensor], source: Path, folder: Path) -> None:
@@ -54,12 +56,3 @@ def export(policy: Policy, weights: dict[str, Tensor], source: Path, folder: Pat
     for file in source.iterdir():
         if file.suffix in TOKENIZER_AND_PROCESSOR and file.name not in WRITTEN:
             shutil.copy2(file, folder / file.name)
-
-
-def _random_state() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    torch.cuda.set_rng_state_all(state["cuda"])

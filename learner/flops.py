@@ -1,4 +1,4 @@
-"""How fast the device multiplies, which is what useful FLOPs (`families.qwen_vl`) are held against: the MFU."""
+"""Matrix rate of a device: useful FLOPs (`Family.flops`) per second over it are the MFU."""
 
 import time
 
@@ -11,22 +11,18 @@ class MatrixRate:
     """FLOP/s of a plain square matrix product on this device: the best seen so far, since other load only lowers it."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        n = self._side = _SQUARE[device.type]
-        self._device = device
-        self._factors = [torch.randn(n, n, device=device).to(dtype) for _ in range(2)]
+        self._side = _SQUARE[device.type]
+        self._factors = [torch.randn(self._side, self._side, device=device).to(dtype) for _ in range(2)]
         self._best = 0.0
         for _ in range(4):
             self.measure()
 
     def measure(self) -> float:
-        """One more product (milliseconds); returns the best rate."""
-        self._synchronize()
+        """Take one more product's time, which is milliseconds; returns the best rate."""
+        synchronize = torch.get_device_module(self._factors[0].device).synchronize
+        synchronize()
         began = time.perf_counter()
         torch.mm(*self._factors)
-        self._synchronize()
+        synchronize()
         self._best = max(self._best, 2.0 * self._side**3 / (time.perf_counter() - began))
         return self._best
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)

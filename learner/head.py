@@ -1,6 +1,4 @@
-"""Hidden states -> log-probs of the sampled tokens and entropies, in pieces of the vocabulary's logits."""
-
-from collections.abc import Callable
+"""Vocabulary head: hidden states -> log-probs of the sampled tokens and entropies, in chunks of logits."""
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +10,8 @@ CHUNK_LOGITS = 1 << 26
 """Logits held at once; more tokens go through in chunks that the backward pass computes again."""
 
 
-class Head:
-    """The distribution the engine samples from: softmax of (logits, banned ids masked) / temperature, in float32.
+class VocabularyHead:
+    """The distribution that is sampled from, in float32: softmax of (logits, banned ids masked) / temperature.
 
     Peak memory does not depend on the number of tokens. The entropy carries a gradient only if asked to.
     """
@@ -21,19 +19,15 @@ class Head:
     def __init__(self, linear: nn.Module, banned: Tensor, temperature: float, entropy_gradient: bool, compiled: bool):
         self._linear, self._banned, self._temperature = linear, banned, temperature
         self._entropy_gradient = entropy_gradient
-        self._chunk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._logprobs
-        if compiled:
-            self._chunk = torch.compile(self._logprobs, dynamic=True)
+        self._chunk = torch.compile(self._logprobs, dynamic=True) if compiled else self._logprobs
 
     def __call__(self, hidden: Tensor, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         """(N, hidden size), (N,) -> (N,) float32 log pi(target) and (N,) float32 entropy in nats."""
         rows = max(1, CHUNK_LOGITS // vocabulary)
         if len(hidden) <= rows:
             return self._chunk(hidden, targets)
-        chunks = [
-            checkpoint(self._chunk, h, t, use_reentrant=False)
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
-        ]
+        pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
+        chunks = [checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in pairs]
         logprobs, entropies = zip(*chunks, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 

@@ -3,16 +3,16 @@
 Every vector is (N,): the N sampled tokens of a micro-batch, whatever row they came from. Losses and statistics are
 SUMS, so that a step cut into micro-batches over ranks adds up to exactly the uncut step; one division comes at the end.
 
-Three policies: the engine that sampled, the old policy (the learner before the batch), the current one. The ratio
-current / old is clipped; the truncated weight old / engine corrects what separates learner and engine (decoupled PPO,
-arXiv 2110.00641; truncated importance sampling, Yao et al. 2025, "Your efficient RL framework secretly brings you
-off-policy RL training").
+Three policies: the rollout policy (the engine that sampled), the old policy (the learner before the batch) and the
+current one. The ratio current / old is clipped; the truncated weight old / rollout corrects what separates engine and
+learner (decoupled PPO, arXiv 2110.00641; truncated importance sampling, Yao et al. 2025, "Your efficient RL framework
+secretly brings you off-policy RL training"). The KL is to a fourth, the reference, with which training started.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -28,19 +28,25 @@ _LARGEST_DELTA = 20.0  # an infinite exponential would make the gradient NaN eve
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
-    """What the objective needs to know of N sampled tokens. All (N,)."""
+    """What the objective needs to know of N sampled tokens, beside the current policy's log-probs. All (N,)."""
 
     rollout_logprobs: Tensor
-    """float32, as the engine reported them."""
+    """float32, as the rollout engine reported them."""
     advantages: Tensor
     """float32; the same for all tokens of a trajectory."""
     loss_mask: Tensor
     """float32: 1 for a real token, 0 for a filler that only keeps the ranks in step."""
     sequence: Tensor
     """int64, ascending: which trajectory the token belongs to; all its tokens are in this micro-batch."""
+    old_logprobs: Tensor | None = None
+    """float32, the old policy's; None in the only step over a batch, where the current policy is the old one."""
+    reference_logprobs: Tensor | None = None
+    """float32, the starting policy's, where a KL to it is wanted."""
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in given.items() if value is not None}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +60,8 @@ class Surrogate:
 
 
 SURROGATES: Registry[Callable[[Tensor, Tensor, TokenBatch, AlgorithmConfig], Surrogate]] = Registry("surrogate")
-"""By the name that `algorithm.loss` takes: (log-probs, old log-probs, batch, settings) -> `Surrogate`. With
-c = clip(ratio, 1 - clip_low, 1 + clip_high) and ratio = current / old."""
+"""Policy losses by the name that `algorithm.loss` takes: (log-probs, old log-probs, batch, settings) -> `Surrogate`.
+With c = clip(ratio, 1 - clip_low, 1 + clip_high) and ratio = current / old."""
 
 
 @SURROGATES.register("ppo")
@@ -84,28 +90,20 @@ def cispo(logprobs: Tensor, old: Tensor, batch: TokenBatch, config: AlgorithmCon
     return Surrogate(-ratio.clamp(low, high).detach() * batch.advantages * logprobs, ratio < low, ratio > high)
 
 
-def policy_loss(
-    logprobs: Tensor,
-    entropy: Tensor,
-    batch: TokenBatch,
-    config: AlgorithmConfig,
-    *,
-    old_logprobs: Tensor | None = None,
-    reference_logprobs: Tensor | None = None,
-) -> Tensor:
+def policy_loss(logprobs: Tensor, entropy: Tensor, batch: TokenBatch, config: AlgorithmConfig) -> Tensor:
     """Scalar: sum over tokens of w * surrogate + kl_coef * KL - entropy_coef * entropy, weighted as `aggregate` says.
 
     Summed over all micro-batches of all ranks and divided by `denominator`, it is the objective.
 
-    The old policy is the engine where importance=none; else `old_logprobs` or, in the only step over a batch, the
-    current policy itself. w = min(old / engine, importance_cap) per token or trajectory, without gradient. The
-    gradient of k1 is that of log pi alone: zero in expectation, only k3 pulls to the reference (arXiv 2506.09477).
+    Where importance=none the rollout policy takes the old policy's place. w = min(old / rollout, importance_cap) per
+    token or trajectory, without gradient. The gradient of k1 is that of log pi alone: zero in expectation, only k3
+    pulls to the reference (arXiv 2506.09477).
     """
-    old = _old_policy(logprobs, batch, config, old_logprobs)
+    old = _old_policy(logprobs, batch, config)
     surrogate = SURROGATES[config.loss](logprobs, old, batch, config)
     loss = _importance(old, batch, config).clamp(max=config.importance_cap) * surrogate.loss
-    if reference_logprobs is not None and config.kl_in == "loss":
-        loss = loss + config.kl_coef * kl(logprobs, reference_logprobs, config.kl)
+    if batch.reference_logprobs is not None and config.kl_in == "loss":
+        loss = loss + config.kl_coef * kl(logprobs, batch.reference_logprobs, config.kl)
     if config.entropy_coef > 0:
         loss = loss - config.entropy_coef * entropy
     if config.aggregate == "sequence":
@@ -114,7 +112,7 @@ def policy_loss(
 
 
 def denominator(config: AlgorithmConfig, *, tokens: float, sequences: float, max_new_tokens: int) -> float:
-    """What the summed loss of a mini-batch over all ranks is divided by.
+    """The number by which the summed loss of a mini-batch, over all ranks, is divided.
 
     token: its sampled tokens (DAPO, arXiv 2503.14476); sequence: its trajectories (GRPO, arXiv 2402.03300); constant:
     trajectories x max_new_tokens (Dr. GRPO, arXiv 2503.20783).
@@ -137,17 +135,9 @@ def kl(logprobs: Tensor, reference_logprobs: Tensor, form: Literal["k1", "k3"]) 
 
 
 @torch.no_grad()
-def token_sums(
-    logprobs: Tensor,
-    entropy: Tensor,
-    batch: TokenBatch,
-    config: AlgorithmConfig,
-    *,
-    old_logprobs: Tensor | None = None,
-    reference_logprobs: Tensor | None = None,
-) -> dict[str, Tensor]:
+def token_sums(logprobs: Tensor, entropy: Tensor, batch: TokenBatch, config: AlgorithmConfig) -> dict[str, Tensor]:
     """Sums over the loss mask of every per-token statistic, by metric name; KL only with `reference_logprobs`."""
-    old = _old_policy(logprobs, batch, config, old_logprobs)
+    old = _old_policy(logprobs, batch, config)
     surrogate = SURROGATES[config.loss](logprobs, old, batch, config)
     weight = _importance(old, batch, config)
     values = {
@@ -159,15 +149,15 @@ def token_sums(
         catalog.IMPORTANCE: weight.clamp(max=config.importance_cap),
         catalog.IMPORTANCE_CAPPED: weight > config.importance_cap,
     }
-    if reference_logprobs is not None:
-        values[catalog.KL] = kl(logprobs, reference_logprobs, config.kl)
+    if batch.reference_logprobs is not None:
+        values[catalog.KL] = kl(logprobs, batch.reference_logprobs, config.kl)
     return {name: (value * batch.loss_mask).sum() for name, value in values.items()}
 
 
-def _old_policy(logprobs: Tensor, batch: TokenBatch, config: AlgorithmConfig, old_logprobs: Tensor | None) -> Tensor:
+def _old_policy(logprobs: Tensor, batch: TokenBatch, config: AlgorithmConfig) -> Tensor:
     if config.importance == "none":
         return batch.rollout_logprobs
-    return logprobs.detach() if old_logprobs is None else old_logprobs
+    return logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
 
 
 def _bounds(config: AlgorithmConfig) -> tuple[float, float]:
@@ -182,7 +172,7 @@ def _clipped(ratio: Tensor, batch: TokenBatch, config: AlgorithmConfig) -> Surro
 
 
 def _importance(old: Tensor, batch: TokenBatch, config: AlgorithmConfig) -> Tensor:
-    """(N,) old / engine before truncation, of the token or its trajectory; 1 where the engine is the old policy."""
+    """(N,) old / rollout before truncation, of the token or its trajectory; 1 where the two are one policy."""
     gap = old - batch.rollout_logprobs
     return torch.exp(over_trajectory(gap, batch) if config.importance == "sequence" else gap)
 

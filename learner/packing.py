@@ -1,12 +1,23 @@
-"""Pieces of groups -> one packed row: [prompt | tail | tail | ...] for each piece, one piece after the other.
+"""Packed rows: pieces of groups end to end in one row, [prompt | tail | tail | ...] for each piece.
 
-A tail sees its prompt and itself; its positions go on from the prompt's. Every image of the row is in it once, however
-many tails refer to it. Log-probs and gradients are those of one padded row per trajectory (`tests/test_exactness.py`).
+A tail attends to its prompt and to itself; its positions go on from the prompt's. Every image of the row is in it
+once, however many tails refer to it. Log-probs and gradients are those of one padded row per trajectory
+(`tests/unit/test_exactness.py`).
+
+The prompt 7 8 9 with the answers 4 5 6 and 3, padded to a multiple of four tokens, is
+
+    place       0  1  2  3  4  5  6  7
+    input_ids   7  8  9  4  5  0  0  0    an answer's last token is left out: it predicts nothing
+    positions   0  1  2  3  4  0  0  0
+    part        0  0  0  1  1  3  3  3    part 2, the tail of the answer 3, is empty
+    lengths     PieceLengths(prompt=3, tails=(2, 0))
+    targets     4  5  6  3                the sampled ids ...
+    predictors  2  3  4  2                ... and the place whose hidden state predicts each
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,31 +25,31 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from learner.loss import TokenBatch
-from learner.rows import Layout, Picture, Piece, token_batch
+from learner.rows import Layout, Picture, Piece, Segment, token_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """Lengths of a piece's parts in the row."""
+class PieceLengths:
+    """Tokens of a piece's parts in the row."""
 
     prompt: int
     tails: tuple[int, ...]
 
     @property
-    def length(self) -> int:
+    def total(self) -> int:
         return self.prompt + sum(self.tails)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """One row of T tokens over I distinct images, with N sampled tokens."""
+    """One row of T tokens over I distinct images, with N sampled tokens (see the example above)."""
 
     input_ids: Tensor
     """(1, T) int64."""
     position_ids: Tensor
     """(3, 1, T) int64."""
-    spans: tuple[Span, ...]
-    """Of the row's pieces in order; what of T is left after them is padding."""
+    lengths: tuple[PieceLengths, ...]
+    """The row's pieces in order; what of T is left after them is padding."""
     pictures: tuple[Picture, ...]
     """The I images."""
     image_slots: Tensor
@@ -64,78 +75,69 @@ class PackedBatch:
 
 def pack(pieces: Sequence[Piece], layout: Layout, multiple: int = 1) -> PackedBatch:
     """One row of all pieces, padded to a multiple of `multiple` tokens; no piece: the row of a rank without work."""
+    pieces = pieces or (_filler(layout),)
     ids: list[Tensor] = []
     positions: list[Tensor] = []
     predictors: list[Tensor] = []
-    places: list[tuple[int, Picture]] = []
-    start = 0
+    images: list[tuple[int, Picture]] = []
+    place = 0
     for piece in pieces:
-        prompt, head = piece.prompt, len(piece.prompt.ids)
-        ids.append(prompt.ids)
-        positions.append(prompt.positions)
-        places += [(start + where, picture) for where, picture in zip(prompt.starts, prompt.pictures, strict=True)]
-        place = start + head
+        ids.append(piece.prompt.ids)
+        positions.append(piece.prompt.positions)
+        images += [(place + start, picture) for start, picture in piece.prompt.pictures]
+        place += len(piece.prompt.ids)
+        last_of_prompt = place - 1
         for tail in piece.tails:
             ids.append(torch.cat(tail.ids)[: tail.length])
             positions.append(torch.cat(tail.positions, dim=1)[:, : tail.length])
             sampled = torch.cat(tail.sampled)
-            # What comes first after the prompt is predicted by the prompt's last token, wherever the tail lies.
-            predictors.append(torch.where(sampled > 0, place + sampled - 1, start + head - 1))
-            places += [(place + where, picture) for where, picture in tail.pictures]
+            predictors.append(torch.where(sampled > 0, place + sampled - 1, last_of_prompt))
+            images += [(place + start, picture) for start, picture in tail.pictures]
             place += tail.length
-        start = place
-    spans = tuple(Span(prompt=len(p.prompt.ids), tails=tuple(t.length for t in p.tails)) for p in pieces)
-    if not pieces:
-        ids, positions = [torch.tensor([layout.filler_id])], [torch.zeros(3, 1, dtype=torch.int64)]
-        predictors, spans, start = [torch.tensor([0])], (Span(prompt=1, tails=()),), 1
-    padding = -start % multiple
+    padding = -place % multiple
     tails = [tail for piece in pieces for tail in piece.tails]
-    pictures, image_slots, image_source = _images(places)
+    pictures, image_slots, image_source = _images(images)
     return PackedBatch(
         input_ids=pad(torch.cat(ids), (0, padding), value=layout.filler_id)[None],
         position_ids=pad(torch.cat(positions, dim=1), (0, padding))[:, None],
-        spans=spans,
+        lengths=tuple(PieceLengths(prompt=len(p.prompt.ids), tails=tuple(t.length for t in p.tails)) for p in pieces),
         pictures=pictures,
         image_slots=image_slots,
         image_source=image_source,
-        predictors=torch.cat(predictors),
+        predictors=torch.cat(predictors or [torch.tensor([0])]),
         targets=torch.tensor([token for tail in tails for token in tail.targets] or [layout.filler_id]),
         tokens=token_batch(tails),
     )
+
+
+def token_parts(lengths: Sequence[PieceLengths], row: int) -> tuple[Tensor, Tensor]:
+    """For each token of a row of `row` tokens: its part's number, and the number of the prompt its part goes on from.
+
+    Both (T,) int32. Token q may attend to token k <= q where part[k] is part[q] or prompt[q]. Padding is a part.
+    """
+    sizes: list[int] = []
+    prompts: list[int] = []
+    for piece in lengths:
+        prompts += [len(sizes)] * (1 + len(piece.tails))
+        sizes += [piece.prompt, *piece.tails]
+    prompts.append(len(sizes))
+    sizes.append(row - sum(sizes))
+    numbers = torch.tensor([range(len(sizes)), prompts], dtype=torch.int32)
+    part, prompt = numbers.repeat_interleave(torch.tensor(sizes), dim=1)
+    return part, prompt
+
+
+def _filler(layout: Layout) -> Piece:
+    prompt = Segment(ids=torch.tensor([layout.filler_id]), positions=torch.zeros(3, 1, dtype=torch.int64))
+    return Piece(prompt=prompt, tails=())
 
 
 def _images(places: Sequence[tuple[int, Picture]]) -> tuple[tuple[Picture, ...], Tensor, Tensor]:
     """The distinct images; for every image token its place in the row, and its row of their features."""
     distinct = {picture.key: picture for _, picture in places}
     sizes = [len(picture.tokens) for picture in distinct.values()]
-    features = dict(zip(distinct, torch.arange(sum(sizes)).split(sizes) if sizes else (), strict=True))
+    features = dict(zip(distinct, torch.arange(sum(sizes)).split(sizes), strict=True))
     none = torch.zeros(0, dtype=torch.int64)
     slots = [torch.arange(len(picture.tokens)) + start for start, picture in places]
     source = [features[picture.key] for _, picture in places]
     return tuple(distinct.values()), torch.cat([none, *slots]), torch.cat([none, *source])
-
-
-def owners(spans: Sequence[Span], length: int) -> tuple[Tensor, Tensor]:
-    """For each of the row's `length` tokens: its part's number, and the number of the prompt its part goes on from.
-
-    Both (T,) int32. Token q may attend to token k <= q where part[k] is part[q] or prompt[q]. Padding is a part.
-    """
-    parts: list[int] = []
-    prompts: list[int] = []
-    lengths: list[int] = []
-    for prompt, size in _parts(spans):
-        parts.append(len(parts))
-        prompts.append(parts[-1] if prompt else prompts[-1])
-        lengths.append(size)
-    lengths.append(length - sum(lengths))
-    numbers = torch.tensor([[*parts, len(parts)], [*prompts, len(parts)]], dtype=torch.int32)
-    part, prompt_of = numbers.repeat_interleave(torch.tensor(lengths), dim=1)
-    return part, prompt_of
-
-
-def _parts(spans: Sequence[Span]) -> Iterator[tuple[bool, int]]:
-    """(is a prompt, length) of every part of the row."""
-    for span in spans:
-        yield True, span.prompt
-        for tail in span.tails:
-            yield False, tail

@@ -1,4 +1,4 @@
-"""The policy as the learner sees it: log-probs of sampled tokens under the distribution the engine samples from."""
+"""Policy of the learner: log-probs of sampled tokens under the distribution the rollout engine samples from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner import families
 from learner.families import Family, Fetch
-from learner.head import Head
+from learner.head import VocabularyHead
 from learner.packing import PackedBatch
 from learner.rows import Layout, Picture, Piece
 from perception.config import LearnerConfig, LoraConfig
@@ -50,7 +50,8 @@ class Policy(nn.Module, ABC):
         self.train()
         _checkpoint_layers(self.model, config.checkpointing)
         banned = torch.tensor(spec.banned_token_ids, dtype=torch.int64)
-        self.head = Head(self.model.get_output_embeddings(), banned, temperature, entropy_gradient, config.compile)
+        linear = self.model.get_output_embeddings()
+        self.head = VocabularyHead(linear, banned, temperature, entropy_gradient, config.compile)
         self.vocabulary: int = self.model.config.get_text_config().vocab_size
         self.images = self.images_known = 0
         self.layout = Layout(
@@ -59,11 +60,11 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def collate(self, pieces: Sequence[Piece]) -> PackedBatch | PaddedBatch:
-        """The micro-batch of these pieces; of none, that of a rank without work."""
+        """The micro-batch of these pieces; no piece: that of a rank without work."""
 
     @cached_property
     def blank(self) -> Picture:
-        """What a rank without work looks at: under ZeRO-3 every rank must run the vision tower."""
+        """The image of a rank without work: under ZeRO-3 every rank must run the vision tower."""
         return self.family.prepare("", torch.full((3, 56, 56), 200, dtype=torch.uint8))
 
     def use_adapters(self, used: bool) -> None:
@@ -91,8 +92,7 @@ def load_policy(
 
 def _add_lora(model: nn.Module, config: LoraConfig, within: str) -> None:
     """Adapters on linear layers inside the modules that the regular expression `within` names; all else is frozen."""
-    names = "|".join(config.targets)
-    layers = rf".*({within}).*\.({names})"
+    layers = rf".*({within}).*\.({'|'.join(config.targets)})"
     adapters = Adapters(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
     inject_adapter_in_model(adapters, model)
 

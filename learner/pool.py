@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TypeVar
 
 import numpy as np
 
 from learner.rank import LearnerRank
+from learner.weights import WeightSender
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, LearnerReport, PolicySpec, Trajectory, WeightBucket
@@ -35,11 +36,11 @@ class LearnerPool:
         deterministic: bool = False,
     ) -> None:
         self._algorithm, self._limit = algorithm, Limit(config.timeout_s, "learner.timeout_s")
-        settings = (temperature, max_new_tokens, placement.device, placement.transport, placement.threads)
+        settings = (policy, config, algorithm, placement, temperature, max_new_tokens, seed, deterministic)
         self.actors: ActorPool[LearnerRank] = ActorPool(
             "learner rank",
             LearnerRank,
-            lambda rank: (rank, len(seats), policy, config, algorithm, *settings, seed, deterministic),
+            lambda rank: (rank, len(seats), *settings),
             seats,
             start=self._limit,
         )
@@ -65,13 +66,13 @@ class LearnerPool:
         return LearnerReport(metrics=reports[0].metrics, seconds=max(report.seconds for report in reports))
 
     async def parity(self, groups: Sequence[Group]) -> dict[str, float]:
-        """How far the learner's log-probs are from those the engine reported, over all sampled tokens.
+        """How far the learner's log-probs are from those the rollout engines reported, over all sampled tokens.
 
         Mean and maximum of |difference|, and the mean importance ratio learner / engine: 1 up to rounding.
         """
         learner = [tokens for found in await self._of_groups(LearnerRank.logprobs, groups) for tokens in found]
-        engine = [_logprobs(one) for group in groups for one in group.trajectories]
-        difference = np.concatenate(learner) - np.concatenate(engine)
+        rollout = [_logprobs(one) for group in groups for one in group.trajectories]
+        difference = np.concatenate(learner) - np.concatenate(rollout)
         return {
             catalog.LOGPROB_MISMATCH: float(np.abs(difference).mean()),
             catalog.LOGPROB_MISMATCH_MAX: float(np.abs(difference).max()),
@@ -85,15 +86,11 @@ class LearnerPool:
     async def _of_groups(
         self, method: Callable[[LearnerRank, Sequence[Group]], list[R]], groups: Sequence[Group]
     ) -> list[R]:
-        """What the ranks' method finds for each group, in the order of `groups`."""
+        """The results of the ranks' method, one for each group, in the order of `groups`."""
         bare = [_bare(group) for group in groups]
         shares = deal(bare, len(self.actors.slots))
         answers = await self.actors.each([call(method, share) for share in shares], self._limit)
-        found = {
-            id(group): values
-            for share, answer in zip(shares, answers, strict=True)
-            for group, values in zip(share, answer, strict=True)
-        }
+        found = dict(zip(map(id, chain(*shares)), chain(*answers), strict=True))
         return [found[id(group)] for group in bare]
 
     async def buckets(self, receivers: tuple[str, ...] = ()) -> AsyncIterator[WeightBucket]:
@@ -102,7 +99,7 @@ class LearnerPool:
         `receivers` are the engines that will take them (`RolloutPool.begin_update`). When the last bucket has been
         asked for, all have left the learner; `release_buckets` once the engines have loaded them.
         """
-        count = await self._first(call(LearnerRank.open_sync, receivers), "opening the weight sync")
+        count = await self._ask_sender(call(WeightSender.open, receivers), "opening the weight sync")
         pending = self._filled(0, count)
         for index in range(count):
             bucket = (await pending)[0]
@@ -110,11 +107,11 @@ class LearnerPool:
                 pending = self._filled(index + 1, count)
             assert bucket is not None, "rank 0 fills the buckets"
             yield bucket
-        await self._first(call(LearnerRank.flush_sync), "sending the weight buckets")
+        await self._ask_sender(call(WeightSender.flush), "sending the weight buckets")
 
     async def release_buckets(self) -> None:
         """Free the buffers of the last sync."""
-        await self._first(call(LearnerRank.release_sync), "releasing the weight buckets")
+        await self._ask_sender(call(WeightSender.release), "releasing the weight buckets")
 
     async def save(self, folder: str) -> None:
         """Write a checkpoint to a folder that all ranks reach."""
@@ -132,12 +129,13 @@ class LearnerPool:
         await self.actors.shutdown()
 
     def _filled(self, index: int, count: int) -> asyncio.Task[list[WeightBucket | None]]:
-        filling = self._all(call(LearnerRank.fill_bucket, index), f"filling weight bucket {index + 1} of {count}")
-        return asyncio.create_task(filling)
+        filling = call(LearnerRank.send, call(WeightSender.fill_bucket, index))
+        return asyncio.create_task(self._all(filling, f"filling weight bucket {index + 1} of {count}"))
 
-    async def _first(self, wanted: Call[LearnerRank, R], doing: str) -> R:
-        """Rank 0 alone."""
-        return (await self.actors.each([wanted], self._limit, self.actors.slots[:1], doing))[0]
+    async def _ask_sender(self, wanted: Call[WeightSender, R], doing: str) -> R:
+        """Call rank 0's weight sender."""
+        sending = call(LearnerRank.send, wanted)
+        return (await self.actors.each([sending], self._limit, self.actors.slots[:1], doing))[0]
 
     async def _all(self, wanted: Call[LearnerRank, R], doing: str = "") -> list[R]:
         return await self.actors.each([wanted] * len(self.actors.slots), self._limit, doing=doing)
@@ -172,7 +170,7 @@ def _bare(group: Group) -> Group:
 
 
 def _logprobs(trajectory: Trajectory) -> np.ndarray:
-    """Of its sampled tokens, as the engine reported them; (0,) where it takes no part."""
+    """(sampled tokens,) log-probs as the rollout engine reported them; (0,) where it takes no part."""
     turns = () if trajectory.excluded else trajectory.turns
     return np.array([value for turn in turns for value in turn.logprobs], np.float64)
 

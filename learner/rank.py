@@ -1,14 +1,12 @@
 """Learner rank: a DeepSpeed rank as a Ray actor. The pool calls collective methods on every rank, in the same order."""
 
-from __future__ import annotations
-
 import os
 import resource
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -16,15 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
+from transformers.utils.logging import disable_progress_bar
 
+from learner import checkpoint
+from learner.flops import MatrixRate
+from learner.loss import kl
+from learner.policy import load_policy
+from learner.step import COUNTS, Plan, Stepper, Sums
+from learner.weights import WeightSender, weights
 from perception import metric_catalog as catalog
-from perception.config import AlgorithmConfig, LearnerConfig
-from perception.types import Group, LearnerReport, PolicySpec, WeightBucket
+from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
+from perception.types import Group, LearnerReport, PolicySpec
+from runtime.actors import Call
 from runtime.objects import fetch
 from runtime.weights import join_store, open_store
 
-if TYPE_CHECKING:
-    from learner.step import Plan, Totals
+R = TypeVar("R")
 
 
 class LearnerRank:
@@ -37,21 +42,19 @@ class LearnerRank:
         policy: PolicySpec,
         config: LearnerConfig,
         algorithm: AlgorithmConfig,
+        placement: PlacementConfig,
         temperature: float,
         max_new_tokens: int,
-        device: str,
-        transport: str,
-        threads: int,
         seed: int,
         deterministic: bool,
     ) -> None:
         self._rank, self._world = rank, world
         self._spec, self._config, self._algorithm = policy, config, algorithm
-        self._temperature, self._transport, self._max_new_tokens = temperature, transport, max_new_tokens
-        self._device = torch.device(device)
-        os.environ |= {"DS_ACCELERATOR": device, "TOKENIZERS_PARALLELISM": "false"}
-        if threads:
-            torch.set_num_threads(threads)
+        self._temperature, self._transport, self._max_new_tokens = temperature, placement.transport, max_new_tokens
+        self._device = torch.device(placement.device)
+        os.environ |= {"DS_ACCELERATOR": placement.device, "TOKENIZERS_PARALLELISM": "false"}
+        if placement.threads:
+            torch.set_num_threads(placement.threads)
         if deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)
@@ -64,28 +67,14 @@ class LearnerRank:
 
     def start(self, address: str, port: int) -> float:
         """Join the process group and load the policy; returns seconds. Collective."""
-        # Here, so that DeepSpeed and peft stay out of the controller's process, which imports this module too.
-        from transformers.utils.logging import disable_progress_bar
-
-        from learner.flops import MatrixRate
-        from learner.policy import load_policy
-        from learner.step import Stepper, make_reference
-        from learner.weights import WeightSender, weights
-        from learner.zero import Zero
-
         began = time.perf_counter()
         disable_progress_bar()
         self._join(address, port)
         algorithm, config = self._algorithm, self._config
         self._policy = load_policy(self._spec, self._temperature, config, fetch, algorithm.entropy_coef > 0)
         self._policy.to(self._device)
-        reference = make_reference(self._policy, algorithm, config)
-        updates = algorithm.steps * algorithm.updates * algorithm.epochs
-        self._zero = Zero(self._policy, config, self._spec.dtype, self._device, total_steps=updates)
-        self._stepper = Stepper(
-            self._policy, reference, self._zero, config, algorithm, self._max_new_tokens, self._device
-        )
-        self._rate = MatrixRate(self._device, getattr(torch, self._spec.dtype))
+        self._stepper = Stepper(self._policy, config, algorithm, self._max_new_tokens)
+        self._matrix_rate = MatrixRate(self._device, getattr(torch, self._spec.dtype))
         self._sender = WeightSender(
             weights(self._policy.model), config, rank=self._rank, device=self._device, transport=self._transport
         )
@@ -95,13 +84,9 @@ class LearnerRank:
         if self._rank > 0:
             self._store = join_store(address, port, self._world, self._config.timeout_s)
         os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._world), "LOCAL_RANK": "0"}
-        dist.init_process_group(
-            "nccl" if self._device.type == "cuda" else "gloo",
-            store=self._store,
-            rank=self._rank,
-            world_size=self._world,
-            timeout=timedelta(seconds=self._config.timeout_s),
-        )
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        limit = timedelta(seconds=self._config.timeout_s)
+        dist.init_process_group(backend, store=self._store, rank=self._rank, world_size=self._world, timeout=limit)
 
     def update(self, batches: Sequence[Sequence[Group]]) -> LearnerReport:
         """`algorithm.epochs` times an optimizer step over each mini-batch, of which these are this rank's groups.
@@ -109,36 +94,34 @@ class LearnerRank:
         Collective.
         """
         began = time.perf_counter()
-        taken, totals = self._stepper.update(batches)
-        finite = [one for one in taken if np.isfinite(one.grad_norm)]
-        metrics = self._metrics(totals, time.perf_counter() - began) | {
-            catalog.LOSS: float(np.mean([one.loss for one in finite or taken])),
-            catalog.GRAD_NORM: float(np.mean([one.grad_norm for one in finite or taken])),
-            catalog.LR: taken[-1].rate,
-            catalog.SKIPPED: float(len(taken) - len(finite)),
+        steps, sums = self._stepper.update(batches)
+        finite = [step for step in steps if np.isfinite(step.grad_norm)]
+        metrics = self._metrics(sums, time.perf_counter() - began) | {
+            catalog.LOSS: float(np.mean([step.loss for step in finite or steps])),
+            catalog.GRAD_NORM: float(np.mean([step.grad_norm for step in finite or steps])),
+            catalog.LR: steps[-1].lr,
+            catalog.SKIPPED: float(len(steps) - len(finite)),
             catalog.OPTIMIZER_STEPS: float(len(finite)),
         }
         return LearnerReport(metrics=metrics, seconds=time.perf_counter() - began)
 
-    def _metrics(self, totals: Totals, seconds: float) -> dict[str, float]:
-        counts = {name: float(getattr(totals, name)) for name in totals.SUMS}
-        counts |= {"images": float(self._policy.images), "known": float(self._policy.images_known)}
+    def _metrics(self, sums: Sums, seconds: float) -> dict[str, float]:
+        images = {"images": self._policy.images, "known": self._policy.images_known}
         self._policy.images = self._policy.images_known = 0
-        statistics = {name: float(value) for name, value in totals.statistics.items()}
-        whole = self._reduce(counts | statistics)
+        totals = self._reduce(sums | images)
         memory = self._reduce({"peak": _peak_bytes(self._device)}, dist.ReduceOp.MAX)["peak"]
-        metrics = {name: whole[name] / max(whole["tokens"], 1.0) for name in statistics} | {
-            catalog.LEARNER_SAMPLES_PER_S: whole["sequences"] / seconds,
-            catalog.LEARNER_TOKENS_PER_S: whole["useful"] / seconds,
-            catalog.PACKING: whole["rows"] / whole["computed"],
-            catalog.ROW_FILL: whole["useful"] / whole["computed"],
+        metrics = {name: totals[name] / max(totals["tokens"], 1.0) for name in sums if name not in COUNTS} | {
+            catalog.LEARNER_SAMPLES_PER_S: totals["sequences"] / seconds,
+            catalog.LEARNER_TOKENS_PER_S: totals["useful"] / seconds,
+            catalog.PACKING: totals["rows"] / totals["computed"],
+            catalog.ROW_FILL: totals["useful"] / totals["computed"],
             catalog.PEAK_MEMORY: memory / 2**30,
             catalog.COMPILED: float(counters["stats"]["unique_graphs"]),
         }
-        if whole["flops"]:
-            metrics[catalog.MFU] = whole["flops"] / seconds / (self._rate.measure() * self._world)
-        if whole["images"]:
-            metrics[catalog.FEATURE_HITS] = whole["known"] / whole["images"]
+        if totals["flops"]:
+            metrics[catalog.MFU] = totals["flops"] / seconds / (self._matrix_rate.measure() * self._world)
+        if totals["images"]:
+            metrics[catalog.FEATURE_HITS] = totals["known"] / totals["images"]
         return metrics
 
     def logprobs(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
@@ -149,51 +132,34 @@ class LearnerRank:
 
     def kl(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
         """Per group and trajectory: `algorithm.kl` to the starting policy, summed over tokens. Collective."""
-        from learner.loss import kl
-
         plan = self._stepper.plan(groups)
         current = list(self._stepper.logprobs(plan))
         pairs = zip(current, self._stepper.logprobs(plan, reference=True), strict=True)
         values = (kl(now.double(), start.double(), self._algorithm.kl) for now, start in pairs)
         return [tuple(float(one.sum()) for one in group) for group in _by_trajectory(groups, plan, values)]
 
-    def open_sync(self, receivers: tuple[str, ...]) -> int:
-        """See `WeightSender.open`, and so on."""
-        return self._sender.open(receivers)
-
-    def fill_bucket(self, index: int) -> WeightBucket | None:
-        return self._sender.fill_bucket(index)
-
-    def flush_sync(self) -> None:
-        self._sender.flush()
-
-    def release_sync(self) -> None:
-        self._sender.release()
+    def send(self, wanted: Call[WeightSender, R]) -> R:
+        """Call this rank's weight sender; collective where its method is."""
+        return getattr(self._sender, wanted.method)(*wanted.arguments, **wanted.named)
 
     def save(self, folder: str) -> None:
         """Write a checkpoint. Collective."""
-        from learner import checkpoint
-
-        checkpoint.save(self._zero, Path(folder))
+        checkpoint.save(self._stepper.zero, Path(folder))
 
     def load(self, folder: str) -> None:
         """Restore what `save` wrote. Collective."""
-        from learner import checkpoint
-
-        checkpoint.load(self._zero, Path(folder))
+        checkpoint.load(self._stepper.zero, Path(folder))
 
     def export(self, folder: str) -> None:
         """Write the policy in Hugging Face format, adapters merged. Collective; rank 0 writes."""
-        from learner import checkpoint
-
         whole = self._sender.whole()
         if self._rank == 0:
             checkpoint.export(self._policy, whole, Path(self._spec.path), Path(folder))
         dist.barrier()
 
-    def _reduce(self, values: dict[str, float], operation: Any = dist.ReduceOp.SUM) -> dict[str, float]:
-        """Over ranks. Collective; same names everywhere."""
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
+    def _reduce(self, values: Sums, operation: Any = dist.ReduceOp.SUM) -> dict[str, float]:
+        """The values summed, or else, over the ranks. Collective; same names everywhere."""
+        total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=self._device)
         dist.all_reduce(total, operation)
         return dict(zip(values, total.tolist(), strict=True))
 
@@ -201,11 +167,11 @@ class LearnerRank:
 def _by_trajectory(groups: Sequence[Group], plan: Plan, values: Iterable[Tensor]) -> list[list[np.ndarray]]:
     """(N,) values of each micro-batch -> per group and trajectory (sampled tokens,)."""
     result = [[np.zeros(0, np.float32) for _ in group.trajectories] for group in groups]
-    for work, of_work in zip(plan, values, strict=True):
+    for work, found in zip(plan, values, strict=True):
         tails = [tail for piece in work for tail in piece.tails]
-        ends = np.cumsum([len(tail.targets) for tail in tails])
-        for tail, part in zip(tails, np.split(of_work.cpu().numpy(), ends[:-1] if tails else []), strict=False):
-            result[tail.group][tail.trajectory] = part
+        lengths = [len(tail.targets) for tail in tails]
+        for tail, part in zip(tails, found[: sum(lengths)].cpu().split(lengths), strict=True):
+            result[tail.group][tail.trajectory] = part.numpy()
     return result
 
 

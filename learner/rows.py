@@ -1,13 +1,21 @@
-"""Trajectories -> the tokens a policy computes on, and their share of every micro-batch.
+"""Rows: groups as the tokens a policy computes on, cut into pieces and binned into micro-batches.
 
 A group is its prompt, once, and one tail per trajectory: [sampled | fed | sampled | ...], the last sampled token left
-out because nothing follows that it could predict. `packing` and `families.generic` turn pieces of groups into tensors.
+out because it predicts nothing. A trajectory of two turns with the prompt 7 8, the answer 4 5, the fed ids 9 9 and the
+answer 6 3 is, as a `Tail`,
+
+    place    0  1  2  3  4  5
+    ids      4  5  9  9  6  3    length = 5: the 3 is not computed on
+    sampled  0  1        4  5    targets = (4, 5, 6, 3)
+
+`learner.packing` and `learner.families.generic` turn pieces into the tensors of a micro-batch.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,9 +32,9 @@ class Picture:
     tokens: Tensor
     """(k,) int64: the ids that stand in the row for its placeholder."""
     inputs: Mapping[str, Tensor]
-    """What the policy's image processor made of it; empty where `features` are known."""
+    """Output of the policy's image processor; empty where `features` are known."""
     grid: Tensor | None = None
-    """(3,) int64, temporal, height and width in patches, for policies that see in native resolution."""
+    """(3,) int64, temporal, height and width in patches, for policies that take images in native resolution."""
     features: Tensor | None = None
     """(levels, k, hidden size): what replaces the k tokens, then what deeper layers add to them (Qwen3-VL). Known
     beforehand where the vision tower is frozen."""
@@ -34,7 +42,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What of the policy its rows depend on."""
+    """The properties of a policy that its rows depend on."""
 
     image_token_id: int
     filler_id: int
@@ -46,25 +54,26 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """What is fed at once, placeholders expanded."""
+    """Tokens that are fed at once, placeholders expanded."""
 
     ids: Tensor
     """(T,) int64."""
-    pictures: tuple[Picture, ...]
     positions: Tensor
     """(3, T) int64 from 0; (3, 0) where the policy makes its own."""
-    starts: tuple[int, ...] = ()
-    """Where in `ids` each picture's tokens begin."""
+    pictures: tuple[tuple[int, Picture], ...] = ()
+    """Where in `ids` each image's tokens begin, and the image."""
 
     @property
     def end(self) -> int:
-        """The position after it."""
+        """The first position after it."""
         return int(self.positions.max()) + 1 if self.positions.numel() else 0
 
 
 @dataclass(slots=True)
 class Tail:
-    """What one trajectory has of its own, after the prompt. Places count from the prompt's end."""
+    """The tokens of one trajectory after the prompt (see the example above). Places count from the prompt's end.
+
+    `group` and `trajectory` are the numbers of both in the groups that `pieces` was given."""
 
     group: int
     trajectory: int
@@ -74,11 +83,12 @@ class Tail:
     sampled: list[Tensor] = field(default_factory=list)
     """Places of the sampled tokens, that of the last one included although it is not in the row."""
     pictures: list[tuple[int, Picture]] = field(default_factory=list)
-    """Where each image's tokens begin."""
+    """Where each image's tokens begin, and the image."""
     targets: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    """The engine's, of the targets."""
+    """Log-probs of the targets, as the rollout engine reported them."""
     length: int = 0
+    """Tokens in the row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +97,12 @@ class Piece:
 
     prompt: Segment
     tails: tuple[Tail, ...]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The images of its prompt and of its tails."""
+        own = [*self.prompt.pictures, *(pair for tail in self.tails for pair in tail.pictures)]
+        return [picture for _, picture in own]
 
     @property
     def packed(self) -> int:
@@ -98,10 +114,15 @@ class Piece:
         """Tokens as one row per trajectory."""
         return sum(len(self.prompt.ids) + tail.length for tail in self.tails)
 
-    @property
-    def padded(self) -> int:
-        """The same with what pads the rows to one length."""
+    def cost(self, padded: bool) -> int:
+        """Tokens that are computed on: as one row or, `padded`, as one row per trajectory, padded to one length."""
+        if not padded:
+            return self.packed
         return len(self.tails) * (len(self.prompt.ids) + max((tail.length for tail in self.tails), default=0))
+
+
+Expand = Callable[[Sequence[int], Sequence[ImageHandle]], Segment]
+"""Puts the tokens of images in the place of their placeholders."""
 
 
 def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = False) -> Iterator[Piece]:
@@ -114,31 +135,29 @@ def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = 
     pictures = _pictures(groups, layout)
     for number, group in enumerate(groups):
         prompt, name = group.prompt, group.prompt.sample.id
-        feeder = _Feeder(layout, pictures, name)
-        head = feeder.segment(prompt.token_ids, prompt.images)
+        expand = partial(_segment, layout, pictures, name)
+        first = expand(prompt.token_ids, prompt.images)
         tails: list[Tail] = []
         for index, trajectory in enumerate(group.trajectories):
             if not trajectory.sampled_tokens or trajectory.excluded:
                 continue
             if trajectory.turns[0].input_ids != prompt.token_ids or trajectory.turns[0].images != prompt.images:
                 raise ValueError(f"sample {name}: trajectory {index} does not begin with its group's prompt")
-            tail = _tail(number, index, trajectory, feeder, head.end)
-            fuller = Piece(prompt=head, tails=(*tails, tail))
-            if tails and (fuller.padded if padded else fuller.packed) > budget:
-                yield Piece(prompt=head, tails=tuple(tails))
+            tail = _tail(number, index, trajectory, expand, first.end)
+            if tails and Piece(prompt=first, tails=(*tails, tail)).cost(padded) > budget:
+                yield Piece(prompt=first, tails=tuple(tails))
                 tails = []
             tails.append(tail)
         if tails:
-            yield Piece(prompt=head, tails=tuple(tails))
+            yield Piece(prompt=first, tails=tuple(tails))
 
 
 def bins(work: Sequence[Piece], budget: int, padded: bool = False) -> list[list[Piece]]:
     """Micro-batches of at most `budget` tokens: first-fit decreasing. A larger piece gets one of its own."""
     filled: list[list[Piece]] = []
     sizes: list[int] = []
-    cost = {id(piece): piece.padded if padded else piece.packed for piece in work}
-    for piece in sorted(work, key=lambda piece: -cost[id(piece)]):
-        size = cost[id(piece)]
+    for piece in sorted(work, key=lambda piece: -piece.cost(padded)):
+        size = piece.cost(padded)
         place = next((i for i, taken in enumerate(sizes) if taken + size <= budget), len(filled))
         if place == len(filled):
             filled.append([])
@@ -149,7 +168,7 @@ def bins(work: Sequence[Piece], budget: int, padded: bool = False) -> list[list[
 
 
 def token_batch(tails: Sequence[Tail]) -> TokenBatch:
-    """What the objective needs of the tails' sampled tokens, in order; of a filler's one token where there are none."""
+    """What the objective needs to know of the tails' sampled tokens, in order; no tail: one masked filler token."""
     lengths = [len(tail.targets) for tail in tails] or [1]
     return TokenBatch(
         rollout_logprobs=torch.tensor([value for tail in tails for value in tail.logprobs] or [0.0]),
@@ -163,51 +182,41 @@ def _pictures(groups: Sequence[Group], layout: Layout) -> dict[str, Picture]:
     """Every image of the groups by key, each prepared once, on all cores: decoding leaves Python's lock."""
     handles: dict[str, ImageHandle] = {}
     for group in groups:
-        turns = (turn for trajectory in group.trajectories for turn in trajectory.turns)
-        for images in (group.prompt.images, *(turn.images for turn in turns)):
-            handles |= {handle.key: handle for handle in images}
+        fed = [turn.images for trajectory in group.trajectories for turn in trajectory.turns]
+        handles |= {handle.key: handle for images in (group.prompt.images, *fed) for handle in images}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return dict(zip(handles, threads.map(layout.picture, handles.values()), strict=True))
 
 
-@dataclass(slots=True)
-class _Feeder:
-    """Expands what is fed to the policy."""
-
-    layout: Layout
-    pictures: dict[str, Picture]
-    name: str
-    """Of the sample, for messages."""
-
-    def segment(self, ids: Sequence[int], images: Sequence[ImageHandle]) -> Segment:
-        places = [place for place, token in enumerate(ids) if token == self.layout.image_token_id]
-        if len(places) != len(images):
-            raise ValueError(f"sample {self.name}: {len(places)} image placeholders for {len(images)} images")
-        pictures = tuple(self.pictures[handle.key] for handle in images)
-        parts: list[Tensor] = []
-        starts: list[int] = []
-        start = longer = 0
-        for place, picture in zip(places, pictures, strict=True):
-            parts += [torch.tensor(ids[start:place], dtype=torch.int64), picture.tokens]
-            starts.append(place + longer)
-            start, longer = place + 1, longer + len(picture.tokens) - 1
-        expanded = torch.cat([*parts, torch.tensor(ids[start:], dtype=torch.int64)])
-        positions = self._positions(expanded, pictures)
-        return Segment(ids=expanded, pictures=pictures, positions=positions, starts=tuple(starts))
-
-    def _positions(self, ids: Tensor, pictures: Sequence[Picture]) -> Tensor:
-        if self.layout.positions is None or not len(ids):
-            return ids.new_zeros(3, 0)
-        grids = [picture.grid for picture in pictures if picture.grid is not None]
-        return self.layout.positions(ids, torch.stack(grids) if grids else ids.new_zeros(0, 3))
+def _segment(
+    layout: Layout, known: Mapping[str, Picture], sample: str, ids: Sequence[int], images: Sequence[ImageHandle]
+) -> Segment:
+    """Unexpanded ids with the images' tokens in the place of their placeholders. `sample` is named in the error."""
+    places = [place for place, token in enumerate(ids) if token == layout.image_token_id]
+    if len(places) != len(images):
+        raise ValueError(f"sample {sample}: {len(places)} image placeholders for {len(images)} images")
+    parts: list[Tensor] = []
+    pictures: list[tuple[int, Picture]] = []
+    start = longer = 0
+    for place, handle in zip(places, images, strict=True):
+        picture = known[handle.key]
+        parts += [torch.tensor(ids[start:place], dtype=torch.int64), picture.tokens]
+        pictures.append((place + longer, picture))
+        start, longer = place + 1, longer + len(picture.tokens) - 1
+    expanded = torch.cat([*parts, torch.tensor(ids[start:], dtype=torch.int64)])
+    grids = [picture.grid for _, picture in pictures if picture.grid is not None]
+    positions = expanded.new_zeros(3, 0)
+    if layout.positions is not None and len(expanded):
+        positions = layout.positions(expanded, torch.stack(grids) if grids else expanded.new_zeros(0, 3))
+    return Segment(ids=expanded, positions=positions, pictures=tuple(pictures))
 
 
-def _tail(group: int, index: int, trajectory: Trajectory, feeder: _Feeder, next_position: int) -> Tail:
+def _tail(group: int, index: int, trajectory: Trajectory, expand: Expand, next_position: int) -> Tail:
     tail = Tail(group, index, trajectory.advantage)
     for number, turn in enumerate(trajectory.turns):
         if number:
-            fed = feeder.segment(turn.input_ids, turn.images)
-            tail.pictures += [(tail.length + start, one) for start, one in zip(fed.starts, fed.pictures, strict=True)]
+            fed = expand(turn.input_ids, turn.images)
+            tail.pictures += [(tail.length + start, picture) for start, picture in fed.pictures]
             tail.ids.append(fed.ids)
             tail.positions.append(fed.positions + next_position)
             tail.length += len(fed.ids)

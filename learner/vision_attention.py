@@ -1,4 +1,4 @@
-"""Attention for vision towers that look through windows: all windows of one length in one call.
+"""Window attention of vision towers: all windows of one length in one call.
 
 transformers' `sdpa` path loops over windows in Python. This one is registered under a name that contains "flash", so
 that the tower passes the windows' boundaries (`cu_seq_lens`) instead; CUDA gets torch's own varlen kernel, the CPU

@@ -1,8 +1,10 @@
-"""The learner's weights as the engine takes them, LoRA adapters merged, and their sending."""
+"""The learner's weights as the rollout engines take them, LoRA adapters merged, and their sending in buckets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -20,7 +22,7 @@ _BASE, _UP, _DOWN = ".base_layer.", ".lora_B.", ".lora_A."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """One tensor of the engine."""
+    """One parameter as a rollout engine has it, and what it is made from."""
 
     base: nn.Parameter
     down: nn.Parameter | None = None
@@ -31,20 +33,12 @@ class Weight:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What must be gathered before `value`."""
+        """Those that must be gathered before `value`."""
         return [p for p in (self.base, self.down, self.up) if p is not None]
 
     @property
     def trained(self) -> bool:
         return any(p.requires_grad for p in self.parameters)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return full_shape(self.base)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
 
     @torch.no_grad()
     def value(self) -> Tensor:
@@ -57,7 +51,7 @@ class Weight:
 
 
 def weights(model: nn.Module) -> dict[str, Weight]:
-    """By the name the parameter has without adapters, in the order of `named_parameters()`; tied ones once."""
+    """Weights by the name the parameter has without adapters, in the order of `named_parameters()`; tied ones once."""
     parameters = dict(model.named_parameters())
     found: dict[str, Weight] = {}
     for name, parameter in parameters.items():
@@ -90,7 +84,6 @@ class WeightSender:
         self._sending: dict[int, Future[None]] = {}
         self._broadcast: Broadcast | None = None
         self._receivers: tuple[str, ...] = ()
-        self._frozen: int | None = None
 
     def open(self, receivers: tuple[str, ...]) -> int:
         """The number of buckets. Rank 0.
@@ -114,15 +107,14 @@ class WeightSender:
         process before its buffer is filled anew.
         """
         plan = self._plans[index]
-        sums = self._frozen_sum() if self._config.checksum and index == 0 else 0
-        with gathered([p for slot in plan.slots for p in self._weights[slot.name].parameters]):
+        sums = [self._frozen_sum] if self._config.checksum and index == 0 else []
+        with self._values(plan) as values:
             if self._rank > 0:
                 return None
-            values = {slot.name: self._weights[slot.name].value() for slot in plan.slots}
             flat = fill(plan, values, self._buffer(index))
         if self._config.checksum:
-            sums = total((sums, checksum((slot.name, view(flat, slot)) for slot in plan.slots)))
-        return replace(plan, payload=self._send(index, flat), checksum=sums if self._config.checksum else None)
+            sums.append(checksum((slot.name, view(flat, slot)) for slot in plan.slots))
+        return replace(plan, payload=self._send(index, flat), checksum=total(sums) if sums else None)
 
     def flush(self) -> None:
         """Wait until every bucket that is broadcast has left. Rank 0."""
@@ -139,30 +131,35 @@ class WeightSender:
         """Every weight by name on the CPU, also the frozen ones, adapters merged; {} on ranks > 0. Collective."""
         found: dict[str, Tensor] = {}
         for plan in self._plan(trained=True) + self._plan(trained=False):
-            with gathered([p for slot in plan.slots for p in self._weights[slot.name].parameters]):
-                if self._rank == 0:
-                    found |= {s.name: self._weights[s.name].value().to("cpu", copy=True) for s in plan.slots}
+            with self._values(plan) as values:
+                found |= {name: value.to("cpu", copy=True) for name, value in values.items()}
         return found
 
     def _plan(self, *, trained: bool) -> list[WeightBucket]:
-        shapes = {name: (w.shape, w.dtype) for name, w in self._weights.items() if w.trained is trained}
+        chosen = {name: weight.base for name, weight in self._weights.items() if weight.trained is trained}
+        shapes = {name: (full_shape(base), base.dtype) for name, base in chosen.items()}
         return plan_buckets(shapes, self._config.bucket_mb << 20, self._transport)
 
+    @contextmanager
+    def _values(self, plan: WeightBucket) -> Iterator[dict[str, Tensor]]:
+        """The plan's weights by name, whole; {} on ranks > 0. Collective."""
+        chosen = {slot.name: self._weights[slot.name] for slot in plan.slots}
+        with gathered([parameter for weight in chosen.values() for parameter in weight.parameters]):
+            yield {name: weight.value() for name, weight in chosen.items()} if self._rank == 0 else {}
+
+    @cached_property
     def _frozen_sum(self) -> int:
-        """Of the weights that are not trained, which every engine has read from disk. Collective the first time."""
-        if self._frozen is None:
-            sums = []
-            for plan in self._plan(trained=False):
-                with gathered([self._weights[slot.name].base for slot in plan.slots]):
-                    if self._rank == 0:
-                        sums.append(checksum((slot.name, self._weights[slot.name].value()) for slot in plan.slots))
-            self._frozen = total(sums)
-        return self._frozen
+        """Checksum of the weights that are not trained, which every engine has read from disk. Collective."""
+        sums = []
+        for plan in self._plan(trained=False):
+            with self._values(plan) as values:
+                sums.append(checksum(values.items()))
+        return total(sums)
 
     def _buffer(self, index: int) -> Tensor:
         place = index if self._transport == "ipc" else index % 2
-        if (sending := self._sending.pop(place, None)) is not None:
-            sending.result()
+        if place in self._sending:
+            self._sending.pop(place).result()
         if place not in self._buffers:
             plans = self._plans[index : index + 1] if self._transport == "ipc" else self._plans
             size = max(plan.nbytes for plan in plans)
@@ -171,8 +168,7 @@ class WeightSender:
 
     def _send(self, index: int, flat: Tensor) -> Any:
         """The payload of a bucket (see `WeightBucket`)."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        torch.get_device_module(self._device).synchronize()
         if self._transport == "ipc":
             return ipc_handle(flat)
         if self._broadcast is None:

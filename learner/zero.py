@@ -1,4 +1,8 @@
-"""ZeRO: DeepSpeed's stages 1 to 3 around a policy, one optimizer step at a time. DeepSpeed is imported only here."""
+"""ZeRO: DeepSpeed's stages 1 to 3 around a policy, one optimizer step at a time.
+
+DeepSpeed is imported only here, and only in functions: the controller imports this module too, and DeepSpeed must see
+DS_ACCELERATOR, which each rank sets, and logs when it is imported.
+"""
 
 import logging
 import warnings
@@ -6,16 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from perception.config import LearnerConfig
 
 
 def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then constant or linear to 0 after `total_steps`."""
+    """Rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then constant or linear to 0 at `total_steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -24,10 +26,12 @@ def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
 
 
 class Zero:
-    """A DeepSpeed engine. The default process group must exist; every method is collective unless it says otherwise."""
+    """A policy under DeepSpeed. The default process group must exist; every method is collective."""
 
     def __init__(self, module: nn.Module, config: LearnerConfig, dtype: str, device: torch.device, total_steps: int):
-        deepspeed_logger.setLevel(logging.ERROR)
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
         # DeepSpeed would compile its own shared-memory all-reduce here (a minute, and a compiler); gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -41,41 +45,35 @@ class Zero:
             weight_decay=config.weight_decay,
             fused=device.type == "cuda" or config.offload_optimizer,
         )
-        self._engine, *_ = deepspeed.initialize(
+        self._deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_settings(config, dtype), dist_init_required=False
         )
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps taken. Not collective."""
-        return int(self._engine.global_steps)
-
-    def forward(self, *inputs: Any) -> Any:
-        return self._engine(*inputs)
+    def forward(self, batch: Any) -> Any:
+        return self._deepspeed(batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the loss's gradient, which DeepSpeed divides by the number of ranks; `last` completes the step's sum."""
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        self._deepspeed.backward(loss)
 
     def step(self) -> tuple[float, float]:
         """Clip, step, zero the gradients. Returns (gradient norm before clipping, learning rate used).
 
         Where the norm is not finite DeepSpeed drops the gradients and leaves weights and moments as they were.
         """
-        rate = learning_rate(self._config, self.steps, self._total_steps)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm), rate
+        lr = learning_rate(self._config, self._deepspeed.global_steps, self._total_steps)
+        for parameters in self._deepspeed.optimizer.param_groups:
+            parameters["lr"] = lr
+        self._deepspeed.step()
+        return float(self._deepspeed.get_global_grad_norm()), lr
 
     def save(self, folder: str, tag: str) -> None:
-        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
+        self._deepspeed.save_checkpoint(folder, tag=tag, save_latest=False)
 
     def load(self, folder: str, tag: str) -> None:
         """Restore model and optimizer (same number of ranks, same ZeRO stage). Raises FileNotFoundError."""
-        path, _ = self._engine.load_checkpoint(folder, tag=tag)
+        path, _ = self._deepspeed.load_checkpoint(folder, tag=tag)
         if path is None:
             raise FileNotFoundError(f"no learner checkpoint under {folder}/{tag}")
 
@@ -83,6 +81,8 @@ class Zero:
 @contextmanager
 def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, the parameters are whole on every rank (ZeRO-3 shards them; otherwise free of charge). Collective."""
+    import deepspeed
+
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None, enabled=bool(sharded)):
         yield

@@ -1,4 +1,4 @@
-"""The death of a vLLM engine ends every wait on it. vLLM itself then fails requests, and leaves other calls waiting."""
+"""Death of a vLLM engine: it ends every wait on the engine. vLLM itself only fails requests; other calls would hang."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -19,7 +19,7 @@ class DeathWatch:
         self._death = asyncio.create_task(self._wait())
 
     async def or_death(self, call: Awaitable[Any], doing: str) -> Any:
-        """What a call to the engine returns. Raises EngineDead, naming `doing`, about when the engine dies."""
+        """Await a call to the engine. Raises EngineDead, naming `doing`, within a poll of the engine's death."""
         task = asyncio.ensure_future(call)
         try:
             await asyncio.wait((task, self._death), return_when=asyncio.FIRST_COMPLETED)

@@ -194,7 +194,7 @@ class RolloutEngine:
     async def _request(
         self, ids: Sequence[int], images: Sequence[ImageHandle], sampling: SamplingSpec, seed: int
     ) -> RequestOutput | str:
-        """What vLLM makes of unexpanded ids and their images, or in one line why it made nothing."""
+        """vLLM's output for unexpanded ids and their images, or one line that says why there is none."""
         try:
             placeholders = ids.count(self._policy.image_token_id)
             if placeholders != len(images):  # vLLM itself accepts both too many and too few
@@ -206,12 +206,11 @@ class RolloutEngine:
                 request["multi_modal_data"] = {"image": [Image.fromarray(image) for image in pixels]}
                 request["multi_modal_uuids"] = {"image": [handle.key for handle in images]}  # else vLLM hashes pixels
             params = sampling_params(self._policy, sampling, seed)
-            final = await self._watch.or_death(self._sampled(request, params), "sampling")
+            return await self._watch.or_death(self._sampled(request, params), "sampling")
         except EngineDead:
             raise
         except Exception as error:  # noqa: BLE001 - vLLM's classes for a bad request differ between versions
             return str(error) or str(error.__cause__)  # vLLM's own wrapper says nothing
-        return final
 
     async def _sampled(self, request: Any, params: SamplingParams) -> RequestOutput:
         async for output in self._engine.generate(request, params, str(next(self._ids))):
@@ -236,7 +235,7 @@ class RolloutEngine:
 
 
 def failed_group(prompt: Prompt, n: int, detail: str) -> Group:
-    """A group of which nothing is known but why."""
+    """A group of n trajectories that failed as `detail` says."""
     return Group(prompt=prompt, trajectories=tuple(failed_trajectory(prompt, index, detail) for index in range(n)))
 
 

@@ -1,14 +1,14 @@
-"""Look-to-Confirm, the multi-pass form: an answer that is not to be believed is looked at again, closer.
+"""Look-to-Confirm, the multi-pass form: an answer of low confidence is looked at again, closer.
 
-Pass 1 answers. The reward pool says without any truth how far that can be believed and, where the answer falls below
-the learned threshold, draws the closer view: the part of the image around it, enlarged, the provisional mask outlined.
-The dialogue goes on with that view and a request to confirm or correct, up to `look.max_passes`. Every sample goes its
-own way: none waits for another's first pass. (Dr. Seg's published form has one pass; it is `look=inline`.)
+Pass 1 answers. The reward pool estimates the answer's confidence without the truth and, where that is below the learned
+threshold, draws the closer view: the part of the image around the answer, enlarged, the provisional mask outlined. The
+dialogue goes on with that view and a request to confirm or correct, up to `look.max_passes` passes. No sample waits for
+another's first pass. (Dr. Seg's published form has one pass; it is `look=inline`.)
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from perception.types import Feed, Finding, Group, Prompt, Trajectory, Turn
 
@@ -17,7 +17,7 @@ Sample = Callable[[Prompt, int, tuple[Turn, ...], Feed | None], Awaitable[Trajec
 Examine = Callable[[Group], Awaitable[Sequence[Finding]]]
 """Trajectories of one prompt -> one finding each."""
 Show = Callable[[Prompt, Finding], Feed]
-"""Makes a closer view the policy's next turn."""
+"""Turns a closer view into what the policy is fed next."""
 
 
 async def look(prompt: Prompt, n: int, passes: int, sample: Sample, examine: Examine, show: Show) -> Group:
@@ -38,36 +38,30 @@ async def look(prompt: Prompt, n: int, passes: int, sample: Sample, examine: Exa
     return Group(prompt=prompt, trajectories=tuple(await asyncio.gather(*(one(index) for index in range(n)))))
 
 
-@dataclass(slots=True)
-class _Waiting:
-    trajectory: Trajectory
-    answer: asyncio.Future[Finding]
-
-
 class _Examiner:
-    """Answers that arrive while a call for their group is under way go together with the next one."""
+    """Calls `examine` for one group: answers that arrive while a call is under way go together with the next one."""
 
     def __init__(self, prompt: Prompt, examine: Examine) -> None:
         self._prompt, self._examine = prompt, examine
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[tuple[Trajectory, asyncio.Future[Finding]]] = []
         self._task: asyncio.Task[None] | None = None
 
     async def finding(self, trajectory: Trajectory) -> Finding:
-        entry = _Waiting(trajectory, asyncio.get_running_loop().create_future())
-        self._waiting.append(entry)
+        answer: asyncio.Future[Finding] = asyncio.get_running_loop().create_future()
+        self._waiting.append((trajectory, answer))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain())
-        return await entry.answer
+        return await answer
 
     async def _drain(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting, []
-            group = Group(prompt=self._prompt, trajectories=tuple(entry.trajectory for entry in batch))
+            group = Group(prompt=self._prompt, trajectories=tuple(trajectory for trajectory, _ in batch))
             try:
                 findings = await self._examine(group)
             except Exception as error:  # noqa: BLE001 - handed on to everyone who waits for it
-                for entry in batch:
-                    entry.answer.set_exception(error)
+                for _, answer in batch:
+                    answer.set_exception(error)
             else:
-                for entry, finding in zip(batch, findings, strict=True):
-                    entry.answer.set_result(finding)
+                for (_, answer), finding in zip(batch, findings, strict=True):
+                    answer.set_result(finding)

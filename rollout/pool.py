@@ -29,7 +29,7 @@ from runtime.weights import total
 MAX_RESTARTS = 3
 """Per engine and run: one that dies more often has a cause that a restart does not cure."""
 _GRACE_S = 10.0
-"""An engine whose own limit passes says what it was waiting for; so much longer is waited for that."""
+"""Seconds that the pool waits beyond the engine's own limit, whose error names what the engine was waiting for."""
 
 
 class RolloutPool:
@@ -105,14 +105,14 @@ class RolloutPool:
         return tuple(f"{slot.number}.{slot.restarts}" for slot in self._updating)
 
     async def stage(self, bucket: WeightBucket) -> None:
-        """Give those engines some of the new parameters, to be held while they sample. The bytes are stored once."""
+        """Give a bucket to the engines of `begin_update`, to hold while they sample. Its bytes are stored once."""
         shared = ray.put(bucket)
         self._staged.append(bucket.checksum)
         calls = [call(RolloutEngine.stage, shared, receiver) for receiver in range(1, len(self._updating) + 1)]
         await self.actors.each(calls, self._patient, self._updating, f"staging weight bucket {len(self._staged)}")
 
     async def end_update(self, version: int) -> list[UpdateReport]:
-        """Pause them, load what is staged, resume; what they sample from here on is stamped `version`.
+        """Pause those engines, load what is staged, resume; what they sample from here on is stamped `version`.
 
         Raises ActorError when the buckets brought checksums and an engine's weights do not add up to them.
         """

@@ -40,7 +40,7 @@ class WeightUpdates:
             if bucket.transport == "store":
                 payload = until_held.enter_context(await asyncio.to_thread(shared_file, payload)).name
             elif bucket.transport != "ipc":
-                # Twice: of the two waits it is `end`'s that can name what it waits for.
+                # Twice the limit, so that `end` times out first: its error names what it waited for.
                 payload = (*payload, receiver, 2 * self._config.request_timeout_s)
             await self._rpc("staging a weight bucket", "hold", bucket.transport, payload, bucket.nbytes, bucket.slots)
         self._nbytes += bucket.nbytes
@@ -55,7 +55,7 @@ class WeightUpdates:
             raise UpdateFailed(f"{self._doing} took more than {limit:g} s (rollout.request_timeout_s)") from error
 
     async def label(self, version: int) -> None:
-        """What is sampled from here on is `version`'s. The engine must be paused or idle."""
+        """Stamp what is sampled from here on with `version`. The engine must be paused or idle."""
         if self._native_versions:
             await self._engine.update_weight_version(str(version))
         else:
@@ -111,7 +111,7 @@ class WeightUpdates:
                 self._switches.setdefault(sample, []).append((self._version, state.detokenizer.num_output_tokens()))
 
     async def _rpc(self, doing: str, method: str, *arguments: Any) -> list[Any]:
-        """What the method of `WeightReceiver` returns on every worker."""
+        """Call a method of `WeightReceiver` on every worker; returns what each returned."""
         return await self._step(doing, self._engine.collective_rpc(method, args=arguments))
 
     async def _step(self, doing: str, call: Awaitable[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What vLLM's processes learn for us: take new weights while they sample, load them into the paused model.
+"""Extension of vLLM's worker: it takes new weights while the engine samples and loads them into the paused model.
 
 vLLM mixes `WeightReceiver` into its worker (`worker_extension_cls`), where `rollout.update` calls it by name; no name
 in it may be one of the worker's own. The engine's process imports this file for `scheduler` (`scheduler_cls`).

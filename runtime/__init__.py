@@ -1,1 +1,1 @@
-"""What needs Ray or torch and is shared by rollout, reward workers and learner."""
+"""Runtime shared by rollout, reward workers and learner: actors, placement, weight transport, the Ray cluster."""

@@ -35,7 +35,7 @@ class Limit:
 
     seconds: float
     setting: str
-    """By which a user can change it."""
+    """The setting by which a user can change it."""
 
     def __str__(self) -> str:
         return f"{self.seconds:g} s ({self.setting})"
@@ -47,6 +47,7 @@ class Call(Generic[T, R]):
 
     method: str
     arguments: tuple[Any, ...]
+    named: dict[str, Any]
 
     @property
     def doing(self) -> str:
@@ -60,10 +61,8 @@ def call(  # type: ignore[overload-overlap]  # a coroutine function is also a fu
 @overload
 def call(method: Callable[Concatenate[T, P], R], *arguments: P.args, **named: P.kwargs) -> Call[T, R]: ...
 def call(method: Callable[..., Any], *arguments: Any, **named: Any) -> Call[Any, Any]:
-    """A call that a type checker holds against the method's signature. Arguments go by position."""
-    if named:
-        raise TypeError(f"{method.__qualname__}: arguments of a call go by position, not {', '.join(named)}")
-    return Call(method.__name__, arguments)
+    """A call that a type checker holds against the method's signature."""
+    return Call(method.__name__, arguments, named)
 
 
 @dataclass(slots=True)
@@ -76,18 +75,14 @@ class Slot:
     restarts: int = 0
     revival: asyncio.Task[None] | None = None
 
-    @property
-    def busy(self) -> tuple[bool, int]:
-        """By which the idlest slot is found: one that is being restarted comes last."""
-        return self.revival is not None, self.in_flight
-
 
 Route = Callable[[Sequence[Slot]], Slot]
-"""Which of the slots takes a call."""
+"""Chooses the slot that takes a call."""
 
 
 def idlest(slots: Sequence[Slot]) -> Slot:
-    return min(slots, key=lambda slot: slot.busy)
+    """The slot with the fewest calls in flight; one that is being restarted comes last."""
+    return min(slots, key=lambda slot: (slot.revival is not None, slot.in_flight))
 
 
 class ActorPool(Generic[T]):
@@ -107,7 +102,7 @@ class ActorPool(Generic[T]):
     ) -> None:
         """One actor per seat, made with `arguments(number)`; its method `start` is called first.
 
-        restarts: of each actor at most, in a run. deaths: what a method raises when its actor is of no more use.
+        restarts: how often each actor may be restarted. deaths: what a method raises when its actor is of no more use.
         revived: awaited after a restart, before the actor serves again.
         """
         self._role, self._kind, self._arguments, self._seats = role, kind, arguments, seats
@@ -142,8 +137,7 @@ class ActorPool(Generic[T]):
             slot.in_flight += 1
             reference = _sent(actor, wanted)
             try:
-                done: R = await asyncio.wait_for(reference, limit.seconds)
-                return done
+                return await asyncio.wait_for(reference, limit.seconds)
             except TimeoutError as error:
                 ray.cancel(reference)
                 raise Late(f"no answer from {self._role} {slot.number} in {limit}") from error
@@ -182,15 +176,12 @@ class ActorPool(Generic[T]):
     async def _started(self, slot: Slot, *arguments: Any) -> Any:
         try:
             return await asyncio.wait_for(slot.actor.start.remote(*arguments), self._start_limit.seconds)
-        except TimeoutError as error:
-            failure = ActorError(f"{self._role} {slot.number} was not ready within {self._start_limit}")
-            failure.__cause__ = error
-        except RayError as error:
-            failure = ActorError(f"{self._role} {slot.number} did not start: {_why(error)}")
-            failure.__cause__ = error
-        ray.kill(slot.actor)
-        slot.actor = None
-        raise failure
+        except (TimeoutError, RayError) as error:
+            ray.kill(slot.actor)
+            slot.actor = None
+            late = isinstance(error, TimeoutError)
+            why = f"was not ready within {self._start_limit}" if late else f"did not start: {_why(error)}"
+            raise ActorError(f"{self._role} {slot.number} {why}") from error
 
     async def _ready(self, route: Route) -> Slot:
         """The routed slot, once its actor runs. Raises ActorError where an actor could not be restarted."""
@@ -219,8 +210,7 @@ class ActorPool(Generic[T]):
     async def _one(self, slot: Slot, wanted: Call[T, R], limit: Limit, doing: str) -> R:
         where = f"{self._role} {slot.number}"
         try:
-            done: R = await asyncio.wait_for(_sent(slot.actor, wanted), limit.seconds)
-            return done
+            return await asyncio.wait_for(_sent(slot.actor, wanted), limit.seconds)
         except self._deaths as error:
             raise ActorError(f"{where} died while {doing or wanted.doing}: {_why(error)}") from error
         except RayTaskError as error:
@@ -236,5 +226,6 @@ def _why(error: Exception) -> str:
     return f"{type(cause).__name__}: {lines[0]}" if lines else repr(cause)
 
 
-def _sent(actor: Any, wanted: Call[Any, Any]) -> Any:
-    return getattr(actor, wanted.method).remote(*wanted.arguments)
+def _sent(actor: Any, wanted: Call[Any, R]) -> Awaitable[R]:
+    """Ray's reference to what the call will return."""
+    return getattr(actor, wanted.method).remote(*wanted.arguments, **wanted.named)

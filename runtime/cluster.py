@@ -41,26 +41,18 @@ def connect(placement: PlacementConfig, plugins: Sequence[str] = ()) -> None:
     """
     address, files = cluster_address(), find_plugins(plugins)
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves its workers on a busy machine
-    options: dict[str, Any] = {
-        "address": address or "local",
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": _worker_env(placement, files)},
-    }
+    workers: dict[str, Any] = {"env_vars": _worker_env(placement, files)}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": workers}
     if address is None:
-        options |= {
-            "num_cpus": cpus(),
-            "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-        }
-        options["runtime_env"]["worker_process_setup_hook"] = f"{__name__}.{leave_terminal.__name__}"
+        options |= {"num_cpus": cpus(), "object_store_memory": LOCAL_OBJECT_STORE_BYTES, "include_dashboard": False}
+        workers["worker_process_setup_hook"] = f"{__name__}.{leave_terminal.__name__}"
     else:
         _require_listener(address)
-        options["runtime_env"]["py_modules"] = [str(file) for file in files if "site-packages" not in file.parts]
+        workers["py_modules"] = [str(file) for file in files if "site-packages" not in file.parts]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*override accelerator", category=FutureWarning)
         try:
-            ray.init(**options)
+            ray.init(address or "local", **options)
         except ConnectionError as error:
             raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there; unset it to run locally") from error
 
@@ -71,7 +63,7 @@ def leave_terminal() -> None:
 
 
 def cluster_address() -> str | None:
-    """Of the cluster to join; None: the run starts a Ray of its own."""
+    """Address of the cluster to join; None: the run starts a Ray of its own."""
     return os.environ.get("RAY_ADDRESS") or None
 
 

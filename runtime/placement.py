@@ -1,4 +1,4 @@
-"""Placement: who sits where. One reservation of CPUs and GPUs for all actors of a run, granted whole or not at all."""
+"""Placement: which actor runs on which CPUs and GPUs. One reservation for a run, granted whole or not at all."""
 
 import logging
 import time
@@ -23,7 +23,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Where an actor sits: its share of CPUs and GPUs, in a bundle of a placement group or anywhere."""
+    """An actor's share of CPUs and GPUs, in a bundle of a placement group or, without one, anywhere."""
 
     cpus: float
     gpus: float
@@ -31,7 +31,7 @@ class Seat:
     bundle: int = -1
 
     def options(self) -> dict[str, Any]:
-        """As `ray.remote(...).options` takes them."""
+        """Options as `ray.remote(...).options` takes them."""
         options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         if self.placement_group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.placement_group, self.bundle)
@@ -43,9 +43,8 @@ class Reservation:
     """Resources the cluster has set aside for this run."""
 
     placement_group: PlacementGroup
-    engines: list[Seat]
-    reward_workers: list[Seat]
-    learners: list[Seat]
+    seats: dict[Role, list[Seat]]
+    """One for each actor of the role."""
 
     def free(self) -> None:
         """Give everything back; actors still sitting in the bundles are killed by Ray."""
@@ -53,7 +52,7 @@ class Reservation:
 
 
 def share(placement: PlacementConfig, role: Role) -> Resources:
-    """What one actor of this role claims."""
+    """CPUs and GPUs that one actor of this role claims."""
     return {"CPU": getattr(placement, f"{role}_cpus"), "GPU": getattr(placement, f"{role}_gpus")}
 
 
@@ -86,7 +85,7 @@ def check_resources(config: Config) -> None:
         raise UserError("placement.device=cpu asks for GPU shares: set placement.*_gpus=0 or placement.device=cuda")
     if local:
         have = {"CPU": float(cpus()), "GPU": float(local_gpus()) if placement.device == "cuda" else 0.0}
-        if _short(asked, have):
+        if any(asked[kind] > have[kind] for kind in asked):
             raise UserError(_shortage(placement, asked, "this machine", have))
 
 
@@ -96,29 +95,25 @@ def reserve(config: Config) -> Reservation:
     With `transport=ipc` the actors share one bundle instead: CUDA IPC needs them on the same device.
     Raises UserError if the cluster has not granted them within `placement.start_timeout_s`.
     """
-    placement = config.placement
-    counts = _counts(config)
-    asked = _asked(config)
-    shares = [share(placement, role) for role in ROLES for _ in range(counts[role])]
-    bundles = [asked] if placement.transport == "ipc" else shares
-    group = placement_group([{k: v for k, v in b.items() if v} for b in bundles], strategy=placement.strategy)
-    _await_grant(group, placement, asked)
-    numbers = iter([0] * len(shares) if placement.transport == "ipc" else range(len(shares)))
-
-    def seats(role: Role) -> list[Seat]:
-        own = share(placement, role)
-        return [Seat(own["CPU"], own["GPU"], group, next(numbers)) for _ in range(counts[role])]
-
-    return Reservation(group, seats("engine"), seats("reward"), seats("learner"))
+    placement, asked = config.placement, _asked(config)
+    claims = [(role, share(placement, role)) for role, count in _counts(config).items() for _ in range(count)]
+    shared = placement.transport == "ipc"
+    bundles = [asked] if shared else [claim for _, claim in claims]
+    granted = placement_group([{k: v for k, v in b.items() if v} for b in bundles], strategy=placement.strategy)
+    _await_grant(granted, placement, asked)
+    seats: dict[Role, list[Seat]] = {role: [] for role in ROLES}
+    for number, (role, claim) in enumerate(claims):
+        seats[role].append(Seat(claim["CPU"], claim["GPU"], granted, 0 if shared else number))
+    return Reservation(granted, seats)
 
 
-def _await_grant(group: PlacementGroup, placement: PlacementConfig, asked: Resources) -> None:
+def _await_grant(wanted: PlacementGroup, placement: PlacementConfig, asked: Resources) -> None:
     deadline = time.monotonic() + placement.start_timeout_s
     warned = False
-    while not group.wait(min(GRANT_POLL_S, max(0.0, deadline - time.monotonic()))):
+    while not wanted.wait(min(GRANT_POLL_S, max(0.0, deadline - time.monotonic()))):
         shortage = _shortage(placement, asked, "the cluster", ray.cluster_resources(), ray.available_resources())
         if time.monotonic() >= deadline:
-            remove_placement_group(group)
+            remove_placement_group(wanted)
             raise UserError(f"{shortage}; gave up after {placement.start_timeout_s:g} s (placement.start_timeout_s)")
         if not warned:
             log.warning("%s; waiting up to %g s", shortage, placement.start_timeout_s)
@@ -135,10 +130,6 @@ def _asked(config: Config) -> Resources:
         kind: round(sum(share(config.placement, role)[kind] * count for role, count in _counts(config).items()), 4)
         for kind in ("CPU", "GPU")
     }
-
-
-def _short(asked: Resources, have: Resources) -> bool:
-    return any(asked[kind] > have.get(kind, 0.0) for kind in asked)
 
 
 def _shortage(

@@ -1,4 +1,4 @@
-"""Both ends of the weight wire: parameters -> flat buckets -> an engine, through a file, CUDA IPC or a broadcast.
+"""Transport of weights, both ends: parameters -> flat buckets -> an engine, by file, CUDA IPC or broadcast.
 
 The learner's end (`learner.weights`) plans buckets, fills them and hands them over; the engine's worker
 (`rollout.worker_extension`) takes them into an `Inbox`. Both ends sum up what they hold with `checksum`.
@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,23 +36,18 @@ _SPARE_BYTES = 2 << 30
 
 
 def plan_buckets(shapes: Shapes, limit: int, transport: str) -> list[WeightBucket]:
-    """Cut parameters, in order, into buckets of at most `limit` bytes, yet without their payload.
+    """Cut parameters, in order, into buckets of at most `limit` bytes; their payload is still None.
 
-    A larger parameter gets a bucket of its own.
+    A larger parameter gets a bucket of its own. The docstring of `WeightBucket` has an example.
     """
     plans: list[WeightBucket] = []
-    slots: list[TensorSlot] = []
-    end = 0
     for name, (shape, dtype) in shapes.items():
         size = torch.Size(shape).numel() * dtype.itemsize
-        if slots and _aligned(end) + size > limit:
-            plans.append(WeightBucket(slots=tuple(slots), nbytes=end, transport=transport))
-            slots, end = [], 0
-        offset = _aligned(end)
-        slots.append(TensorSlot(name=name, dtype=str(dtype).removeprefix("torch."), shape=shape, offset=offset))
-        end = offset + size
-    if slots:
-        plans.append(WeightBucket(slots=tuple(slots), nbytes=end, transport=transport))
+        if not plans or _aligned(plans[-1].nbytes) + size > limit:
+            plans.append(WeightBucket(slots=(), nbytes=0, transport=transport))
+        offset = _aligned(plans[-1].nbytes)
+        slot = TensorSlot(name=name, dtype=str(dtype).removeprefix("torch."), shape=shape, offset=offset)
+        plans[-1] = replace(plans[-1], slots=(*plans[-1].slots, slot), nbytes=offset + size)
     return plans
 
 
@@ -70,7 +66,7 @@ def view(buffer: Tensor, slot: TensorSlot) -> Tensor:
 
 
 def checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Of named tensors on any device. An engine may stack them by rows (q over k over v) without changing it.
+    """The sum of named tensors on any device. An engine may stack them by rows (q over k over v) without changing it.
 
     Each tensor counts as the weighted sum, mod 2**64, of its columns, themselves the sums over its rows of the bit
     patterns as signed integers; a vector is one column. The weight of a column depends on its number and on the layer
@@ -129,7 +125,7 @@ class Broadcast:
     def __init__(self, transport: str, store: Callable[[], dist.Store], member: int, world: int, timeout_s: float):
         self._nccl, self._world, self._timeout_s = transport == "nccl", world, timeout_s
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._group = self._thread.submit(self._join, store, member)
+        self._process_group = self._thread.submit(self._join, store, member)
 
     def send(self, flat: Tensor) -> Future[None]:
         """Start on (nbytes,) uint8, which must stay as it is until the future is done."""
@@ -141,8 +137,8 @@ class Broadcast:
 
     def close(self) -> None:
         """Leave the group without waiting for members that may be gone."""
-        if self._group.done() and self._group.exception() is None:
-            self._group.result().abort()
+        if self._process_group.done() and self._process_group.exception() is None:
+            self._process_group.result().abort()
         self._thread.shutdown(wait=False)
 
     def _join(self, store: Callable[[], dist.Store], member: int) -> Any:
@@ -151,7 +147,7 @@ class Broadcast:
 
     def _send(self, flat: Tensor) -> None:
         try:
-            group = self._group.result()
+            group = self._process_group.result()
         except RuntimeError as error:
             missing = f"not all of {self._world - 1} engines joined the weight broadcast in {self._timeout_s:g} s"
             raise TimeoutError(missing) from error
@@ -160,7 +156,7 @@ class Broadcast:
             torch.cuda.current_stream(flat.device).synchronize()
 
     def _receive(self, nbytes: int) -> Tensor:
-        group, cuda = self._group.result(), torch.cuda.is_available()
+        group, cuda = self._process_group.result(), torch.cuda.is_available()
         if not self._nccl:
             flat = torch.empty(nbytes, dtype=torch.uint8, pin_memory=cuda)
             group.broadcast(flat, 0).wait()
@@ -176,12 +172,12 @@ class Broadcast:
 
 
 class Inbox:
-    """Where an engine's worker holds the buckets of one update until it loads them."""
+    """The buckets of one update, held by an engine's worker until it loads them."""
 
     def __init__(self) -> None:
         self._held: list[tuple[Future[Tensor], Sequence[TensorSlot]]] = []
-        self._membership: tuple[Any, ...] = ()
-        self._broadcast: Broadcast | None = None
+        self._broadcasts: dict[tuple[Any, ...], Broadcast] = {}
+        """The one joined last, by what it was joined with."""
 
     def take(self, transport: str, payload: Any, nbytes: int, slots: Sequence[TensorSlot]) -> None:
         """Take a bucket of `nbytes` bytes.
@@ -213,12 +209,12 @@ class Inbox:
 
     def _member(self, transport: str, host: str, port: int, world: int, receiver: int, timeout_s: float) -> Broadcast:
         membership = (transport, host, port, world, receiver, timeout_s)
-        if self._broadcast is None or self._membership != membership:
-            if self._broadcast is not None:
-                self._broadcast.close()
+        if membership not in self._broadcasts:
+            for left in self._broadcasts.values():
+                left.close()
             store = partial(join_store, host, port, world, timeout_s)
-            self._broadcast, self._membership = Broadcast(transport, store, receiver, world, timeout_s), membership
-        return self._broadcast
+            self._broadcasts = {membership: Broadcast(transport, store, receiver, world, timeout_s)}
+        return self._broadcasts[membership]
 
 
 def _weighted_sum(name: str, tensor: Tensor) -> int:

@@ -46,18 +46,18 @@ class System:
         self._prompts = PromptMaker(config.model, config.task)
         self._images = ImageStore()
         self._reservation = placement.reserve(config)
-        seats, deterministic = self._reservation, config.run.deterministic
+        seats, deterministic = self._reservation.seats, config.run.deterministic
         # What vLLM computes beside a sequence changes the last bits of its log-probs; alone, it always gets the same.
         rollout = replace(config.rollout, max_num_seqs=1) if deterministic else config.rollout
-        self.engines = RolloutPool(self.policy, rollout, config.placement, seats.engines, self.resync)
-        self.rewards = RewardPool(config.reward, config.look, config.model, config.placement, seats.reward_workers)
+        self.engines = RolloutPool(self.policy, rollout, config.placement, seats["engine"], self.resync)
+        self.rewards = RewardPool(config.reward, config.look, config.model, config.placement, seats["reward"])
         self.looking = Looking(self.engines, self.rewards, self._prompts, config.look, at_once=int(deterministic))
         self.learner = LearnerPool(
             self.policy,
             config.learner,
             config.algorithm,
             config.placement,
-            seats.learners,
+            seats["learner"],
             temperature=config.rollout.temperature,
             max_new_tokens=config.rollout.max_new_tokens,
             seed=config.run.seed,

@@ -1,4 +1,4 @@
-"""What the learner knows of a model family, by `model_type`; what rollout and launch know is `perception/families.py`.
+"""Model families of the learner, by `model_type`; what rollout and launch must know is in `perception/families.py`.
 
 A model type that nothing is registered for is an ordinary image-text model, `Family`. A module of yours may add one:
 
@@ -33,8 +33,8 @@ _PROCESSOR = Lock()
 
 
 class Family:
-    """The contract, made for one policy before its model is loaded. As it stands: any image-text model of transformers,
-    on padded rows, by its own processor and forward pass."""
+    """All that the learner knows of a policy's family, made before the model is loaded. This base class serves any
+    image-text model of transformers, on padded rows, by its own processor and forward pass."""
 
     adapted: ClassVar[str] = "language_model|text_model"
     """Regular expression: the modules in which LoRA adapts linear layers."""
@@ -42,11 +42,11 @@ class Family:
     def __init__(self, spec: PolicySpec, config: Any, fetch: Fetch) -> None:
         """`config` is transformers'."""
         self.spec, self.config, self.fetch = spec, config, fetch
-        # The torchvision backend is the engine's: resized pixels then agree to the last bit.
+        # The torchvision backend is vLLM's: resized pixels then agree to the last bit.
         self.processor: Any = AutoProcessor.from_pretrained(spec.path, backend="torchvision", local_files_only=True)
 
     def policy(self, rows: Literal["packed", "padded"]) -> type[Policy]:
-        """How the model computes on such rows; on padded ones where packed ones are beyond it."""
+        """The policy's class for such rows, or the one for padded rows where the model cannot be packed."""
         from learner.families.generic import PaddedPolicy  # builds on `learner.policy`, which knows this module
 
         return PaddedPolicy
@@ -65,14 +65,14 @@ class Family:
         return Picture(key=key, tokens=made["input_ids"][0], inputs=inputs)
 
     def vision_tower(self, model: Any) -> nn.Module:
-        """What `learner.freeze_vision` freezes. Raises ValueError where the model keeps it under no usual name."""
+        """The module that `learner.freeze_vision` freezes. Raises ValueError where it has none of the usual names."""
         for name in ("visual", "vision_tower", "vision_model"):
             if isinstance(tower := getattr(model.model, name, None), nn.Module):
                 return tower
         raise ValueError(f"learner.freeze_vision: {type(model).__name__} has no vision tower known by name")
 
     def flops(self, model: Any, vision_trained: bool, adapters: bool) -> Callable[[Sequence[Piece]], float] | None:
-        """Counts the useful FLOPs of a micro-batch; None where nobody can: the run then has no `learner/mfu`."""
+        """A counter of a micro-batch's useful FLOPs; None where there is none: the run then has no `learner/mfu`."""
         return None
 
 

@@ -1,6 +1,6 @@
 """Padded rows: one per trajectory, each with its own copy of its images, through transformers' own forward pass.
 
-For any image-text model; what packed rows are measured by.
+For any image-text model; packed rows are tested against them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class PaddedBatch:
     """B rows of T tokens, padded on the right, with N sampled tokens."""
 
     inputs: Mapping[str, Tensor]
-    """Of the model's forward pass: input_ids, attention_mask and, where it takes them, token types (B, T) int64; of the
-    images, row after row, what the processor makes."""
+    """Arguments of the model's forward pass: input_ids, attention_mask and, where it takes them, token types (B, T)
+    int64; what the processor makes of the images, row after row."""
     predictors: Tensor
     """(N,) flat places in (B, T) whose hidden state predicts a sampled token ..."""
     targets: Tensor
@@ -44,7 +44,7 @@ class PaddedBatch:
 
 
 class PaddedPolicy(Policy):
-    """Any image-text model of transformers by its own forward pass."""
+    """Any image-text model of transformers on padded rows, by its own forward pass."""
 
     padded = True
 
@@ -57,7 +57,7 @@ class PaddedPolicy(Policy):
             for tail in piece.tails:
                 rows.append(torch.cat([prompt.ids, *tail.ids])[: len(prompt.ids) + tail.length])
                 predictors.append(torch.cat(tail.sampled) + len(prompt.ids) - 1)
-                pictures += [*prompt.pictures, *(picture for _, picture in tail.pictures)]
+                pictures += [picture for _, picture in (*prompt.pictures, *tail.pictures)]
         if not rows:
             rows, predictors, pictures = [self.blank.tokens], [torch.tensor([0])], [self.blank]
         tails = [tail for piece in pieces for tail in piece.tails]
@@ -71,7 +71,7 @@ class PaddedPolicy(Policy):
         )
 
     def inputs(self, ids: Tensor, pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        """What the forward pass takes beside ids (B, T) and their mask, the images in the order of the rows."""
+        """Arguments of the forward pass beside ids (B, T) and their mask; images in the order of the rows."""
         taken = signature(self.model.model.forward).parameters
         types = {name: (ids == self.model.config.image_token_id).long() for name in TOKEN_TYPES if name in taken}
         names = pictures[0].inputs if pictures else ()
@@ -84,7 +84,7 @@ class PaddedPolicy(Policy):
 
 
 def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
-    """Along the first axis; padded with zeros along the others, as processors pad the tiles of several images."""
+    """The parts along the first axis, padded with zeros along the others, as processors pad several images' tiles."""
     largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     whole = parts[0].new_zeros(sum(map(len, parts)), *largest)
     for rows, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):

@@ -56,7 +56,7 @@ class PackedPolicy(Policy):
         super().__init__(family, temperature, config, entropy_gradient)
         self.layout = replace(self.layout, picture=self.picture, positions=self.positions)
         self.features: LRUCache[str, Picture] = LRUCache(config.feature_cache_mb << 20, _feature_bytes)
-        """Of images seen before, where the vision tower is frozen."""
+        """Images whose features are known, where the vision tower is frozen."""
         # Not by the loader: it takes a name with "flash" in it, which the tower's form of call needs, for a package.
         self.model.config.vision_config._attn_implementation_internal = vision_attention.NAME
         multiply_patches(self.model)
@@ -89,14 +89,14 @@ class PackedPolicy(Policy):
             levels = levels.index_select(1, batch.image_source).to(embeddings.dtype)
             embeddings = embeddings.index_copy(0, batch.image_slots, levels[0])
             extra = self._deep_features(levels[1:], batch)
-        mask = text_attention.packed_mask(batch.spans, len(embeddings), embeddings.device)
+        mask = text_attention.packed_mask(batch.lengths, len(embeddings), embeddings.device)
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings[None], position_ids=batch.position_ids, use_cache=False, packed=mask, **extra
         ).last_hidden_state
         return self.head(hidden[0].index_select(0, batch.predictors), batch.targets, self.vocabulary)
 
     def _deep_features(self, levels: Tensor, batch: PackedBatch) -> dict[str, Any]:
-        """What Qwen3-VL adds to the first layers' hidden states at the image tokens (DeepStack, arXiv 2406.04334)."""
+        """What Qwen3-VL adds to the first layers' hidden states at image tokens (DeepStack, arXiv 2406.04334)."""
         if not len(levels):
             return {}
         places = torch.zeros(batch.input_ids.shape, dtype=torch.bool, device=levels.device)
@@ -107,42 +107,42 @@ class PackedPolicy(Policy):
     def _image_levels(self, pictures: Sequence[Picture]) -> Tensor | None:
         """(levels, image tokens, hidden size) of the images end to end; None where no rank needs any."""
         if self.vision_trained:
-            return self._see(pictures)
-        known = {p.key: p if p.features is not None else self.features.get(p.key) for p in pictures}
-        new = [picture for picture in pictures if known[picture.key] is None]
+            return self._vision_features(pictures)
+        levels = {p.key: self.features.get(p.key, p).features if p.features is None else p.features for p in pictures}
+        new = [picture for picture in pictures if levels[picture.key] is None]
         self.images += len(pictures)
         self.images_known += len(pictures) - len(new)
         if self._any_rank(bool(new)):
             with torch.no_grad():
-                computed = self._see(new)
+                computed = self._vision_features(new)
             sizes = [len(picture.tokens) for picture in new]
-            for picture, levels in zip(new, computed.split(sizes, dim=1) if new else (), strict=True):
-                if levels.nbytes <= self.features.maxsize:
-                    self.features[picture.key] = replace(picture, inputs={}, features=levels.cpu())
-                known[picture.key] = replace(picture, features=levels)
-        found = [p.features.to(self.model.device) for p in known.values() if p is not None and p.features is not None]
+            for picture, own in zip(new, computed.split(sizes, dim=1) if new else (), strict=True):
+                levels[picture.key] = own
+                if own.nbytes <= self.features.maxsize:
+                    self.features[picture.key] = replace(picture, inputs={}, features=own.cpu())
+        found = [own.to(self.model.device) for own in levels.values() if own is not None]
         return torch.cat(found, dim=1) if found else None
 
-    def _see(self, pictures: Sequence[Picture]) -> Tensor:
-        """The vision tower over these images, over a blank one where there is none."""
-        seen_by = pictures or [self.blank]
-        values = torch.cat([picture.inputs["pixel_values"] for picture in seen_by]).to(self.model.device)
-        grids = torch.stack([picture.grid for picture in seen_by if picture.grid is not None]).to(self.model.device)
-        seen = self.model.model.get_image_features(values, grids)
-        deeper = getattr(seen, "deepstack_features", None) or ()
-        return torch.stack([torch.cat(level) for level in (seen.pooler_output, *deeper)])
+    def _vision_features(self, pictures: Sequence[Picture]) -> Tensor:
+        """The vision tower's features of these images as (levels, k, hidden size); no image: of a blank one."""
+        pictures = pictures or [self.blank]
+        values = torch.cat([picture.inputs["pixel_values"] for picture in pictures]).to(self.model.device)
+        grids = torch.stack([picture.grid for picture in pictures if picture.grid is not None]).to(self.model.device)
+        features = self.model.model.get_image_features(values, grids)
+        deeper = getattr(features, "deepstack_features", None) or ()
+        return torch.stack([torch.cat(level) for level in (features.pooler_output, *deeper)])
 
-    def _any_rank(self, mine: bool) -> bool:
-        """Under ZeRO-3 all ranks run the vision tower or none does."""
+    def _any_rank(self, needed: bool) -> bool:
+        """Whether the vision tower must run: under ZeRO-3 on all ranks or on none."""
         if not hasattr(next(self.model.parameters()), "ds_id"):
-            return mine
-        flag = torch.tensor(float(mine), device=self.model.device)
+            return needed
+        flag = torch.tensor(float(needed), device=self.model.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
 
 def row_multiple(micro_tokens: int) -> int:
-    """What the length of a row on CUDA is a multiple of; 128 is FlexAttention's block."""
+    """Rows on CUDA are padded to a multiple of this length, itself one of 128, FlexAttention's block."""
     return max(128, -(-micro_tokens // ROW_BUCKETS // 128) * 128)
 
 
@@ -160,11 +160,11 @@ def multiply_patches(model: Any) -> None:
 
 
 class FlopCounter:
-    """How much arithmetic a step cannot avoid.
+    """Useful FLOPs: the arithmetic that a step cannot avoid.
 
     useful FLOPs of a micro-batch = sum over its groups of
         2 * text parameters * tokens              linear layers; a group's prompt once, its trajectories once each
-      + 4 * heads * head dim * layers * pairs     scores and values of every (query, key) that may see each other
+      + 4 * heads * head dim * layers * pairs     scores and values of every (query, key) that attends
       + 2 * hidden size * vocabulary * sampled    head, only where a sampled token is predicted
       + 2 * vision parameters * patches           once per image
       + 4 * vision width * sum over blocks of its windows' squared lengths
@@ -197,8 +197,9 @@ class FlopCounter:
             pairs += sum(tail.length * prompt + tail.length * (tail.length + 1) // 2 for tail in piece.tails)
             sampled += sum(len(tail.targets) for tail in piece.tails)
         text = 2.0 * self._text * tokens + self._pair * pairs + self._sampled * sampled
-        images = {p.key: p for piece in pieces for p in _pictures(piece) if p.features is None}
-        vision = sum(self._image(picture) for picture in images.values())
+        pictures = [picture for piece in pieces for picture in piece.pictures]
+        new = {picture.key: picture for picture in pictures if picture.features is None}
+        vision = sum(map(self._image, new.values()))
         return self._text_passes * text + self._vision_passes * vision
 
     def _image(self, picture: Picture) -> float:
@@ -211,10 +212,6 @@ class FlopCounter:
             squares += (self._vision.depth - len(whole)) * frames * _tiles(height, side) * _tiles(width, side)
         linear = self._patch * frames * height * width + self._merged * len(picture.tokens)
         return float(linear + 4 * self._width * squares)
-
-
-def _pictures(piece: Piece) -> list[Picture]:
-    return [*piece.prompt.pictures, *(picture for tail in piece.tails for _, picture in tail.pictures)]
 
 
 def _tiles(length: int, side: int) -> int:

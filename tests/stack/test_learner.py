@@ -165,7 +165,7 @@ def plain(spec: PolicySpec, groups: list[Group]) -> Plain:
         optimizer.param_groups[0]["lr"] = rate
         with torch.no_grad():
             reference_logprobs, _ = reference(batch)
-        loss = policy_loss(*policy(batch), batch.tokens, ALGORITHM, reference_logprobs=reference_logprobs)
+        loss = policy_loss(*policy(batch), replace(batch.tokens, reference_logprobs=reference_logprobs), ALGORITHM)
         loss = loss / len(batch.targets)
         loss.backward()
         losses.append(loss.item())

@@ -197,7 +197,7 @@ def test_several_steps_over_a_batch_follow_the_policy_from_its_beginning(
     for epoch in range(2):
         for number, (batch, old) in enumerate(zip(batches, before, strict=True)):
             optimizer.param_groups[0]["lr"] = CONFIG.lr * (1 - (2 * epoch + number) / 4)
-            loss = policy_loss(*policy(batch), batch.tokens, algorithm, old_logprobs=old) / len(batch.targets)
+            loss = policy_loss(*policy(batch), replace(batch.tokens, old_logprobs=old), algorithm) / len(batch.targets)
             loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)))
             optimizer.step()

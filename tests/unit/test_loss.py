@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def batch(engine: list[float], advantages: list[float], sequence: list[int] | No
 
 def loss_and_gradient(logprobs: list[float], tokens: TokenBatch, algorithm: AlgorithmConfig, **others: Any) -> Any:
     current = torch.tensor(logprobs, requires_grad=True)
-    loss = policy_loss(current, torch.zeros(len(logprobs)), tokens, algorithm, **others)
+    loss = policy_loss(current, torch.zeros(len(logprobs)), replace(tokens, **others), algorithm)
     loss.backward()
     assert current.grad is not None
     return loss.item(), current.grad.tolist()
@@ -158,7 +159,7 @@ def test_statistics_by_hand() -> None:
     entropy = torch.tensor([0.1, 0.2, 0.3, 0.4])
 
     def sums(**settings: Any) -> dict[str, float]:
-        found = token_sums(logprobs, entropy, tokens, config(**settings), reference_logprobs=logprobs + LOG2)
+        found = token_sums(logprobs, entropy, replace(tokens, reference_logprobs=logprobs + LOG2), config(**settings))
         return {name: value.item() for name, value in found.items()}
 
     engine = sums()
@@ -197,11 +198,17 @@ def test_pieces_add_up_and_fillers_count_nowhere(step: list[tuple[float, Any]], 
         rows += [(-1.0, -0.5, -2.0, -1.5, 1.0, 0.0, len(part) - 1 + i // 2) for i in range(fillers)]
         new, engine, old, reference, advantages, real, sequence = torch.tensor(rows, dtype=torch.float64).T
         new = new.clone().requires_grad_()
-        tokens = TokenBatch(rollout_logprobs=engine, advantages=advantages, loss_mask=real, sequence=sequence.long())
-        others = {"old_logprobs": old, "reference_logprobs": reference}
-        loss = policy_loss(new, new.detach() ** 2, tokens, algorithm, **others)
+        tokens = TokenBatch(
+            rollout_logprobs=engine,
+            advantages=advantages,
+            loss_mask=real,
+            sequence=sequence.long(),
+            old_logprobs=old,
+            reference_logprobs=reference,
+        )
+        loss = policy_loss(new, new.detach() ** 2, tokens, algorithm)
         loss.backward()
-        values = token_sums(new.detach(), new.detach() ** 2, tokens, algorithm, **others)
+        values = token_sums(new.detach(), new.detach() ** 2, tokens, algorithm)
         assert new.grad is not None
         gradient = new.grad[real > 0].tolist()
         assert not new.grad[real == 0].any()

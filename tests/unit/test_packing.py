@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from learner.families.qwen_vl import FlopCounter
 from learner.flops import MatrixRate
-from learner.packing import Span, owners, pack
+from learner.packing import PieceLengths, pack, token_parts
 from learner.policy import load_policy
 from learner.rows import Layout, Piece, Segment, Tail, bins, pieces, token_batch
 from learner.text_attention import attend, packed_mask
@@ -25,7 +25,7 @@ from tests.builders import sampled_group
 
 NO_IMAGES = Layout(image_token_id=-1, filler_id=0, picture=lambda handle: pytest.fail("no image"))
 spans = st.lists(
-    st.builds(Span, prompt=st.integers(1, 7), tails=st.lists(st.integers(0, 5), max_size=4).map(tuple)),
+    st.builds(PieceLengths, prompt=st.integers(1, 7), tails=st.lists(st.integers(0, 5), max_size=4).map(tuple)),
     min_size=1,
     max_size=4,
 )
@@ -37,7 +37,7 @@ def piece(prompt: int, *tails: int) -> Piece:
     return Piece(prompt=segment, tails=made)
 
 
-def visible(spans: list[Span], length: int) -> torch.Tensor:
+def visible(spans: list[PieceLengths], length: int) -> torch.Tensor:
     """(T, T) bool by the definition, token by token: (piece, tail) of both, the prompt being tail -1."""
     names = [(i, j) for i, s in enumerate(spans) for j, n in ((-1, s.prompt), *enumerate(s.tails)) for _ in range(n)]
     names += [(-1, -2)] * (length - len(names))
@@ -49,9 +49,9 @@ def visible(spans: list[Span], length: int) -> torch.Tensor:
 
 
 @given(spans, st.integers(0, 9))
-def test_every_token_sees_its_prompt_and_its_own_tail_only(made: list[Span], padding: int) -> None:
-    length = sum(span.length for span in made) + padding
-    part, prompt = owners(made, length)
+def test_every_token_sees_its_prompt_and_its_own_tail_only(made: list[PieceLengths], padding: int) -> None:
+    length = sum(one.total for one in made) + padding
+    part, prompt = token_parts(made, length)
     q, k = torch.arange(length)[:, None], torch.arange(length)[None]
     mask = (k <= q) & ((part[k] == part[q]) | (part[k] == prompt[q]))
     assert torch.equal(mask, visible(made, length))
@@ -60,9 +60,9 @@ def test_every_token_sees_its_prompt_and_its_own_tail_only(made: list[Span], pad
 @settings(max_examples=40)
 @given(spans, st.sampled_from([(4, 4), (4, 2), (2, 1)]), st.integers(0, 3))
 def test_attention_by_parts_is_attention_under_the_whole_mask(
-    made: list[Span], heads: tuple[int, int], padding: int
+    made: list[PieceLengths], heads: tuple[int, int], padding: int
 ) -> None:
-    length = sum(span.length for span in made) + padding
+    length = sum(one.total for one in made) + padding
     torch.manual_seed(length)
     query, key, value = (torch.randn(1, h, length, 8) for h in (heads[0], heads[1], heads[1]))
     mask = packed_mask(made, length, torch.device("cpu"))
@@ -80,7 +80,7 @@ def test_attention_by_parts_is_attention_under_the_whole_mask(
 def test_bins_hold_every_piece_once_within_the_budget(groups: list[tuple[int, list[int]]]) -> None:
     work = [piece(prompt, *tails) for prompt, tails in groups]
     for padded in (False, True):
-        size = lambda p: p.padded if padded else p.packed  # noqa: B023, E731
+        size = lambda p: p.cost(padded)  # noqa: B023, E731
         filled = bins(work, 100, padded)
         assert sorted(id(p) for b in filled for p in b) == sorted(map(id, work))
         assert all(sum(map(size, b)) <= 100 or len(b) == 1 for b in filled)
@@ -90,7 +90,8 @@ def test_bins_hold_every_piece_once_within_the_budget(groups: list[tuple[int, li
 
 def test_sizes_of_a_piece_by_hand() -> None:
     one = piece(10, 3, 0, 5)
-    assert (one.packed, one.rows, one.padded) == (18, 38, 45)
+    assert (one.packed, one.rows) == (one.cost(padded=False), 38) == (18, 38)
+    assert one.cost(padded=True) == 45
 
 
 def test_a_group_longer_than_the_budget_is_cut_between_its_trajectories(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_a_row_by_hand() -> None:
     batch = pack([Piece(prompt=prompt, tails=(long, short))], NO_IMAGES, multiple=4)
     assert batch.input_ids.tolist() == [[7, 8, 9, 4, 5, 0, 0, 0]]
     assert batch.position_ids[0].tolist() == [[0, 1, 2, 3, 4, 0, 0, 0]]
-    assert batch.spans == (Span(prompt=3, tails=(2, 0)),)
+    assert batch.lengths == (PieceLengths(prompt=3, tails=(2, 0)),)
     assert batch.predictors.tolist() == [2, 3, 4, 2]
     assert batch.targets.tolist() == [4, 5, 6, 3]
     assert batch.tokens.rollout_logprobs.tolist() == [-1.0, -2.0, -3.0, -4.0]

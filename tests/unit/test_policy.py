@@ -199,7 +199,7 @@ def test_the_heads_memory_does_not_grow_with_the_tokens(monkeypatch: pytest.Monk
     vocabulary, width = 4096, 8
     monkeypatch.setattr(learner.head, "CHUNK_LOGITS", 32 * vocabulary)
     linear = torch.nn.Linear(width, vocabulary)
-    head = learner.head.Head(linear, torch.tensor([0]), 1.0, entropy_gradient=False, compiled=False)
+    head = learner.head.VocabularyHead(linear, torch.tensor([0]), 1.0, entropy_gradient=False, compiled=False)
     largest: list[int] = []
     linear.register_forward_hook(lambda *call: largest.append(call[2].numel()))
 
