@@ -186,4 +186,4 @@ class HeldOut(NamedTuple):
 def read_held_out(names: Iterable[str]) -> list[HeldOut]:
     """The held-out metrics among the names, in their order."""
     split = (name.partition("@") for name in names)
-    return [HeldOut(*before.split("/"), held_out) for before, _, held_out in split if before.count("/") == 2]
+    return [HeldOut._make((*before.split("/"), held_out)) for before, _, held_out in split if before.count("/") == 2]
