@@ -15,6 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+Box = tuple[float, float, float, float]
+Point = tuple[float, float]
+Rect = tuple[int, int, int, int]
+"""left, top, right, bottom in whole pixels; the last two exclusive."""
+
 
 class FailureKind(StrEnum):
     """Why a trajectory or a score is not to be trusted."""
@@ -210,8 +215,8 @@ float32, as under a mask of -inf, and no NaN in the entropy."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerObject:
-    box: tuple[float, float, float, float] | None = None
-    point: tuple[float, float] | None = None
+    box: Box | None = None
+    point: Point | None = None
     label: str | None = None
 
 
@@ -219,8 +224,8 @@ class AnswerObject:
 class MaskPrompt:
     """What the segmenter draws one mask from, in the answer's frame: a box, points, or both."""
 
-    box: tuple[float, float, float, float] | None = None
-    points: tuple[tuple[float, float], ...] = ()
+    box: Box | None = None
+    points: tuple[Point, ...] = ()
     labels: tuple[int, ...] | None = None
     """Per point 1 (foreground) or 0 (background); None: all are foreground."""
 
@@ -253,8 +258,8 @@ class Finding:
 
     confidence: float
     """Expected mask IoU, 0..1."""
-    view: tuple[int, int, int, int] | None = None
-    """left, top, right, bottom in original pixels, the last two exclusive; None: no further look."""
+    view: Rect | None = None
+    """In original pixels; None: no further look."""
     picture: bytes = b""
     """The view as an encoded image, the provisional mask outlined."""
     picture_height: int = 0

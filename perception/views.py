@@ -10,10 +10,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from perception.types import AnswerObject
-
-Rect = tuple[int, int, int, int]
-"""left, top, right, bottom; the last two exclusive."""
+from perception.types import AnswerObject, Box, Rect
 
 OUTLINE = (255, 0, 255)
 """Magenta: rare in photographs."""
@@ -64,7 +61,7 @@ def picture(image: np.ndarray, rect: Rect, outline: np.ndarray | None, pixels: i
     return shown
 
 
-def _corners(item: AnswerObject, height: int, width: int) -> tuple[float, float, float, float] | None:
+def _corners(item: AnswerObject, height: int, width: int) -> Box | None:
     """What of the object lies in the image."""
     found = item.box or ((*item.point, *item.point) if item.point else None)
     if found is None or found[0] >= width or found[1] >= height or found[2] < 0 or found[3] < 0:
