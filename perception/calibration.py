@@ -36,12 +36,15 @@ _LEAST = 64
 """Judged answers below which nothing is believed yet."""
 
 
-def confidence(state: LookState, features: np.ndarray) -> np.ndarray:
-    """Expected mask IoU (n,) of candidates with `features` (n, FEATURES). SAM2's own word while nothing is learned."""
-    if not state.weights:
+def confidence(weights: Sequence[float], features: np.ndarray) -> np.ndarray:
+    """Expected mask IoU (n,) of candidates with `features` (n, FEATURES), by `LookState.weights`.
+
+    Without weights, while nothing has been learned, SAM2's own estimate.
+    """
+    if not len(weights):
         return np.clip(features[:, 0], 0.0, 1.0)
-    weights = np.array(state.weights)
-    return np.asarray(expit(features @ weights[1:] + weights[0]))
+    array = np.array(weights)
+    return np.asarray(expit(features @ array[1:] + array[0]))
 
 
 def most_confident(candidates: Sequence[Candidate]) -> int:
@@ -87,7 +90,7 @@ class Calibrator:
         weights = fit(self._judged[:, :-1], self._judged[:, -1])
         fitted = LookState(weights=tuple(weights.tolist()), threshold=1.0, explore=self._config.explore)
         if len(self._decisions):
-            sure = confidence(fitted, self._decisions[:, :-2])
+            sure = confidence(fitted.weights, self._decisions[:, :-2])
             threshold = best_threshold(sure, self._decisions[:, -2], self._decisions[:, -1], self._config.cost)
             fitted = replace(fitted, threshold=threshold)
         self.state = fitted

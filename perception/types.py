@@ -261,9 +261,7 @@ class Finding:
     view: Rect | None = None
     """In original pixels; None: no further look."""
     picture: bytes = b""
-    """The view as an encoded image, the provisional mask outlined."""
-    picture_height: int = 0
-    picture_width: int = 0
+    """The view as an encoded image of `perception.views.picture_size`, the provisional mask outlined."""
     failure: Failure | None = None
     """Why nothing could be said."""
 

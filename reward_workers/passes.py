@@ -17,8 +17,6 @@ from perception.types import Answer, Candidate, LookState, MaskPrompt, Prompt, T
 if TYPE_CHECKING:
     from reward_workers.segmenter import Segmentation
 
-_UNCALIBRATED = LookState(weights=(), threshold=1.0, explore=0.0)
-
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -93,7 +91,7 @@ def judge(
     segmented = segmentation.features if segmentation is not None else np.zeros((len(passes), 3))
     overlaps = segmentation.overlaps(truth) if segmentation is not None and truth is not None else None
     features = confidence_features(passes, segmented)
-    sure = confidence(look or _UNCALIBRATED, features)
+    sure = confidence(look.weights if look is not None else (), features)
     candidates = []
     for i, one in enumerate(passes):
         candidate = Candidate(answer=one.answer, features=tuple(features[i].tolist()), confidence=float(sure[i]))
