@@ -12,7 +12,7 @@ Look-to-Confirm (Dr. Seg) has one pass.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
@@ -87,13 +87,11 @@ class Calibrator:
         self._decisions = _newest(self._decisions, decisions, self._config.window)
         if len(self._judged) < _LEAST:
             return
-        weights = fit(self._judged[:, :-1], self._judged[:, -1])
-        fitted = LookState(weights=tuple(weights.tolist()), threshold=1.0, explore=self._config.explore)
+        weights, threshold = tuple(fit(self._judged[:, :-1], self._judged[:, -1]).tolist()), 1.0
         if len(self._decisions):
-            sure = confidence(fitted.weights, self._decisions[:, :-2])
+            sure = confidence(weights, self._decisions[:, :-2])
             threshold = best_threshold(sure, self._decisions[:, -2], self._decisions[:, -1], self._config.cost)
-            fitted = replace(fitted, threshold=threshold)
-        self.state = fitted
+        self.state = LookState(weights=weights, threshold=threshold, explore=self._config.explore)
 
     def export(self) -> CalibratorState:
         return CalibratorState(look=self.state, judged=self._judged, decisions=self._decisions)

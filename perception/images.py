@@ -29,9 +29,9 @@ def content_key(data: bytes) -> str:
 
 def probe(path: str | Path, max_pixels: int) -> tuple[int, int]:
     """(height, width) as displayed, from the header alone. Raises DataError for a file that could not be used."""
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        raise DataError(f"{path}: the image file is empty (0 bytes); copy it again")
     try:
-        if Path(path).stat().st_size == 0:
-            raise DataError(f"{path}: the image file is empty (0 bytes); copy it again")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
             image = Image.open(path)
@@ -39,8 +39,6 @@ def probe(path: str | Path, max_pixels: int) -> tuple[int, int]:
         raise DataError(f"{path}: no such image file; check the path in the annotations") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: the image has more than {max_pixels} pixels; make it smaller") from error
-    except DataError:
-        raise
     except _BROKEN as error:
         raise DataError(f"{path}: not a readable image ({error}); replace or remove it") from error
     with image:

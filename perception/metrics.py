@@ -10,7 +10,7 @@ import math
 import cv2
 import numpy as np
 
-from perception.matching import IOU_HIT, L1_HIT, POINT_HIT, Matched
+from perception.matching import Matched
 
 _NEAR, _FAR = 30.0, 200.0  # pixels of the metric frame
 
@@ -35,11 +35,7 @@ def vision_reasoner(matched: Matched) -> float:
 
     0 where either side is empty, as published. The pairs should come from the binary cost.
     """
-    if not len(matched.iou):
-        return 0.0
-    point_hit = (matched.distance < POINT_HIT) & matched.point_inside
-    hits = (matched.iou > IOU_HIT).sum() + (matched.l1 < L1_HIT).sum() + point_hit.sum()
-    return float(hits / max(matched.answered, matched.true))
+    return float(matched.hits.sum() / max(matched.answered, matched.true, 1))
 
 
 def box_iou(answered: np.ndarray, true: np.ndarray) -> float:

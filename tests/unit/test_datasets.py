@@ -239,7 +239,7 @@ def change(*keys: str | int, to: Any) -> Callable[[dict], Any]:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda _: "{", "not JSON"),
+        (lambda _: "{", "not one JSON object"),
         (lambda _: [], "record: "),
         (lambda content: {k: v for k, v in content.items() if k != "expressions"}, "expressions: Field required"),
         (change("expressions", to=[]), "the data set is empty"),
