@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from cachetools import LRUCache
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from perception.errors import DataError
 from perception.types import ImageHandle
 
-_EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 _PHOTOGRAPHS = ("JPEG", "MPO", "TIFF", "WEBP")  # elsewhere PIL would decode the pixels only to look for EXIF
 _BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError)  # what PIL raises for bytes it cannot read
@@ -50,7 +49,8 @@ def probe(path: str | Path, max_pixels: int) -> tuple[int, int]:
             )
         if image.mode[0] in "IF":
             raise DataError(f"{path}: more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-        return (width, height) if _sideways(image) else (height, width)
+        sideways = image.format in _PHOTOGRAPHS and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        return (width, height) if sideways else (height, width)
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -68,10 +68,6 @@ def encode(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def _sideways(image: Image.Image) -> bool:
-    return image.format in _PHOTOGRAPHS and image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
 
 
 class ImageCache:

@@ -87,9 +87,6 @@ def to_coco(rle: Rle) -> dict:
 
 
 def from_coco(encoded: dict) -> Rle:
-    """From pycocotools' compressed dictionary; counts may be text, as in a JSON file."""
-    counts = encoded["counts"]
+    """From pycocotools' compressed dictionary."""
     height, width = encoded["size"]
-    return Rle(
-        height=int(height), width=int(width), counts=counts.encode("ascii") if isinstance(counts, str) else counts
-    )
+    return Rle(height=int(height), width=int(width), counts=encoded["counts"])

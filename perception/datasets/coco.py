@@ -149,7 +149,8 @@ def write(path: Path, records: Iterable[Record]) -> int:
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     document: dict[str, list[dict]] = {"images": [], "annotations": [], "categories": [], "expressions": []}
-    annotations, categories = document["annotations"], dict[str, int]()
+    annotations = document["annotations"]
+    categories: dict[str, int] = {}
     for index, record in enumerate(records, start=1):
         name = f"{folder.name}/{index:07d}.png"
         (path.parent / name).write_bytes(record.image)

@@ -29,9 +29,7 @@ def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -
     """The truth about one question on an image of (height, width). `where` opens the message of a DataError."""
     with_mask = [item.mask for item in objects if item.mask]
     if with_mask and len(with_mask) < len(objects):
-        raise DataError(
-            f"{where}: {len(with_mask)} of {len(objects)} objects have a mask; give all of them one, or none"
-        )
+        raise DataError(f"{where}: {len(with_mask)} of {len(objects)} objects have a mask; give one to all or to none")
     boxes = [_box(item, height, width, where) for item in objects]
     points = [_point(item, box, height, width, where) for item, box in zip(objects, boxes, strict=True)]
     labels = tuple(item.label for item in objects)
@@ -48,9 +46,7 @@ def read_segmentation(value: Any, height: int, width: int, where: str) -> Rle:
     try:
         mask = _polygons(value, height, width) if isinstance(value, list) else _run_lengths(value)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{where}: unreadable segmentation ({error!r}); give polygons or run-length encoding"
-        ) from error
+        raise DataError(f"{where}: unreadable segmentation ({error!r}); give polygons or run lengths") from error
     check_mask_size((mask.height, mask.width), height, width, where)
     if masks.area(mask) == 0:
         raise DataError(f"{where}: the mask has no pixel; remove the object, or mend its segmentation")
@@ -84,9 +80,7 @@ def _run_lengths(value: dict[str, Any]) -> Rle:
 
 def check_mask_size(size: tuple[int, int], height: int, width: int, where: str) -> None:
     if size != (height, width):
-        raise DataError(
-            f"{where}: the mask is {size[1]}x{size[0]} but the image {width}x{height}; resize the mask to the image"
-        )
+        raise DataError(f"{where}: the mask is {size[1]}x{size[0]} but the image {width}x{height}; resize the mask")
 
 
 def _box(item: TrueObject, height: int, width: int, where: str) -> Box:
