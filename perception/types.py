@@ -235,7 +235,6 @@ class Answer:
     """A completion, understood. Coordinates are in the frame the parser was asked for."""
 
     objects: tuple[AnswerObject, ...]
-    think: str | None = None
     failure: Failure | None = None
     """UNPARSED when no answer could be read; `objects` is then empty."""
 
@@ -354,7 +353,6 @@ class Group:
     trajectories: tuple[Trajectory, ...]
     sampling: Span | None = None
     """When its trajectories were sampled, further looks included."""
-    scoring: Span | None = None
     cached: bool = False
     """The image's SAM2 embedding was already there when the group was scored."""
 

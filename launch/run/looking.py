@@ -57,9 +57,7 @@ class Looking:
         else:
             async with self._gate:
                 group = await self._sampled(prompt, asked)
-        began = time.monotonic()
-        scored = await self._rewards.score(group, want_masks, asked.held_out, asked.look)
-        return replace(scored, scoring=Span(began=began, ended=time.monotonic()))
+        return await self._rewards.score(group, want_masks, asked.held_out, asked.look)
 
     async def _sampled(self, prompt: Prompt, asked: Asked) -> Group:
         began = time.monotonic()
