@@ -1,4 +1,4 @@
-"""How far an answer can be believed without knowing the truth, and whether a further look at it pays.
+"""Confidence calibration: the expected mask IoU of an answer without its truth, and whether a further look pays.
 
 Confidence features of a candidate -> expected mask IoU, by a logistic model fitted to the candidates whose truth the
 reward workers have just seen. The threshold below which an answer is looked at again maximises
@@ -33,7 +33,7 @@ withdrawn       1 where a later pass answers that nothing is there
 _RIDGE = 1.0
 _BINS = 10
 _LEAST = 64
-"""Judged answers below which nothing is believed yet."""
+"""Answers of known mask IoU that the first fit needs."""
 
 
 def confidence(weights: Sequence[float], features: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which answered object stands for which true one: Hungarian matching on pairwise box and point measures.
+"""Hungarian matching of answered and true objects by pairwise measures of their boxes and points.
 
 Boxes are (N, 4) x1 y1 x2 y2, points (N, 2) x y, both in the 840x840 metric frame (`frames.METRIC`) in which the
 published thresholds are stated. What is no proper box or point has these values, always finite in the cost:

@@ -1,4 +1,4 @@
-"""What an answer is worth: pure functions, 0..1 unless said otherwise, always finite.
+"""Metrics of matched objects, boxes and masks: pure functions, always finite, 0..1 unless their docstring differs.
 
 No-target questions are defined everywhere: nothing answered where nothing is there is 1, one-sided emptiness is 0. The
 published systems differ in x1 and x3, where an empty match is worth 0: pass `empty=0`. `s_measure` keeps the values its

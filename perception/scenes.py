@@ -36,7 +36,10 @@ TEXTURES = {
 }
 """Which pixels are dark, by row and column; `period` in pixels."""
 Attributes = dict[str, str]
-"""What can be said of an object, in this order: size, texture, colour, shape, digit. What it has not is left out."""
+"""Words for an object by kind, in this order: size, texture, colour, shape, digit; without the kinds that it lacks.
+
+    {"size": "large", "texture": "striped", "colour": "red", "shape": "circle", "digit": "7"}
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -178,6 +178,6 @@ def _failed(trajectory: Trajectory, detail: str) -> Trajectory:
 
 
 def failed_findings(group: Group, detail: str) -> list[Finding]:
-    """Nothing could be told of any of the group's answers."""
+    """A failed finding for every answer of the group."""
     failure = Failure(kind=FailureKind.SCORER, detail=detail)
     return [Finding(confidence=0.0, failure=failure) for _ in group.trajectories]

@@ -1,4 +1,4 @@
-"""One true object as any format gives it, checked against its image and completed into a `Target`."""
+"""True objects as a data set gives them, checked against their image and completed into a `Target`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -41,9 +41,9 @@ class Case:
     image: Frame
     """The original image: the frame of `answer` and `target`."""
     view: View
-    """What `text` is about, and the frame of the numbers in it."""
+    """The part of the image that `text` is about, and the frame of the numbers in it."""
     mask_iou: float = 0.0
-    """Of the unions of the answered and of the true masks, at the original size; 1 where both are empty."""
+    """IoU of the unions of the answered and of the true masks, at the original size; 1 where both are empty."""
     mask_dice: float = 0.0
     masks: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
     """Makes the answered and the true mask, (H, W) bool at the original size, where masks are compared."""
@@ -121,12 +121,12 @@ def held_out_terms(metrics: Iterable[str]) -> dict[str, Component]:
 
 
 def needs(used: Mapping[str, Component]) -> frozenset[Truth]:
-    """What truth they need together."""
+    """The parts of the truth that they need together."""
     return frozenset().union(*(one.needs for one in used.values()))
 
 
 def needed_truth(reward: RewardConfig) -> frozenset[Truth]:
-    """What truth a reward needs of its training samples."""
+    """The parts of the truth that a reward needs of its training samples."""
     ranked: frozenset[Truth] = frozenset({"masks"}) if reward.rank == "group" else frozenset()
     return needs(reward_terms(reward)) | ranked
 
