@@ -60,7 +60,7 @@ def records(seeds: range, style: SceneStyle) -> Iterator[coco.Record]:
             question=question.text,
             task=question.task,
             objects=[
-                TrueObject(box=seen.box, point=seen.point, mask=masks.encode(seen.mask), label=seen.shape)
+                TrueObject(box=seen.box, point=seen.point, mask=masks.encode(seen.mask), label=seen.attributes["shape"])
                 for seen in (scene.objects[i] for i in question.targets)
             ],
         )

@@ -1,1 +1,1 @@
-"""The vocabulary every room shares: types, frames, answers, matching, metrics, data sets. No torch, no ray."""
+"""Shared by all packages: types, settings, tasks, data sets, frames, matching, metrics, scenes. No torch, no ray."""

@@ -1,4 +1,4 @@
-"""How far an answer can be believed without knowing the truth, and whether a further look at it pays.
+"""Confidence calibration: the expected mask IoU of an answer without its truth, and whether a further look pays.
 
 Confidence features of a candidate -> expected mask IoU, by a logistic model fitted to the candidates whose truth the
 reward workers have just seen. The threshold below which an answer is looked at again maximises
@@ -12,7 +12,7 @@ Look-to-Confirm (Dr. Seg) has one pass.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
@@ -33,15 +33,18 @@ withdrawn       1 where a later pass answers that nothing is there
 _RIDGE = 1.0
 _BINS = 10
 _LEAST = 64
-"""Judged answers below which nothing is believed yet."""
+"""Answers of known mask IoU that the first fit needs."""
 
 
-def confidence(state: LookState, features: np.ndarray) -> np.ndarray:
-    """Expected mask IoU (n,) of candidates with `features` (n, FEATURES). SAM2's own word while nothing is learned."""
-    if not state.weights:
+def confidence(weights: Sequence[float], features: np.ndarray) -> np.ndarray:
+    """Expected mask IoU (n,) of candidates with `features` (n, FEATURES), by `LookState.weights`.
+
+    Without weights, while nothing has been learned, SAM2's own estimate.
+    """
+    if not len(weights):
         return np.clip(features[:, 0], 0.0, 1.0)
-    weights = np.array(state.weights)
-    return np.asarray(expit(features @ weights[1:] + weights[0]))
+    array = np.array(weights)
+    return np.asarray(expit(features @ array[1:] + array[0]))
 
 
 def most_confident(candidates: Sequence[Candidate]) -> int:
@@ -84,13 +87,11 @@ class Calibrator:
         self._decisions = _newest(self._decisions, decisions, self._config.window)
         if len(self._judged) < _LEAST:
             return
-        weights = fit(self._judged[:, :-1], self._judged[:, -1])
-        fitted = LookState(weights=tuple(weights.tolist()), threshold=1.0, explore=self._config.explore)
+        weights, threshold = tuple(fit(self._judged[:, :-1], self._judged[:, -1]).tolist()), 1.0
         if len(self._decisions):
-            sure = confidence(fitted, self._decisions[:, :-2])
+            sure = confidence(weights, self._decisions[:, :-2])
             threshold = best_threshold(sure, self._decisions[:, -2], self._decisions[:, -1], self._config.cost)
-            fitted = replace(fitted, threshold=threshold)
-        self.state = fitted
+        self.state = LookState(weights=weights, threshold=threshold, explore=self._config.explore)
 
     def export(self) -> CalibratorState:
         return CalibratorState(look=self.state, judged=self._judged, decisions=self._decisions)

@@ -1,7 +1,6 @@
-"""The typed settings: the one place of every default and of the sentence that explains it (`make docs` lists them).
+"""Typed settings: the one place of every default and of the sentence that explains it (`make docs` lists them).
 
-`conf/` holds only what differs. Frozen dataclasses, so that a worker can be handed exactly the part it needs; bounds
-stand beside the type and pydantic enforces them at the start. A sentence stands under the field or fields it explains.
+`conf/` holds only what differs. Pydantic enforces the bounds at the start. A sentence explains the fields above it.
 """
 
 from dataclasses import dataclass, field
@@ -120,8 +119,7 @@ class GroupRankConfig:
     """Difference of the metric that counts as clearly better; towards 0 the rank becomes a hard one."""
 
 
-Weights = dict[str, float | dict[str, Any]]
-"""Component name -> weight, or {weight: ..., parameters of the component}."""
+Weights = dict[str, float | dict[str, Any]]  # component name -> weight, or {weight: ..., parameters of the component}
 
 
 def weights(chosen: Weights) -> dict[str, float]:
@@ -173,7 +171,7 @@ class AlgorithmConfig:
     scale: Literal["group", "batch", "none"] = "group"
     """Advantages over the standard deviation of the group, of the whole step's rewards, or as they are (Dr. GRPO)."""
     kl_coef: NonNegative = 0.0
-    """KL to the starting policy. 0 keeps no reference model."""
+    """Weight of the KL to the starting policy. 0 keeps no reference model."""
     kl: Literal["k1", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
     """Estimator of that KL, and where it is put."""
@@ -181,7 +179,7 @@ class AlgorithmConfig:
     """Bonus on the entropy, in the loss."""
     importance: Literal["none", "token", "sequence"] = "token"
     importance_cap: Rate = 2.0
-    """Truncated weight learner / engine for what separates the two; none: the engine's log-probs are the old policy."""
+    """Truncated importance weight, learner over engine probability; none: the engine's log-probs are the old policy."""
     dynamic: Literal["none", "drop", "refill"] = "none"
     """Groups whose rewards are all equal: kept, left out, or replaced by further prompts (DAPO)."""
     dynamic_rounds: Positive = 4
@@ -245,7 +243,7 @@ class RolloutConfig:
     engines: Positive = 1
     """vLLM engines, each with a copy of the policy."""
     temperature: Annotated[float, Gt(0.0), Le(2.0)] = 1.0
-    """Sampling temperature, in training and for `giou_sampled`."""
+    """Sampling temperature, in training and for the sampled held-out answers."""
     max_new_tokens: Positive = 256
     max_model_len: Positive = 4096
     """Tokens of one answer, and of a whole trajectory: prompts, images and answers."""
@@ -344,7 +342,7 @@ class Config:
     learner: LearnerConfig
     rollout: RolloutConfig
     placement: PlacementConfig
-    """DeepSpeed's ranks, vLLM's engines, and who sits where."""
+    """DeepSpeed's ranks, vLLM's engines, and the CPUs and GPUs of each actor."""
     pipeline: PipelineConfig = PipelineConfig()
     """How far rollouts may run ahead of the learner."""
     wandb: WandbConfig = WandbConfig()

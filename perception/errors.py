@@ -1,8 +1,8 @@
-"""What the user can mend, as one line: what is wrong, where, and how to mend it."""
+"""Errors with a message of one line: what is wrong, where, and how to mend it."""
 
 
 class UserError(Exception):
-    """Settings, files or a machine that cannot be used. The message is one line; the program ends with status 2."""
+    """Settings, files or a machine that cannot be used. The program ends with status 2."""
 
 
 class ActorError(RuntimeError):
@@ -10,4 +10,4 @@ class ActorError(RuntimeError):
 
 
 class DataError(ValueError):
-    """Input that cannot be used. The message names the file, line or id, says what is wrong and how to mend it."""
+    """Input that cannot be used. The message names the file, line or id."""

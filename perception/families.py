@@ -1,4 +1,4 @@
-"""What rollout and launch must know of a model family, by `model_type`; what the learner knows is `learner/families/`.
+"""Model families by `model_type`: facts for rollout and launch. Those for the learner are in `learner/families/`.
 
 A model type that nothing is registered for is an ordinary image-text model, `Family()`. A module of yours may add one:
 
@@ -19,7 +19,7 @@ _LONG_TOWER = (("model.vision_tower.", "model.vision_tower.vision_model."),)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     frame: AnswerFrame = "thousand"
-    """What its released models answer in; `model.answer_frame` wins."""
+    """The frame that its released models answer in; `model.answer_frame` wins."""
     native: bool = False
     """Images are resized to multiples of the image processor's patch_size * merge_size, and each such square becomes
     one token (`perception.frames.smart_resize`). Only then is `resized` a frame."""
@@ -49,7 +49,7 @@ def family_of(model_type: str) -> Family:
 
 
 def engine_renames(model_type: str, tower: str | None) -> tuple[tuple[str, str], ...]:
-    """Of a model whose config.json has these `model_type` and `vision_config.model_type`."""
+    """`PolicySpec.renames` of a model whose config.json has these `model_type` and `vision_config.model_type`."""
     return family_of(model_type).renames + (_LONG_TOWER if tower in _SHORTENED_TOWERS else ())
 
 

@@ -1,5 +1,5 @@
-"""Grammar of completions: tagged sections, JSON, and numbers in it. Hostile text: nothing raises but what is said, time
-is linear, memory bounded."""
+"""Grammar of completions: tagged sections, JSON, and numbers in it. Safe on hostile text: time is linear, memory is
+bounded, and nothing is raised that a docstring does not name."""
 
 import gc
 import json

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from cachetools import LRUCache
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from perception.errors import DataError
 from perception.types import ImageHandle
 
-_EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 _PHOTOGRAPHS = ("JPEG", "MPO", "TIFF", "WEBP")  # elsewhere PIL would decode the pixels only to look for EXIF
 _BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError)  # what PIL raises for bytes it cannot read
@@ -29,9 +28,9 @@ def content_key(data: bytes) -> str:
 
 def probe(path: str | Path, max_pixels: int) -> tuple[int, int]:
     """(height, width) as displayed, from the header alone. Raises DataError for a file that could not be used."""
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        raise DataError(f"{path}: the image file is empty (0 bytes); copy it again")
     try:
-        if Path(path).stat().st_size == 0:
-            raise DataError(f"{path}: the image file is empty (0 bytes); copy it again")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
             image = Image.open(path)
@@ -39,8 +38,6 @@ def probe(path: str | Path, max_pixels: int) -> tuple[int, int]:
         raise DataError(f"{path}: no such image file; check the path in the annotations") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: the image has more than {max_pixels} pixels; make it smaller") from error
-    except DataError:
-        raise
     except _BROKEN as error:
         raise DataError(f"{path}: not a readable image ({error}); replace or remove it") from error
     with image:
@@ -52,7 +49,8 @@ def probe(path: str | Path, max_pixels: int) -> tuple[int, int]:
             )
         if image.mode[0] in "IF":
             raise DataError(f"{path}: more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-        return (width, height) if _sideways(image) else (height, width)
+        sideways = image.format in _PHOTOGRAPHS and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        return (width, height) if sideways else (height, width)
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -70,10 +68,6 @@ def encode(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def _sideways(image: Image.Image) -> bool:
-    return image.format in _PHOTOGRAPHS and image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
 
 
 class ImageCache:

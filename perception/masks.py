@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 from pycocotools import mask as coco
 
-from perception.types import Rle
+from perception.types import Box, Rect, Rle
 
 
 def encode(mask: np.ndarray) -> Rle:
@@ -25,10 +26,22 @@ def area(rle: Rle) -> int:
     return int(coco.area(to_coco(rle)))
 
 
-def bounding_box(rle: Rle) -> tuple[float, float, float, float]:
+def bounding_box(rle: Rle) -> Box:
     """x1 y1 x2 y2 around the pixels set, x2 and y2 exclusive; all zero for an empty mask."""
     x, y, width, height = coco.toBbox(to_coco(rle)).tolist()
     return x, y, x + width, y + height
+
+
+def extent(mask: np.ndarray, precision: int = cv2.DIST_MASK_3) -> tuple[Rect, tuple[int, int]]:
+    """Box around the pixels set in (H, W) bool, and x y of the one farthest from the mask's edge or the image's border.
+
+    That pixel is the centre of the largest inscribed circle, as exactly as OpenCV's distance mask `precision` has it.
+    """
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    crop = np.pad(mask[top : top + height, left : left + width].astype(np.uint8), 1)
+    distance = cv2.distanceTransform(crop, cv2.DIST_L2, precision)
+    y, x = np.unravel_index(int(distance.argmax()), distance.shape)
+    return (left, top, left + width, top + height), (left + int(x) - 1, top + int(y) - 1)
 
 
 def union(masks: Sequence[Rle], height: int, width: int) -> Rle:
@@ -74,9 +87,6 @@ def to_coco(rle: Rle) -> dict:
 
 
 def from_coco(encoded: dict) -> Rle:
-    """From pycocotools' compressed dictionary; counts may be text, as in a JSON file."""
-    counts = encoded["counts"]
+    """From pycocotools' compressed dictionary."""
     height, width = encoded["size"]
-    return Rle(
-        height=int(height), width=int(width), counts=counts.encode("ascii") if isinstance(counts, str) else counts
-    )
+    return Rle(height=int(height), width=int(width), counts=encoded["counts"])

@@ -1,4 +1,4 @@
-"""Which answered object stands for which true one: Hungarian matching on pairwise box and point measures.
+"""Hungarian matching of answered and true objects by pairwise measures of their boxes and points.
 
 Boxes are (N, 4) x1 y1 x2 y2, points (N, 2) x y, both in the 840x840 metric frame (`frames.METRIC`) in which the
 published thresholds are stated. What is no proper box or point has these values, always finite in the cost:
@@ -49,27 +49,27 @@ class Matched:
     columns: np.ndarray
     """Index of the true object."""
     iou: np.ndarray
-    l1: np.ndarray
-    """Mean absolute difference of the four coordinates, pixels."""
     distance: np.ndarray
     """Between the points, pixels."""
-    point_inside: np.ndarray
-    """The answered point lies inside the answered box."""
+    hits: np.ndarray
+    """How many of the published criteria the pair meets, 0..3: IoU, L1, point (see `match`)."""
 
 
 def objects_of_answer(answer: Answer, frame: Frame) -> Objects:
     """An answer given in `frame`; NaN for a missing box or point."""
     boxes = np.array([item.box or (np.nan,) * 4 for item in answer.objects]).reshape(-1, 4)
     points = np.array([item.point or (np.nan,) * 2 for item in answer.objects]).reshape(-1, 2)
-    return Objects(boxes=convert_boxes(boxes, frame, METRIC), points=convert_points(points, frame, METRIC))
+    return objects_in(frame, boxes, points)
 
 
 def objects_of_target(target: Target, frame: Frame) -> Objects:
     """The truth about an image of size `frame`, cut at 120 objects as published."""
-    return Objects(
-        boxes=convert_boxes(target.boxes[:MAX_OBJECTS], frame, METRIC),
-        points=convert_points(target.points[:MAX_OBJECTS], frame, METRIC),
-    )
+    return objects_in(frame, target.boxes[:MAX_OBJECTS], target.points[:MAX_OBJECTS])
+
+
+def objects_in(frame: Frame, boxes: np.ndarray, points: np.ndarray) -> Objects:
+    """Boxes (N, 4) and points (N, 2) measured in `frame`."""
+    return Objects(boxes=convert_boxes(boxes, frame, METRIC), points=convert_points(points, frame, METRIC))
 
 
 def match(answered: Objects, true: Objects, cost: Cost, pixel: float = 0.0) -> Matched:
@@ -83,10 +83,10 @@ def match(answered: Objects, true: Objects, cost: Cost, pixel: float = 0.0) -> M
     iou = pairwise_iou(answered.boxes, true.boxes, pixel)
     l1 = pairwise_l1(answered.boxes, true.boxes)
     distance = pairwise_distance(answered.points, true.points)
-    inside = points_inside(answered.points, answered.boxes)
+    point_hit = (distance < POINT_HIT) & points_inside(answered.points, answered.boxes)[:, None]
+    hits = (iou > IOU_HIT).astype(int) + (l1 < L1_HIT) + point_hit
     if cost == "binary":
-        point_hit = (distance < POINT_HIT) & inside[:, None]
-        total = 3.0 - ((iou > IOU_HIT).astype(float) + (l1 < L1_HIT) + point_hit)
+        total = 3.0 - hits
     else:
         total = (1 - iou) + np.minimum(1, l1 / METRIC.width) + np.minimum(1, distance / _DIAGONAL)
     rows, columns = linear_sum_assignment(total)
@@ -96,9 +96,8 @@ def match(answered: Objects, true: Objects, cost: Cost, pixel: float = 0.0) -> M
         rows=rows,
         columns=columns,
         iou=iou[rows, columns],
-        l1=l1[rows, columns],
         distance=distance[rows, columns],
-        point_inside=inside[rows],
+        hits=hits[rows, columns],
     )
 
 

@@ -1,4 +1,4 @@
-"""Metric catalogue: every metric a run writes, once: its name, its label, the chart it is drawn in.
+"""Metric catalogue: every metric that a run writes, with its name, its label and the chart it is drawn in.
 
 Names are `group/metric`: W&B makes one section per group. Seconds are wall time in the controller, shares lie in 0..1,
 lengths are in tokens. `metrics.jsonl`, W&B, progress, summary and report all read this file.
@@ -22,8 +22,8 @@ class Chart:
     stacked: bool = False
 
 
-CHARTS: list[Chart] = []
-"""In the order in which the report shows them."""
+CHARTS: dict[str, Chart] = {}
+"""By title, in the order in which the report shows them."""
 LABELS: dict[str, str] = {}
 """Metric -> what it is called in a legend, in the progress line and in the summary."""
 DRAWN: dict[str, str] = {}
@@ -32,103 +32,97 @@ PROGRESS: dict[str, str] = {}
 """Metric -> how the progress line writes it."""
 
 
-def _chart(title: str, unit: str, smooth: bool = False, stacked: bool = False) -> str:
-    CHARTS.append(Chart(title, unit, smooth, stacked))
+def _chart(title: str, unit: str = "", smooth: bool = False, stacked: bool = False) -> str:
+    CHARTS.setdefault(title, Chart(title, unit, smooth, stacked))
     return title
 
 
-def _metric(name: str, label: str, chart: str = "", progress: str = "") -> str:
+def _metric(name: str, label: str, chart: str = "", unit: str = "", *, progress: str = "", **look: bool) -> str:
+    """`unit` and the chart's `look` (smooth, stacked) stand with the first metric of a chart."""
     LABELS[name] = label
     if chart:
-        DRAWN[name] = chart
+        DRAWN[name] = _chart(chart, unit, **look)
     if progress:
         PROGRESS[name] = progress
     return name
 
 
 # Reward: over the trajectories of a step that engine and reward worker did not fail
-_C = _chart("Reward", "mean per step", smooth=True)
-REWARD_MEAN = _metric("reward/mean", "reward", _C, progress="reward {:.3f}")
-# Perception: how good the answers are
-_C = _chart("Training gIoU", "mean IoU", smooth=True)
-GIOU = _metric("perception/giou", "gIoU", _C, progress="gIoU {:.3f}")  # mean mask IoU; a missed or invented target is 0
+REWARD_MEAN = _metric("reward/mean", "reward", "Reward", "mean per step", smooth=True, progress="reward {:.3f}")
+# Perception: mask IoU, where a missed or invented target counts 0
+GIOU = _metric("perception/giou", "gIoU", "Training gIoU", "mean IoU", smooth=True, progress="gIoU {:.3f}")
 COMPONENTS = _chart("Reward components", "mean raw value")
 PARSE_OK = _metric("reward/parse_ok", "answers that parse", progress="parsed {:.1%}")
 # Look-to-Confirm (look=relook): over the trajectories of a step
-_C = _chart("Re-look rate", "share of answers")
-RELOOK_RATE = _metric("look/relook_rate", "looked at again", _C, progress="looked again {:.1%}")
-RELOOK_CHANGED = _metric("look/changed", "of these, changed", _C)  # the kept answer is not the first one
+RELOOK_RATE = _metric(
+    "look/relook_rate", "looked at again", "Re-look rate", "share of answers", progress="looked again {:.1%}"
+)
+RELOOK_CHANGED = _metric("look/changed", "of these, changed", "Re-look rate")  # the kept answer is not the first one
 LOOK_PASSES = _metric("look/passes", "passes per trajectory")
-_C = _chart("Threshold and confidence", "expected mask IoU")
-THRESHOLD = _metric("look/threshold", "threshold", _C)  # below this confidence an answer is looked at again
-CONFIDENCE = _metric("look/confidence", "kept answers, mean", _C)
-_C = _chart("Gain of a second look", "mask IoU, mean", smooth=True)
-RELOOK_GAIN = _metric("look/gain", "gain", _C)  # kept answer less the first one, over those looked at again
-_C = _chart("Calibration error", "|expected − true mask IoU|", smooth=True)
-CALIBRATION_ERROR = _metric("look/calibration_error", "error", _C)  # ten bins, before this step is learned from
+# Answers whose confidence lies below the threshold are looked at again
+THRESHOLD = _metric("look/threshold", "threshold", "Threshold and confidence", "expected mask IoU")
+CONFIDENCE = _metric("look/confidence", "kept answers, mean", "Threshold and confidence")
+# Kept answer less the first one, over those looked at again
+RELOOK_GAIN = _metric("look/gain", "gain", "Gain of a second look", "mask IoU, mean", smooth=True)
+# In ten bins, before this step is learned from
+CALIBRATION_ERROR = _metric(
+    "look/calibration_error", "error", "Calibration error", "|expected − true mask IoU|", smooth=True
+)
 PREFIX_HITS = _metric("look/prefix_hits", "prefix cache hits")  # share of a second pass's prefix that was cached
 # Time: seconds of one step by stage, as far as the step waited for it; they add up to the step
-_C = _chart("Time of a step", "seconds", stacked=True)
-SECONDS_GENERATE = _metric("time/generate", "generate", _C)
-SECONDS_SCORE = _metric("time/score", "score", _C)
-SECONDS_LEARN = _metric("time/learn", "learn", _C)
-SECONDS_SYNC = _metric("time/sync", "sync", _C)
-SECONDS_CONTROLLER = _metric("time/controller", "controller", _C)  # the rest
+SECONDS_GENERATE = _metric("time/generate", "generate", "Time of a step", "seconds", stacked=True)
+SECONDS_SCORE = _metric("time/score", "score", "Time of a step")
+SECONDS_LEARN = _metric("time/learn", "learn", "Time of a step")
+SECONDS_SYNC = _metric("time/sync", "sync", "Time of a step")
+SECONDS_CONTROLLER = _metric("time/controller", "controller", "Time of a step")  # the rest
 TOKENS_PER_S = _metric(
-    "throughput/tokens_per_s", "tokens / s", _chart("Throughput", "sampled tokens / s", smooth=True), "{:,.0f} tok/s"
+    "throughput/tokens_per_s", "tokens / s", "Throughput", "sampled tokens / s", smooth=True, progress="{:,.0f} tok/s"
 )
 SECONDS_STEP = _metric("time/step", "step", progress="{:.1f} s/step")
 SAMPLES_PER_S = _metric("throughput/samples_per_s", "trajectories / s")
 SAM_CACHE_HITS = _metric("throughput/sam_cache_hits", "SAM2 cache hits")  # share of groups
-STALENESS = _metric(
-    "pipeline/staleness", "oldest", _chart("Staleness of the rollouts", "policy versions behind the learner")
-)
+STALENESS = _metric("pipeline/staleness", "oldest", "Staleness of the rollouts", "policy versions behind the learner")
 RESAMPLED = _metric("pipeline/resampled", "groups sampled again because they were too old")
 # Policy update
 LOSS = _metric("policy/loss", "loss")
-ENTROPY = _metric("policy/entropy", "entropy", _chart("Entropy", "nats per token", smooth=True))
-_C = _chart("Importance ratio", "learner / engine")
-RATIO = _metric("policy/ratio", "ratio", _C)  # mean, before truncation and clipping
-IMPORTANCE = _metric("policy/importance", "truncated weight", _C)
+ENTROPY = _metric("policy/entropy", "entropy", "Entropy", "nats per token", smooth=True)
+RATIO = _metric("policy/ratio", "ratio", "Importance ratio", "learner / engine")  # mean, before truncation and clipping
+IMPORTANCE = _metric("policy/importance", "truncated weight", "Importance ratio")
 IMPORTANCE_CAPPED = _metric("policy/importance_capped", "tokens cut at importance_cap")
-_C = _chart("Engine against learner", "mean |log-prob difference|")
-LOGPROB_MISMATCH = _metric("policy/logprob_mismatch", "mismatch", _C)
+LOGPROB_MISMATCH = _metric(
+    "policy/logprob_mismatch", "mismatch", "Engine against learner", "mean |log-prob difference|"
+)
 LOGPROB_MISMATCH_MAX = _metric("policy/logprob_mismatch_max", "largest mismatch")
-_C = _chart("Clipped tokens", "share")
-CLIP_LOW = _metric("policy/clip_low", "below the range", _C)
-CLIP_HIGH = _metric("policy/clip_high", "above the range", _C)
-KL = _metric("policy/kl", "KL", _chart("KL to the reference", "nats per token"))  # the estimate of `algorithm.kl`
-GRAD_NORM = _metric("policy/grad_norm", "norm", _chart("Gradient norm", "before clipping", smooth=True))
+CLIP_LOW = _metric("policy/clip_low", "below the range", "Clipped tokens", "share")
+CLIP_HIGH = _metric("policy/clip_high", "above the range", "Clipped tokens")
+KL = _metric("policy/kl", "KL", "KL to the reference", "nats per token")  # the estimate of `algorithm.kl`
+GRAD_NORM = _metric("policy/grad_norm", "norm", "Gradient norm", "before clipping", smooth=True)
 OPTIMIZER_STEPS = _metric("policy/optimizer_steps", "optimizer steps taken")
 SKIPPED = _metric("policy/skipped_steps", "optimizer steps skipped: loss or norm not finite")
 POLICY_VERSION = _metric("policy/version", "oldest weights the rollouts were sampled from")
 # Responses and rewards
-_C = _chart("Response length", "tokens, mean", smooth=True)
-RESPONSE_TOKENS = _metric("response/tokens_mean", "tokens", _C)
-_C = _chart("Boxes", "mean per sample")
-BOXES_ANSWERED = _metric("perception/boxes_answered", "answered", _C)
-BOXES_TRUE = _metric("perception/boxes_true", "true", _C)
-REWARD_STD = _metric("reward/std", "reward", _chart("Spread of rewards", "standard deviation", smooth=True))
-_C = _chart("Groups with equal rewards", "share", smooth=True)
-ZERO_VARIANCE = _metric("reward/zero_variance", "share", _C)  # of the sampled groups: they teach nothing
+RESPONSE_TOKENS = _metric("response/tokens_mean", "tokens", "Response length", "tokens, mean", smooth=True)
+BOXES_ANSWERED = _metric("perception/boxes_answered", "answered", "Boxes", "mean per sample")
+BOXES_TRUE = _metric("perception/boxes_true", "true", "Boxes")
+REWARD_STD = _metric("reward/std", "reward", "Spread of rewards", "standard deviation", smooth=True)
+# Of the sampled groups: they teach nothing
+ZERO_VARIANCE = _metric("reward/zero_variance", "share", "Groups with equal rewards", "share", smooth=True)
 SAMPLING_ROUNDS = _metric("reward/sampling_rounds", "sampling rounds")  # `algorithm.dynamic=refill`
 GROUPS_TRAINED = _metric("reward/groups_trained", "groups the learner got")
 FAILURES = _chart("Failed answers", "share")
 # Weight sync and learner: one update, all ranks together
-_C = _chart("Weight sync", "seconds")
-SYNC_PAUSE = _metric("time/sync_pause", "engine paused", _C)
-SYNC_TRANSFER = _metric("time/sync_transfer", "transfer", _C)
-LEARNER_SAMPLES_PER_S = _metric("learner/samples_per_s", "answers / s", _chart("Learner", "answers / s", smooth=True))
+SYNC_PAUSE = _metric("time/sync_pause", "engine paused", "Weight sync", "seconds")
+SYNC_TRANSFER = _metric("time/sync_transfer", "transfer", "Weight sync")
+LEARNER_SAMPLES_PER_S = _metric("learner/samples_per_s", "answers / s", "Learner", "answers / s", smooth=True)
 LEARNER_TOKENS_PER_S = _metric("learner/tokens_per_s", "tokens / s")  # without padding, prompts once per group
-MFU = _metric("learner/mfu", "MFU", _chart("Learner's model FLOP utilisation", "share", smooth=True))
+MFU = _metric("learner/mfu", "MFU", "Learner's model FLOP utilisation", "share", smooth=True)
 PEAK_MEMORY = _metric("learner/peak_gib", "peak GiB")  # of the fullest rank: device memory, or resident on the CPU
-_C = _chart("Tokens a computed token stands for", "ratio")
-PACKING = _metric("learner/packing", "packing", _C)  # tokens of one row per trajectory / tokens computed
-ROW_FILL = _metric("learner/row_fill", "not padding", _C)
+# Tokens of one row per trajectory / tokens computed
+PACKING = _metric("learner/packing", "packing", "Tokens a computed token stands for", "ratio")
+ROW_FILL = _metric("learner/row_fill", "not padding", "Tokens a computed token stands for")
 COMPILED = _metric("learner/compiled", "graphs compiled so far, rank 0")
-_C = _chart("Features found", "share of images")
-FEATURE_HITS = _metric("learner/feature_hits", "frozen vision tower", _C)
-LR = _metric("policy/lr", "lr", _chart("Learning rate", ""))
+FEATURE_HITS = _metric("learner/feature_hits", "frozen vision tower", "Features found", "share of images")
+LR = _metric("policy/lr", "lr", "Learning rate")
 
 STAGES = (SECONDS_GENERATE, SECONDS_SCORE, SECONDS_LEARN, SECONDS_SYNC, SECONDS_CONTROLLER)
 """The stages of a step in order; they add up to SECONDS_STEP."""
@@ -191,10 +185,5 @@ class HeldOut(NamedTuple):
 
 def read_held_out(names: Iterable[str]) -> list[HeldOut]:
     """The held-out metrics among the names, in their order."""
-    found = []
-    for name in names:
-        before, _, held_out = name.partition("@")
-        parts = before.split("/")
-        if len(parts) == 3:
-            found.append(HeldOut(parts[0], parts[1], parts[2], held_out))
-    return found
+    split = (name.partition("@") for name in names)
+    return [HeldOut._make((*before.split("/"), held_out)) for before, _, held_out in split if before.count("/") == 2]

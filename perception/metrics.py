@@ -1,4 +1,4 @@
-"""What an answer is worth: pure functions, 0..1 unless said otherwise, always finite.
+"""Metrics of matched objects, boxes and masks: pure functions, always finite, 0..1 unless their docstring differs.
 
 No-target questions are defined everywhere: nothing answered where nothing is there is 1, one-sided emptiness is 0. The
 published systems differ in x1 and x3, where an empty match is worth 0: pass `empty=0`. `s_measure` keeps the values its
@@ -10,7 +10,7 @@ import math
 import cv2
 import numpy as np
 
-from perception.matching import IOU_HIT, L1_HIT, POINT_HIT, Matched
+from perception.matching import Matched
 
 _NEAR, _FAR = 30.0, 200.0  # pixels of the metric frame
 
@@ -35,11 +35,7 @@ def vision_reasoner(matched: Matched) -> float:
 
     0 where either side is empty, as published. The pairs should come from the binary cost.
     """
-    if not len(matched.iou):
-        return 0.0
-    point_hit = (matched.distance < POINT_HIT) & matched.point_inside
-    hits = (matched.iou > IOU_HIT).sum() + (matched.l1 < L1_HIT).sum() + point_hit.sum()
-    return float(hits / max(matched.answered, matched.true))
+    return float(matched.hits.sum() / max(matched.answered, matched.true, 1))
 
 
 def box_iou(answered: np.ndarray, true: np.ndarray) -> float:

@@ -24,7 +24,6 @@ from perception.errors import UserError
 
 T = TypeVar("T")
 PLUGINS = "RELOOK_PLUGINS"
-_NO_DEFAULT = inspect.Parameter.empty
 
 
 class Registry(Generic[T]):
@@ -133,7 +132,7 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], wher
             arguments[name] = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
             raise UserError(f"{where}.{name}={value!r}: {error.errors()[0]['msg']}") from error
-    missing = [name for name, parameter in wanted.items() if parameter.default is _NO_DEFAULT and name not in given]
+    missing = [name for name, parameter in wanted.items() if parameter.default is parameter.empty and name not in given]
     if missing:
         raise UserError(f"{where}: '{missing[0]}' is missing; it has no default")
     return arguments

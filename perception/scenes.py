@@ -7,13 +7,16 @@ Everything is drawn into one label map, so a mask is exactly the visible part of
 pixels of the scene; everything is a pure function of the seed and the style.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
+
+from perception.masks import extent
+from perception.types import Rect
 
 COLOURS = {
     "red": (214, 48, 49),
@@ -25,8 +28,18 @@ COLOURS = {
     "white": (240, 240, 240),
     "black": (30, 30, 34),
 }
-TEXTURES = ("plain", "striped", "dotted")
-Relation = Literal["left of", "right of", "above", "below"]
+HIDDEN = "hidden"
+"""The colour of a camouflaged object: almost the background's own."""
+TEXTURES = {
+    "striped": lambda row, column, period: (row + column) % period < period // 2,
+    "dotted": lambda row, column, period: (row % period < period // 2) & (column % period < period // 2),
+}
+"""Which pixels are dark, by row and column; `period` in pixels."""
+Attributes = dict[str, str]
+"""Words for an object by kind, in this order: size, texture, colour, shape, digit; without the kinds that it lacks.
+
+    {"size": "large", "texture": "striped", "colour": "red", "shape": "circle", "digit": "7"}
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,41 +72,13 @@ SHIFTED = SceneStyle(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traits:
-    """What can be said of an object."""
-
-    shape: str
-    colour: str
-    size: Literal["small", "large"]
-    texture: str
-    digit: str | None
-    """A written digit on the object."""
-    camouflaged: bool
-    """Drawn almost in the background's own colour."""
-
-    @property
-    def attributes(self) -> dict[str, str | None]:
-        return {
-            "size": self.size,
-            "texture": self.texture if self.texture != "plain" else None,
-            "colour": None if self.camouflaged else self.colour,
-            "hidden": "hidden" if self.camouflaged else None,
-            "shape": self.shape,
-            "digit": self.digit,
-        }
-
-
-Box = tuple[int, int, int, int]
-Point = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SceneObject(Traits):
+class SceneObject:
+    attributes: Attributes
     mask: np.ndarray
     """(side, side) bool: the visible part."""
-    box: Box
+    box: Rect
     """x1 y1 x2 y2 around the visible part; x2 and y2 are exclusive (COCO's x + w)."""
-    point: Point
+    point: tuple[int, int]
     """x y: the visible pixel farthest from the object's edge."""
 
 
@@ -136,20 +121,23 @@ SHAPES: dict[str, np.ndarray] = {
 def generate(seed: int, style: SceneStyle = SceneStyle()) -> Scene:
     """Draw one scene. The same seed and style give the same bytes."""
     rng = np.random.default_rng(seed)
-    side = style.side
-    background = _background(rng, side)
-    labels = np.zeros((side, side), np.uint8)
+    image = _background(rng, style.side)
+    labels = np.zeros((style.side, style.side), np.uint8)
     wanted = int(rng.integers(style.min_objects, style.max_objects + 1))
-    traits: list[_Planned] = []
+    placed: list[_Planned] = []
     for _ in range(wanted * 4):
-        if len(traits) == wanted:
+        if len(placed) == wanted:
             break
-        trait = _draw_traits(rng, style)
-        if _place(labels, trait, len(traits) + 1, style.overlap):
-            traits.append(trait)
-    image = _paint(rng, background, labels, traits)
-    objects = tuple(_object(labels == i, trait) for i, trait in enumerate(traits, start=1))
-    return Scene(image=image, objects=objects)
+        planned = _plan(rng, style)
+        if _place(labels, planned, len(placed) + 1, style.overlap):
+            placed.append(planned)
+    objects = []
+    for label, planned in enumerate(placed, start=1):
+        mask = labels == label
+        _paint(rng, image, mask, planned)
+        box, point = extent(mask)
+        objects.append(SceneObject(attributes=planned.attributes, mask=mask, box=box, point=point))
+    return Scene(image=image, objects=tuple(objects))
 
 
 def stream(seed: int, style: SceneStyle = SceneStyle()) -> Iterator[Scene]:
@@ -160,30 +148,29 @@ def stream(seed: int, style: SceneStyle = SceneStyle()) -> Iterator[Scene]:
 def ask(scene: Scene, rng: np.random.Generator, style: SceneStyle = SceneStyle()) -> Question:
     """One question about the scene, of a kind drawn by the style; falls back to a single-object question."""
     draw = rng.random()
-    makers: list[tuple[float, Callable[[Scene, np.random.Generator], Question | None]]] = [
+    for share, maker in (
         (style.relation, _ask_relation),
         (style.several, _ask_several),
         (style.counting, _ask_count),
         (style.no_target, _ask_none),
-    ]
-    for share, maker in makers:
+    ):
         if draw < share:
-            question = maker(scene, rng)
-            if question is not None:
-                return question
-            break
+            return maker(scene, rng) or _ask_attribute(scene, rng)
         draw -= share
-    return _ask_attribute(scene, rng) or _ask_count(scene, rng)
+    return _ask_attribute(scene, rng)
 
 
 # ---------------------------------------------------------------- drawing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Planned(Traits):
+class _Planned:
+    attributes: Attributes
     radius: float
-    centre: tuple[float, float]
+    centre: np.ndarray
+    """(2,) x y."""
     polygon: np.ndarray
+    """(corners, 2) int32."""
 
 
 def _background(rng: np.random.Generator, side: int) -> np.ndarray:
@@ -198,7 +185,7 @@ def _background(rng: np.random.Generator, side: int) -> np.ndarray:
     return image.astype(np.uint8)
 
 
-def _draw_traits(rng: np.random.Generator, style: SceneStyle) -> _Planned:
+def _plan(rng: np.random.Generator, style: SceneStyle) -> _Planned:
     shape = str(rng.choice(list(SHAPES)))
     middle = (style.min_size + style.max_size) / 2
     large = bool(rng.random() < 0.5)
@@ -209,24 +196,29 @@ def _draw_traits(rng: np.random.Generator, style: SceneStyle) -> _Planned:
     outline = SHAPES[shape] @ rotation.T * radius
     reach = np.abs(outline).max(0) + 1
     centre = rng.uniform(reach, np.maximum(style.side - reach, reach + 1e-3))
-    camouflaged = bool(rng.random() < style.camouflage)
+    hidden = rng.random() < style.camouflage
+    colour = str(rng.choice(list(COLOURS)))
+    texture = str(rng.choice(list(TEXTURES))) if hidden or rng.random() < style.texture else ""
+    digit = str(rng.integers(0, 10)) if rng.random() < style.digit and shape in ("circle", "square") else ""
+    known = {
+        "size": "large" if large else "small",
+        "texture": texture,
+        "colour": HIDDEN if hidden else colour,
+        "shape": shape,
+        "digit": digit,
+    }
     return _Planned(
-        shape=shape,
-        colour=str(rng.choice(list(COLOURS))),
-        texture=str(rng.choice(TEXTURES[1:])) if camouflaged or rng.random() < style.texture else "plain",
-        digit=str(rng.integers(0, 10)) if rng.random() < style.digit and shape in ("circle", "square") else None,
-        camouflaged=camouflaged,
-        size="large" if large else "small",
+        attributes={key: value for key, value in known.items() if value},
         radius=radius,
-        centre=(float(centre[0]), float(centre[1])),
+        centre=centre,
         polygon=np.rint(outline + centre).astype(np.int32),
     )
 
 
-def _place(labels: np.ndarray, trait: _Planned, label: int, overlap: float) -> bool:
+def _place(labels: np.ndarray, planned: _Planned, label: int, overlap: float) -> bool:
     """Draw the object into the label map, unless it hides too much of an older one."""
     before = np.bincount(labels.ravel(), minlength=label + 1)
-    trial = cv2.fillPoly(labels.copy(), [trait.polygon], label)
+    trial = cv2.fillPoly(labels.copy(), [planned.polygon], label)
     after = np.bincount(trial.ravel(), minlength=label + 1)
     older = slice(1, label)
     if (after[older] < (1 - overlap) * before[older]).any():
@@ -235,93 +227,59 @@ def _place(labels: np.ndarray, trait: _Planned, label: int, overlap: float) -> b
     return True
 
 
-def _paint(
-    rng: np.random.Generator, background: np.ndarray, labels: np.ndarray, traits: Sequence[_Planned]
-) -> np.ndarray:
-    image = background.copy()
-    side = labels.shape[0]
-    rows, columns = np.ogrid[:side, :side]
-    for label, trait in enumerate(traits, start=1):
-        where = labels == label
-        if trait.camouflaged:
-            colour = background[where].mean(0) + rng.choice([-14, 14])
-        else:
-            colour = np.array(COLOURS[trait.colour]) + rng.integers(-8, 9, 3)
-        image[where] = np.clip(colour, 0, 255)
-        period = max(4, side // 20)
-        if trait.texture == "striped":
-            marks = where & ((rows + columns) % period < period // 2)
-        elif trait.texture == "dotted":
-            marks = where & (rows % period < period // 2) & (columns % period < period // 2)
-        else:
-            continue
-        image[marks] = (image[marks].astype(np.int16) * (0.8 if trait.camouflaged else 0.55)).astype(np.uint8)
-    for label, trait in enumerate(traits, start=1):
-        if trait.digit is not None:
-            _write_digit(image, labels == label, trait)
-    return image
+def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, planned: _Planned) -> None:
+    """Colour, texture and digit, where the object is visible. There the image still shows the background."""
+    known, side = planned.attributes, len(image)
+    hidden = known["colour"] == HIDDEN
+    if hidden:
+        colour = image[mask].mean(0) + rng.choice([-14, 14])
+    else:
+        colour = np.array(COLOURS[known["colour"]]) + rng.integers(-8, 9, 3)
+    image[mask] = np.clip(colour, 0, 255)
+    if "texture" in known:
+        row, column = np.ogrid[:side, :side]
+        marks = mask & TEXTURES[known["texture"]](row, column, max(4, side // 20))
+        image[marks] = (image[marks].astype(np.int16) * (0.8 if hidden else 0.55)).astype(np.uint8)
+    if "digit" in known:
+        _write_digit(image, mask, planned)
 
 
-def _write_digit(image: np.ndarray, where: np.ndarray, trait: _Planned) -> None:
-    scale, thickness = trait.radius / 16, max(1, round(trait.radius / 9))
-    (width, height), _ = cv2.getTextSize(str(trait.digit), cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
-    origin = (round(trait.centre[0] - width / 2), round(trait.centre[1] + height / 2))
-    glyph = cv2.putText(
-        np.zeros(where.shape, np.uint8), str(trait.digit), origin, cv2.FONT_HERSHEY_SIMPLEX, scale, 1, thickness
-    )
-    ink = 20 if image[where].mean() > 110 else 245
-    image[(glyph > 0) & where] = ink
-
-
-def _object(mask: np.ndarray, planned: _Planned) -> SceneObject:
-    box, point = extent(mask)
-    traits: dict[str, Any] = {field.name: getattr(planned, field.name) for field in fields(Traits)}
-    return SceneObject(**traits, mask=mask, box=box, point=point)
-
-
-def extent(mask: np.ndarray) -> tuple[Box, Point]:
-    """Box around a mask (H, W), x2 and y2 exclusive, and its pixel farthest from the edge; an image's border is one."""
-    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
-    crop = np.pad(mask[y : y + height, x : x + width].astype(np.uint8), 1)
-    distance = cv2.distanceTransform(crop, cv2.DIST_L2, 3)
-    py, px = np.unravel_index(int(distance.argmax()), distance.shape)
-    return (x, y, x + width, y + height), (x + int(px) - 1, y + int(py) - 1)
+def _write_digit(image: np.ndarray, mask: np.ndarray, planned: _Planned) -> None:
+    digit, font = planned.attributes["digit"], cv2.FONT_HERSHEY_SIMPLEX
+    scale, thickness = planned.radius / 16, max(1, round(planned.radius / 9))
+    (width, height), _ = cv2.getTextSize(digit, font, scale, thickness)
+    x, y = planned.centre
+    origin = (round(x - width / 2), round(y + height / 2))
+    glyph = cv2.putText(np.zeros(mask.shape, np.uint8), digit, origin, font, scale, 1, thickness)
+    image[(glyph > 0) & mask] = 20 if image[mask].mean() > 110 else 245
 
 
 # ---------------------------------------------------------------- questions
 
-_WORDS = ("size", "texture", "colour", "hidden")
 
-
-def _phrase(attributes: dict[str, str | None], plural: bool = False) -> str:
-    noun = attributes.get("shape") or "object"
-    noun += ("es" if noun.endswith("s") else "s") if plural else ""
-    words = [str(attributes[key]) for key in _WORDS if attributes.get(key)] + [noun]
-    if attributes.get("digit"):
+def _phrase(attributes: Attributes, plural: bool = False) -> str:
+    noun = attributes.get("shape", "object")
+    if plural:
+        noun += "es" if noun.endswith("s") else "s"
+    words = [attributes[key] for key in ("size", "texture", "colour") if key in attributes] + [noun]
+    if "digit" in attributes:
         words.append(f"with the digit {attributes['digit']}")
     return " ".join(words)
 
 
-def _matching(scene: Scene, attributes: dict[str, str | None]) -> tuple[int, ...]:
-    """Objects with all the named attributes, left to right."""
-    hits = [
-        i
-        for i, candidate in enumerate(scene.objects)
-        if all(candidate.attributes[key] == value for key, value in attributes.items())
-    ]
+def _matching(scene: Scene, attributes: Attributes) -> tuple[int, ...]:
+    """Objects with all these attributes, left to right."""
+    hits = [i for i, one in enumerate(scene.objects) if attributes.items() <= one.attributes.items()]
     return tuple(sorted(hits, key=lambda i: (scene.objects[i].box[0], i)))
 
 
-def _some_attributes(
-    rng: np.random.Generator, target: SceneObject, least: int = 1, most: int = 3
-) -> dict[str, str | None]:
-    known = [key for key, value in target.attributes.items() if value]
+def _some_attributes(rng: np.random.Generator, target: SceneObject, least: int, most: int) -> Attributes:
+    known = list(target.attributes.items())
     take = min(len(known), int(rng.integers(least, most + 1)))
-    chosen = rng.choice(len(known), take, replace=False)
-    return {known[i]: target.attributes[known[i]] for i in sorted(chosen)}
+    return dict(known[i] for i in sorted(rng.choice(len(known), take, replace=False)))
 
 
-def _describe(scene: Scene, rng: np.random.Generator, index: int) -> dict[str, str | None] | None:
+def _describe(scene: Scene, rng: np.random.Generator, index: int) -> Attributes | None:
     """Attributes that single the object out; short ones are tried first."""
     for attempt in range(8):
         attributes = _some_attributes(rng, scene.objects[index], 1 + attempt // 3, 2 + attempt // 3)
@@ -330,13 +288,13 @@ def _describe(scene: Scene, rng: np.random.Generator, index: int) -> dict[str, s
     return None
 
 
-def _ask_attribute(scene: Scene, rng: np.random.Generator) -> Question | None:
-    for index in rng.permutation(len(scene.objects)):
-        attributes = _describe(scene, rng, int(index))
+def _ask_attribute(scene: Scene, rng: np.random.Generator) -> Question:
+    """'the large red circle'; where nothing can be singled out, a question of number."""
+    for index in map(int, rng.permutation(len(scene.objects))):
+        attributes = _describe(scene, rng, index)
         if attributes is not None:
-            text = f"the {_phrase(attributes)}"
-            return Question(text=text, task="segment", kind="attribute", targets=(int(index),))
-    return None
+            return Question(text=f"the {_phrase(attributes)}", task="segment", kind="attribute", targets=(index,))
+    return _ask_count(scene, rng)
 
 
 def _ask_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -347,15 +305,11 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     anchor_words = _describe(scene, rng, anchor)
     if anchor_words is None:
         return None
-    gap = np.subtract(scene.objects[target].point, scene.objects[anchor].point)
-    axis = int(abs(gap[1]) > abs(gap[0]))
-    relation: Relation = (("left of", "right of"), ("above", "below"))[axis][int(gap[axis] > 0)]
+    gaps = np.subtract([one.point for one in scene.objects], scene.objects[anchor].point)
+    axis = int(abs(gaps[target, 1]) > abs(gaps[target, 0]))
+    relation = (("left of", "right of"), ("above", "below"))[axis][int(gaps[target, axis] > 0)]
     noun = _some_attributes(rng, scene.objects[target], 1, 1)
-    rivals = [
-        i
-        for i in _matching(scene, noun)
-        if i != anchor and (scene.objects[i].point[axis] - scene.objects[anchor].point[axis]) * np.sign(gap[axis]) > 0
-    ]
+    rivals = [i for i in _matching(scene, noun) if gaps[i, axis] * gaps[target, axis] > 0]
     if rivals != [target]:
         return None
     text = f"the {_phrase(noun)} {relation} the {_phrase(anchor_words)}"
@@ -364,7 +318,7 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _ask_several(scene: Scene, rng: np.random.Generator) -> Question | None:
     for index in rng.permutation(len(scene.objects)):
-        attributes = _some_attributes(rng, scene.objects[int(index)], 1, 2)
+        attributes = _some_attributes(rng, scene.objects[index], 1, 2)
         targets = _matching(scene, attributes)
         if len(targets) > 1:
             return Question(text=f"all {_phrase(attributes, True)}", task="segment", kind="several", targets=targets)
@@ -380,10 +334,7 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _ask_none(scene: Scene, rng: np.random.Generator) -> Question | None:
     for _ in range(8):
-        attributes: dict[str, str | None] = {
-            "colour": str(rng.choice(list(COLOURS))),
-            "shape": str(rng.choice(list(SHAPES))),
-        }
+        attributes = {"colour": str(rng.choice(list(COLOURS))), "shape": str(rng.choice(list(SHAPES)))}
         if not _matching(scene, attributes):
             return Question(text=f"the {_phrase(attributes)}", task="segment", kind="none", targets=())
     return None

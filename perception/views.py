@@ -1,4 +1,4 @@
-"""Second looks: which part of an image is worth a closer one, and the picture of it.
+"""Closer views for a second look: the part of an image around an answer, and the picture of it.
 
 All rectangles are in pixels of the original image. The picture has about `pixels` pixels whatever the part's size, so a
 small part is enlarged; the provisional mask is outlined in it.
@@ -10,10 +10,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from perception.types import AnswerObject
-
-Rect = tuple[int, int, int, int]
-"""left, top, right, bottom; the last two exclusive."""
+from perception.types import AnswerObject, Box, Rect
 
 OUTLINE = (255, 0, 255)
 """Magenta: rare in photographs."""
@@ -64,8 +61,8 @@ def picture(image: np.ndarray, rect: Rect, outline: np.ndarray | None, pixels: i
     return shown
 
 
-def _corners(item: AnswerObject, height: int, width: int) -> tuple[float, float, float, float] | None:
-    """What of the object lies in the image."""
+def _corners(item: AnswerObject, height: int, width: int) -> Box | None:
+    """The box around the part of the object that lies in the image."""
     found = item.box or ((*item.point, *item.point) if item.point else None)
     if found is None or found[0] >= width or found[1] >= height or found[2] < 0 or found[3] < 0:
         return None

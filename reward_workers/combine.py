@@ -1,4 +1,4 @@
-"""From the components of a step's answers to their rewards: weights, ranks, and the rule for failures."""
+"""Rewards of a step from the components of its answers: weights, ranks, and the rule for failures."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -32,16 +32,11 @@ def soft_ranks(values: Sequence[Sequence[float]], temperature: float) -> tuple[f
     flat = np.array([value for own in values for value in own], np.float64)
     if not np.isfinite(flat).all():
         raise ValueError("a value to be ranked is not finite")
-    ranks = candidate_ranks(flat, temperature)
+    with np.errstate(over="ignore"):  # an infinite difference is what a vanishing temperature means
+        beaten = expit((flat[:, None] - flat) / temperature)
+    ranks = beaten.sum(axis=1) / max(len(flat), 1)
     ends = np.cumsum([len(own) for own in values], dtype=np.int64)
     return tuple(float(own.mean()) if own.size else 0.0 for own in np.split(ranks, ends)[:-1])
-
-
-def candidate_ranks(values: np.ndarray, temperature: float) -> np.ndarray:
-    """q of every candidate: (K,) -> (K,)."""
-    with np.errstate(over="ignore"):  # an infinite difference is what a vanishing temperature means
-        beaten = expit((values[:, None] - values) / temperature)
-    return beaten.sum(axis=1) / max(len(values), 1)
 
 
 def group_ranks(group: Group, config: GroupRankConfig, failed: bool) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Passes: what a trajectory answered in each of its turns, in original pixels, and how far that can be believed."""
+"""Passes of a trajectory: the answer of each turn in original pixels, its mask prompts, its confidence features."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ from perception.types import Answer, Candidate, LookState, MaskPrompt, Prompt, T
 if TYPE_CHECKING:
     from reward_workers.segmenter import Segmentation
 
-_UNCALIBRATED = LookState(weights=(), threshold=1.0, explore=0.0)
-
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One look of a trajectory, understood."""
+    """One pass of a trajectory, parsed."""
 
     answer: Answer
     """In original pixels."""
     turn: Turn | None
     """None where nothing was sampled."""
     place: int
-    """Among the trajectory's passes, from 0."""
+    """Position among the trajectory's passes, from 0."""
 
 
 def read_passes(trajectory: Trajectory, prompt: Prompt) -> tuple[Pass, ...]:
-    """What each pass answered; () where the engine failed, the failure itself where nothing was sampled."""
+    """The answer of each pass; () where the engine failed, the failure itself where nothing was sampled."""
     if trajectory.excluded:
         return ()
     if not trajectory.turns:
@@ -46,7 +44,7 @@ def read_passes(trajectory: Trajectory, prompt: Prompt) -> tuple[Pass, ...]:
 
 
 def view_of(turn: Turn | None, prompt: Prompt) -> View:
-    """What the turn was an answer about, in the frame it was written in: a part of the image, or all of it."""
+    """The part of the image that the turn was shown, or all of it, and the frame that its answer was written in."""
     if turn is not None and turn.view is not None:
         return turn.view
     sample = prompt.sample
@@ -93,7 +91,7 @@ def judge(
     segmented = segmentation.features if segmentation is not None else np.zeros((len(passes), 3))
     overlaps = segmentation.overlaps(truth) if segmentation is not None and truth is not None else None
     features = confidence_features(passes, segmented)
-    sure = confidence(look or _UNCALIBRATED, features)
+    sure = confidence(look.weights if look is not None else (), features)
     candidates = []
     for i, one in enumerate(passes):
         candidate = Candidate(answer=one.answer, features=tuple(features[i].tolist()), confidence=float(sure[i]))

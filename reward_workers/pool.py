@@ -1,4 +1,4 @@
-"""Reward workers as one pool: an image stays where its embedding is, and a failure becomes a marked trajectory."""
+"""Pool of reward workers: an image goes to the worker that has its embedding, and a failure marks its trajectories."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -57,7 +57,7 @@ class RewardPool:
         return await self._guarded(group, wanted, partial(failed_group, group))
 
     async def examine(self, group: Group, look: LookState) -> list[Finding]:
-        """Say how far a group's answers can be believed (see `RewardWorker.examine`); failures as in `score`."""
+        """Findings about a group's answers (see `RewardWorker.examine`); failures as in `score`."""
         wanted = call(RewardWorker.examine, group, look)
         return await self._guarded(group, wanted, partial(failed_findings, group))
 

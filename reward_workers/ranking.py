@@ -32,43 +32,44 @@ class RankStoreState:
 
 
 @dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """What a step is ranked against."""
+class _Queue:
+    """The recent rollouts of a task, as they stood at the end of a step."""
 
+    rows: np.ndarray
+    """(rows, components) float32, oldest first."""
+    steps: int
+    """Training steps that have been flushed into it."""
     columns: np.ndarray
-    """(components, rows) sorted."""
+    """(components, rows): each component's values, sorted."""
     quantiles: np.ndarray
     """Quantile of every count. A table, for Python's round(0.15, 1) is 0.1 and numpy's is 0.2."""
 
 
 class RankStore:
-    """FIFO queues of metric vectors, one per task (or one for all), and their sorted snapshots."""
+    """FIFO queues of metric vectors, one per task (or one for all), against which a step is ranked."""
 
     def __init__(self, names: Sequence[str], config: EcdfConfig) -> None:
         self.names, self.config = tuple(names), config
-        self._zeros = np.zeros((min(config.initial_zero_rows, config.capacity), len(self.names)), np.float32)
-        self._initial = self._snapshot(self._zeros)
-        self._rows: dict[str, np.ndarray] = {}
-        self._snapshots: dict[str, _Snapshot] = {}
+        zeros = np.zeros((min(config.initial_zero_rows, config.capacity), len(self.names)), np.float32)
+        self._initial = self._made(zeros, steps=0)
+        self._queues: dict[str, _Queue] = {}
         self._pending: dict[str, list[np.ndarray]] = {}
-        self._steps: dict[str, int] = {}
 
     def rank(self, task: str, values: np.ndarray) -> np.ndarray:
-        """Quantiles (n, k) in 0..1 of values (n, k) in the snapshot of this task.
+        """Quantiles (n, k) in 0..1 of values (n, k) in the queue of this task.
 
-        While fewer than `warmup` steps have been flushed, or the snapshot is empty, the raw values are returned.
+        While fewer than `warmup` steps have been flushed, or the queue is empty, the raw values are returned.
         """
         values = self._checked(values)
-        queue = self._queue(task)
-        snapshot = self._snapshots.get(queue, self._initial)
-        if self._steps.get(queue, 0) < self.config.warmup or not snapshot.columns.size:
+        queue = self._queues.get(self._name(task), self._initial)
+        if queue.steps < self.config.warmup or not len(queue.rows):
             return values.astype(np.float64)
         ranks = np.empty(values.shape)
-        for column, sample in enumerate(snapshot.columns):
+        for column, sample in enumerate(queue.columns):
             counts = np.searchsorted(sample, values[:, column], side="right")
             if self.config.ties == "mid":
                 counts += np.searchsorted(sample, values[:, column], side="left")
-            ranks[:, column] = snapshot.quantiles[counts]
+            ranks[:, column] = queue.quantiles[counts]
         return ranks
 
     def aggregate(self, ranks: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -78,16 +79,14 @@ class RankStore:
 
     def append(self, task: str, values: np.ndarray) -> None:
         """Keep values (n, k) for the next flush; call in prompt order."""
-        self._pending.setdefault(self._queue(task), []).append(self._checked(values).copy())
+        self._pending.setdefault(self._name(task), []).append(self._checked(values).copy())
 
     def flush(self) -> None:
         """End the step: its values join the queues, the oldest beyond `capacity` leave."""
-        for queue, pending in self._pending.items():
-            rows = np.concatenate([self._rows.get(queue, self._zeros), *pending])
-            rows = rows[-self.config.capacity :].copy()  # a view would hold on to the rows that leave
-            self._rows[queue] = rows
-            self._snapshots[queue] = self._snapshot(rows)
-            self._steps[queue] = self._steps.get(queue, 0) + 1
+        for name, pending in self._pending.items():
+            queue = self._queues.get(name, self._initial)
+            rows = np.concatenate([queue.rows, *pending])[-self.config.capacity :]
+            self._queues[name] = self._made(rows.copy(), queue.steps + 1)  # a view would keep the rows that leave
         self._pending.clear()
 
     def state(self) -> RankStoreState:
@@ -96,28 +95,27 @@ class RankStore:
             raise RuntimeError("the rank store holds an unfinished step: flush it before a checkpoint")
         return RankStoreState(
             names=self.names,
-            rows={queue: rows.astype(np.float64) for queue, rows in self._rows.items()},
-            steps=dict(self._steps),
+            rows={name: queue.rows.astype(np.float64) for name, queue in self._queues.items()},
+            steps={name: queue.steps for name, queue in self._queues.items()},
         )
 
     def restore(self, state: RankStoreState) -> None:
         """Continue from a checkpoint. Raises ValueError if it ranked other components."""
         if state.names != self.names:
             raise ValueError(f"the checkpoint ranks {list(state.names)}, this run ranks {list(self.names)}")
-        self._rows = {queue: np.array(rows[-self.config.capacity :], np.float32) for queue, rows in state.rows.items()}
-        self._snapshots = {queue: self._snapshot(rows) for queue, rows in self._rows.items()}
-        self._steps = dict(state.steps)
+        newest = {name: np.array(rows[-self.config.capacity :], np.float32) for name, rows in state.rows.items()}
+        self._queues = {name: self._made(rows, state.steps[name]) for name, rows in newest.items()}
         self._pending = {}
 
-    def _queue(self, task: str) -> str:
+    def _name(self, task: str) -> str:
         return task if self.config.per_task else _ALL_TASKS
 
-    def _snapshot(self, rows: np.ndarray) -> _Snapshot:
+    def _made(self, rows: np.ndarray, steps: int) -> _Queue:
         top = len(rows) * (2 if self.config.ties == "mid" else 1)
         quantiles = [count / top for count in range(top + 1)] if top else []
         if self.config.digits is not None:
             quantiles = [round(quantile, self.config.digits) for quantile in quantiles]
-        return _Snapshot(np.sort(rows.T, axis=1), np.array(quantiles))
+        return _Queue(rows, steps, np.sort(rows.T, axis=1), np.array(quantiles))
 
     def _checked(self, values: np.ndarray) -> np.ndarray:
         values = np.asarray(values, np.float32)

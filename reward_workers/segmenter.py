@@ -102,8 +102,8 @@ class Segmenter:
                 torch.manual_seed(0)
                 return cls(build(official_config(path.removeprefix("random:"))), device, dtype, capacity)
         folder = Path(path)
-        model = build(_read_config(_only_file(folder, "*.yaml")))
-        weights = _only_file(folder, "*.safetensors", "*.pt")
+        model = build(_read_config(_first_file(folder, "*.yaml")))
+        weights = _first_file(folder, "*.safetensors", "*.pt")
         if weights.suffix == ".pt":
             state = torch.load(weights, map_location="cpu", weights_only=True)["model"]
         else:
@@ -254,11 +254,10 @@ def _stability(logits: Tensor) -> Tensor:
 def _agreement(logits: Tensor, boxes: np.ndarray, embedding: Embedding) -> Tensor:
     """(N, h, w) and boxes (N, 4) in original pixels -> (N,): IoU of each box with its mask's own; 1 without a box."""
     rows, columns = (logits > 0).any(2), (logits > 0).any(1)
-    scale = torch.tensor([embedding.width / columns.shape[1], embedding.height / rows.shape[1]], device=logits.device)
+    height, width = logits.shape[1:]
+    scale = torch.tensor([embedding.width / width, embedding.height / height], device=logits.device)
     low = torch.stack([columns.int().argmax(1), rows.int().argmax(1)], 1) * scale
-    last = torch.stack(
-        [columns.shape[1] - columns.flip(1).int().argmax(1), rows.shape[1] - rows.flip(1).int().argmax(1)], 1
-    )
+    last = torch.stack([width - columns.flip(1).int().argmax(1), height - rows.flip(1).int().argmax(1)], 1)
     high = torch.where(rows.any(1)[:, None], last * scale, low)
     asked = torch.from_numpy(boxes).to(logits)
     both = (torch.minimum(high, asked[:, 2:]) - torch.maximum(low, asked[:, :2])).clamp(min=0).prod(1)
@@ -316,9 +315,9 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(value)
 
 
-def _only_file(folder: Path, *patterns: str) -> Path:
-    for pattern in patterns:
-        found = sorted(folder.glob(pattern))
-        if found:
-            return found[0]
-    raise FileNotFoundError(f"segmenter '{folder}' has no {' or '.join(patterns)}")
+def _first_file(folder: Path, *patterns: str) -> Path:
+    """The first file of the first pattern that has one."""
+    found = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    if not found:
+        raise FileNotFoundError(f"segmenter '{folder}' has no {' or '.join(patterns)}")
+    return found[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,26 +17,13 @@ from perception.config import LookConfig, ModelConfig, RewardConfig
 from perception.frames import Frame
 from perception.images import ImageCache
 from perception.tasks import TASKS
-from perception.types import (
-    Answer,
-    Candidate,
-    Failure,
-    FailureKind,
-    Finding,
-    Group,
-    LookState,
-    Prompt,
-    Score,
-    Trajectory,
-)
-from reward_workers.components import Case, Term, held_out_terms, needed_truth, needs, reward_terms
+from perception.types import Candidate, Failure, FailureKind, Finding, Group, LookState, Prompt, Score, Trajectory
+from reward_workers.components import Case, Component, held_out_terms, needed_truth, needs, reward_terms
 from reward_workers.passes import Pass, confidence_features, judge, mask_prompts, read_passes, view_of
 from runtime.objects import fetch
 
 if TYPE_CHECKING:
     from reward_workers.segmenter import Segmentation, Segmenter
-
-_UNREAD = Pass(Answer(objects=(), failure=Failure(kind=FailureKind.ENGINE, detail="nothing was answered")), None, 0)
 
 
 class RewardWorker:
@@ -76,55 +64,49 @@ class RewardWorker:
         if compares or want_masks or look is not None:
             segmentation, cached = self._segment(prompt, passes)
         judged = judge(passes, segmentation, truth, look, want_masks)
+
+        def arrays(first: int, kept: int) -> tuple[np.ndarray, np.ndarray]:
+            assert segmentation is not None and truth is not None, "masks are compared where they are needed"
+            return segmentation.mask(first + kept), truth
+
         scored, first = [], 0
         for trajectory, own in zip(group.trajectories, read, strict=True):
             candidates = tuple(judged[first : first + len(own)])
-            scored.append(_scored(prompt, trajectory, candidates, terms, _Masks(segmentation, truth, first)))
+            scored.append(_scored(prompt, trajectory, candidates, terms, partial(arrays, first)))
             first += len(own)
         return replace(group, trajectories=tuple(scored), cached=cached)
 
     def examine(self, group: Group, look: LookState) -> list[Finding]:
         """How far the last answer of each trajectory can be believed, without any truth, and the view it calls for.
 
-        Raises DataError when the image does not decode.
+        Every trajectory has a turn. Raises DataError when the image does not decode.
         """
         prompt = group.prompt
         image = self._images.get(prompt.images[0])
-        last = [(read_passes(trajectory, prompt) or (_UNREAD,))[-1] for trajectory in group.trajectories]
+        last = [read_passes(trajectory, prompt)[-1] for trajectory in group.trajectories]
         segmentation, _ = self._segment(prompt, last)
-        sure = confidence(look, confidence_features(last, segmentation.features)).tolist()
+        sure = confidence(look.weights, confidence_features(last, segmentation.features)).tolist()
         findings = []
-        for place, (trajectory, one) in enumerate(zip(group.trajectories, last, strict=True)):
+        for row, (trajectory, one) in enumerate(zip(group.trajectories, last, strict=True)):
             # Every pass draws from a seed of its own: else an explored first look would imply an explored second one.
             seed = (prompt.seed, trajectory.index, *((one.place,) if one.place else ()))
-            rect = self._due(one.answer, sure[place], image.shape[:2], look, seed)
-            if rect is None:
-                findings.append(Finding(confidence=sure[place]))
-                continue
-            picture = views.picture(image, rect, segmentation.mask(place), self._look.pixels)
-            height, width = picture.shape[:2]
-            findings.append(
-                Finding(
-                    confidence=sure[place],
-                    view=rect,
-                    picture=images.encode(picture),
-                    picture_height=height,
-                    picture_width=width,
-                )
-            )
+            rect, picture = self._due(one, sure[row], image.shape[:2], look, seed), b""
+            if rect is not None:
+                picture = images.encode(views.picture(image, rect, segmentation.mask(row), self._look.pixels))
+            findings.append(Finding(confidence=sure[row], view=rect, picture=picture))
         return findings
 
     def _due(
-        self, answer: Answer, sure: float, size: tuple[int, int], look: LookState, seed: Sequence[int]
+        self, one: Pass, sure: float, size: tuple[int, int], look: LookState, seed: Sequence[int]
     ) -> views.Rect | None:
         """The rectangle to look at again, if that is due. An explored look is drawn from `seed`."""
         config = self._look
-        if config.trigger == "never" or answer.failure is not None:
+        if config.trigger == "never" or one.answer.failure is not None:
             return None
         doubtful = config.trigger == "always" or not look.weights or sure < look.threshold
         if not doubtful and not np.random.default_rng(seed).random() < look.explore:
             return None
-        return views.closer_look(answer.objects, *size, config.margin, config.smallest, config.min_zoom)
+        return views.closer_look(one.answer.objects, *size, config.margin, config.smallest, config.min_zoom)
 
     def _segment(self, prompt: Prompt, passes: Sequence[Pass]) -> tuple[Segmentation, bool]:
         """The passes' masks, and whether the image's embedding was already there."""
@@ -146,27 +128,17 @@ class RewardWorker:
         return self._loaded
 
 
-class _Masks:
-    """Makes the arrays of a trajectory's answered and true mask where a component asks for them."""
-
-    def __init__(self, segmentation: Segmentation | None, truth: np.ndarray | None, first: int) -> None:
-        self._segmentation, self._truth, self._first = segmentation, truth, first
-
-    def of(self, candidate: int) -> tuple[np.ndarray, np.ndarray]:
-        assert self._segmentation is not None and self._truth is not None, "masks are compared where they are needed"
-        return self._segmentation.mask(self._first + candidate), self._truth
-
-
 def _scored(
     prompt: Prompt,
     trajectory: Trajectory,
     candidates: tuple[Candidate, ...],
-    terms: Mapping[str, Term],
-    arrays: _Masks,
+    terms: Mapping[str, Component],
+    arrays: Callable[[int], tuple[np.ndarray, np.ndarray]],
 ) -> Trajectory:
+    """`arrays` makes the mask of a candidate and the true one."""
     if not candidates:
         return trajectory
-    kept = most_confident(candidates) if len(candidates) > 1 else 0
+    kept = most_confident(candidates)
     one, sample = candidates[kept], prompt.sample
     turn = trajectory.turns[kept] if trajectory.turns else None
     case = Case(
@@ -177,7 +149,7 @@ def _scored(
         view=view_of(turn, prompt),
         mask_iou=one.mask_iou or 0.0,
         mask_dice=one.mask_dice or 0.0,
-        masks=lambda: arrays.of(kept),
+        masks=partial(arrays, kept),
     )
     metrics = {name: term(case) for name, term in terms.items()}
     if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
@@ -206,6 +178,6 @@ def _failed(trajectory: Trajectory, detail: str) -> Trajectory:
 
 
 def failed_findings(group: Group, detail: str) -> list[Finding]:
-    """Nothing could be told of any of the group's answers."""
+    """A failed finding for every answer of the group."""
     failure = Failure(kind=FailureKind.SCORER, detail=detail)
     return [Finding(confidence=0.0, failure=failure) for _ in group.trajectories]

@@ -38,14 +38,14 @@ def _held_out(evaluations: Sequence[Record]) -> list[Spec]:
 
 
 def _training(components: Iterable[str], failures: Iterable[str]) -> list[Spec]:
-    series: dict[str, dict[str, str]] = {one.title: {} for one in catalog.CHARTS}
+    series: dict[str, dict[str, str]] = {title: {} for title in catalog.CHARTS}
     for name, title in catalog.DRAWN.items():
         series[title][name] = catalog.LABELS[name]
     series[catalog.COMPONENTS] = {catalog.component(name): name for name in components}
     series[catalog.FAILURES] = {catalog.FAILURE_PREFIX + kind: kind for kind in failures}
     return [
         spec
-        for one in catalog.CHARTS
+        for one in catalog.CHARTS.values()
         for spec in _spread(one.title, one.unit, series[one.title], smooth=one.smooth, stacked=one.stacked)
     ]
 

@@ -23,6 +23,7 @@ from perception.types import (
     Turn,
     View,
 )
+from perception.views import picture_size
 from reward_workers.pool import RewardPool
 from rollout.look import look
 from rollout.pool import RolloutPool
@@ -56,9 +57,7 @@ class Looking:
         else:
             async with self._gate:
                 group = await self._sampled(prompt, asked)
-        began = time.monotonic()
-        scored = await self._rewards.score(group, want_masks, asked.held_out, asked.look)
-        return replace(scored, scoring=Span(began=began, ended=time.monotonic()))
+        return await self._rewards.score(group, want_masks, asked.held_out, asked.look)
 
     async def _sampled(self, prompt: Prompt, asked: Asked) -> Group:
         began = time.monotonic()
@@ -81,7 +80,7 @@ class Looking:
         """The closer view as the policy's next turn."""
         assert finding.view is not None
         left, top, right, bottom = finding.view
-        size = (finding.picture_height, finding.picture_width)
+        size = picture_size(finding.view, self._config.pixels)
         height, width = self._prompts.answer_frame(*size)
         picture = ImageHandle(
             key=content_key(finding.picture), height=size[0], width=size[1], ref=ray.put(finding.picture)

@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 
 from launch.run.prompts import PromptMaker
-from perception import views
+from perception import masks, views
 from perception.config import LookConfig
 from perception.frames import Frame, image_to_view
-from perception.scenes import Question, Scene, SceneObject, SceneStyle, ask, extent, generate
+from perception.scenes import Question, Scene, SceneObject, SceneStyle, ask, generate
 from perception.tasks import TASKS
 from perception.types import Answer, AnswerObject, Sample, Target, View
 
@@ -118,7 +118,7 @@ def _seen(target: SceneObject, rect: views.Rect) -> AnswerObject | None:
     part = target.mask[top:bottom, left:right]
     if part.sum() < _VISIBLE * target.mask.sum():
         return None
-    (x1, y1, x2, y2), (x, y) = extent(part)
+    (x1, y1, x2, y2), (x, y) = masks.extent(part)
     return AnswerObject(box=(left + x1, top + y1, left + x2, top + y2), point=(left + x, top + y))
 
 

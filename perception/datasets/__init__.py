@@ -3,12 +3,13 @@
     @reader("coco")
     def read(path: Path, images: Images) -> Iterator[Sample]: ...
 
-A reader's keyword-only parameters are its options: `data.options`, checked against its signature.
+A reader yields every question about the annotations at `path`, and raises DataError for the first that cannot be used.
+Its keyword-only parameters are its options: `data.options`, checked against its signature.
 """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 from perception.config import DataConfig
 from perception.datasets.files import Images
@@ -17,25 +18,10 @@ from perception.images import decode
 from perception.registry import Registry, check_arguments, import_all
 from perception.types import Sample
 
-
-class Reader(Protocol):
-    def __call__(self, path: Path, images: Images, /) -> Iterator[Sample]:
-        """Every question about the annotations at `path`. Raises DataError for the first that cannot be used."""
-
-
-R = TypeVar("R", bound=Callable[..., Iterator[Sample]])
 READERS: Registry[Callable[..., Iterator[Sample]]] = Registry("data format")
+reader = READERS.register
+"""Decorator: register a reader under the name that `data.format` takes."""
 _DECODED = 32  # images whose pixels are read, too: a broken copy usually breaks many
-
-
-def reader(name: str) -> Callable[[R], R]:
-    """Decorator: register a reader under the name that `data.format` takes."""
-
-    def add(read: R) -> R:
-        READERS.register(name)(read)
-        return read
-
-    return add
 
 
 def load(config: DataConfig, split: Literal["train", "eval"], also: str | None = None) -> list[Sample]:

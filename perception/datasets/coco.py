@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from perception import masks
 from perception.datasets import reader
-from perception.datasets.files import Images, read_text, validate
+from perception.datasets.files import Images, parse, read_text
 from perception.datasets.objects import TrueObject, read_segmentation, target
 from perception.errors import DataError
 from perception.files import write_text
@@ -71,15 +71,37 @@ Entry = TypeVar("Entry", Image, Annotation, Category, Expression)
 @reader("coco")
 def read(path: Path, images: Images) -> Iterator[Sample]:
     """Every expression as a Sample. Raises DataError naming file and id for the first that cannot be used."""
-    try:
-        document = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    data = validate(CocoFile, document, str(path))
-    by_id = (_index(data.images, path), _index(data.annotations, path), _index(data.categories, path))
+    data = parse(CocoFile, read_text(path), str(path))
+    entries, annotations = _index(data.images, path), _index(data.annotations, path)
+    categories = _index(data.categories, path)
     _index(data.expressions, path)
     for expression in data.expressions:
-        yield _sample(expression, *by_id, images, path)
+        where = f"{path}: expression {expression.id}"
+        image = entries.get(expression.image_id)
+        if image is None:
+            raise DataError(f"{where}: no image has id {expression.image_id}; add it or mend image_id")
+        image_path, height, width = images.find(image.file_name, where)
+        if (image.height or height, image.width or width) != (height, width):
+            raise DataError(
+                f"{where}: {image.file_name} is {width}x{height} but the JSON says {image.width}x{image.height}; "
+                "one of them was resized"
+            )
+        objects = []
+        for key in expression.annotation_ids:
+            annotation = annotations.get(key)
+            if annotation is None or annotation.image_id != image.id:
+                raise DataError(f"{where}: image {image.id} has no annotation {key}; mend annotation_ids")
+            category = categories.get(annotation.category_id) if annotation.category_id is not None else None
+            objects.append(_object(annotation, category, height, width, f"{path}: annotation {key}"))
+        yield Sample(
+            id=str(expression.id),
+            image_path=str(image_path),
+            height=height,
+            width=width,
+            question=expression.question,
+            task=expression.task,
+            target=target(objects, height, width, where),
+        )
 
 
 def _index(entries: Sequence[Entry], path: Path) -> dict[Id, Entry]:
@@ -89,42 +111,6 @@ def _index(entries: Sequence[Entry], path: Path) -> dict[Id, Entry]:
             raise DataError(f"{path}: two {type(entry).__name__.lower()} entries have id {entry.id}; make ids unique")
         index[entry.id] = entry
     return index
-
-
-def _sample(
-    expression: Expression,
-    images: dict[Id, Image],
-    annotations: dict[Id, Annotation],
-    categories: dict[Id, Category],
-    found: Images,
-    path: Path,
-) -> Sample:
-    where = f"{path}: expression {expression.id}"
-    image = images.get(expression.image_id)
-    if image is None:
-        raise DataError(f"{where}: no image has id {expression.image_id}; add it or mend image_id")
-    image_path, height, width = found.find(image.file_name, where)
-    if (image.height or height, image.width or width) != (height, width):
-        raise DataError(
-            f"{where}: {image.file_name} is {width}x{height} but the JSON says {image.width}x{image.height}; "
-            "one of them was resized"
-        )
-    objects = []
-    for key in expression.annotation_ids:
-        annotation = annotations.get(key)
-        if annotation is None or annotation.image_id != image.id:
-            raise DataError(f"{where}: image {image.id} has no annotation {key}; mend annotation_ids")
-        category = categories.get(annotation.category_id) if annotation.category_id is not None else None
-        objects.append(_object(annotation, category, height, width, f"{path}: annotation {key}"))
-    return Sample(
-        id=str(expression.id),
-        image_path=str(image_path),
-        height=height,
-        width=width,
-        question=expression.question,
-        task=expression.task,
-        target=target(objects, height, width, where),
-    )
 
 
 def _object(annotation: Annotation, category: Category | None, height: int, width: int, where: str) -> TrueObject:
@@ -162,28 +148,22 @@ def write(path: Path, records: Iterable[Record]) -> int:
     """
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    images: list[dict] = []
-    annotations: list[dict] = []
-    expressions: list[dict] = []
+    document: dict[str, list[dict]] = {"images": [], "annotations": [], "categories": [], "expressions": []}
+    annotations = document["annotations"]
     categories: dict[str, int] = {}
     for index, record in enumerate(records, start=1):
         name = f"{folder.name}/{index:07d}.png"
         (path.parent / name).write_bytes(record.image)
-        images.append({"id": index, "file_name": name, "height": record.height, "width": record.width})
+        document["images"].append({"id": index, "file_name": name, "height": record.height, "width": record.width})
         ids = range(len(annotations) + 1, len(annotations) + 1 + len(record.objects))
         for key, item in zip(ids, record.objects, strict=True):
             category = categories.setdefault(item.label, len(categories) + 1)
             annotations.append({"id": key, "image_id": index, "category_id": category, **_annotation(item)})
         expression = {"id": index, "image_id": index, "question": record.question, "task": record.task}
-        expressions.append(expression | {"annotation_ids": list(ids)})
-    document = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": key, "name": name} for name, key in categories.items()],
-        "expressions": expressions,
-    }
+        document["expressions"].append(expression | {"annotation_ids": list(ids)})
+    document["categories"] = [{"id": key, "name": name} for name, key in categories.items()]
     write_text(path, json.dumps(document))
-    return len(expressions)
+    return len(document["expressions"])
 
 
 def _annotation(item: TrueObject) -> dict:

@@ -1,7 +1,7 @@
-"""Files of a data set: open them with a message, find their images, check records against a model."""
+"""Files of a data set: read their text, parse their JSON into models, find and probe their images."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,10 +23,9 @@ class Images:
         """(path, height, width) of an image named relative to the annotations or to `images/` beside them."""
         for folder in self._folders:
             path = folder / name
-            if path in self._sizes:
-                return path, *self._sizes[path]
-            if path.is_file():
+            if path not in self._sizes and path.is_file():
                 self._sizes[path] = probe(path, self._max_pixels)
+            if path in self._sizes:
                 return path, *self._sizes[path]
         raise DataError(f"{where}: no image {name} in {self._folders[0]} or its images/; mend the path or add the file")
 
@@ -40,11 +39,13 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
-def validate(model: type[Model], record: Any, where: str) -> Model:
-    """The record as `model`; DataError names the first field that is wrong."""
+def parse(model: type[Model], text: str, where: str) -> Model:
+    """A JSON object as `model`. DataError names the first field that is wrong."""
     try:
-        return model.model_validate(record)
+        return model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise DataError(f"{where}: not one JSON object ({first['msg']})") from error
         field = ".".join(str(part) for part in first["loc"]) or "record"
         raise DataError(f"{where}: {field}: {first['msg']}") from error

@@ -14,7 +14,6 @@ task      what is asked for: an entry of the settings' `task`, as segment (defau
 id        optional, unique. Default: file name and line number
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from perception import images, masks
 from perception.datasets import reader
-from perception.datasets.files import Images, read_text, validate
+from perception.datasets.files import Images, parse, read_text
 from perception.datasets.objects import TrueObject, check_mask_size, read_segmentation, target
 from perception.errors import DataError
 from perception.types import Rle, Sample
@@ -46,15 +45,12 @@ def read(path: Path, images: Images) -> Iterator[Sample]:
     """Every line as a Sample. Raises DataError naming file and line for the first one that cannot be used."""
     for number, text in enumerate(read_text(path).split("\n"), start=1):
         if text.strip():
-            yield _sample(text, path, number, f"{path}:{number}", images)
+            yield _sample(text, path, number, images)
 
 
-def _sample(text: str, path: Path, number: int, where: str, found: Images) -> Sample:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not one JSON object on one line ({error})") from error
-    line = validate(Line, record, where)
+def _sample(text: str, path: Path, number: int, found: Images) -> Sample:
+    where = f"{path}:{number}"
+    line = parse(Line, text, where)
     image, height, width = found.find(line.image, where)
     return Sample(
         id=line.id or f"{path.stem}:{number}",

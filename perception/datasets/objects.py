@@ -1,4 +1,4 @@
-"""One true object as any format gives it, checked against its image and completed into a `Target`."""
+"""True objects as a data set gives them, checked against their image and completed into a `Target`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pycocotools import mask as coco
 
 from perception import masks
 from perception.errors import DataError
-from perception.types import Rle, Target
+from perception.types import Box, Point, Rle, Target
 
 _TOLERANCE = 1.0  # pixels a box or point may lie outside its image; it is clipped
 
@@ -19,8 +19,8 @@ _TOLERANCE = 1.0  # pixels a box or point may lie outside its image; it is clipp
 class TrueObject:
     """Needs a box or a mask; what is missing follows from the mask, or the point from the box."""
 
-    box: tuple[float, float, float, float] | None = None
-    point: tuple[float, float] | None = None
+    box: Box | None = None
+    point: Point | None = None
     mask: Rle | None = None
     label: str = ""
 
@@ -29,9 +29,7 @@ def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -
     """The truth about one question on an image of (height, width). `where` opens the message of a DataError."""
     with_mask = [item.mask for item in objects if item.mask]
     if with_mask and len(with_mask) < len(objects):
-        raise DataError(
-            f"{where}: {len(with_mask)} of {len(objects)} objects have a mask; give all of them one, or none"
-        )
+        raise DataError(f"{where}: {len(with_mask)} of {len(objects)} objects have a mask; give one to all or to none")
     boxes = [_box(item, height, width, where) for item in objects]
     points = [_point(item, box, height, width, where) for item, box in zip(objects, boxes, strict=True)]
     labels = tuple(item.label for item in objects)
@@ -48,9 +46,7 @@ def read_segmentation(value: Any, height: int, width: int, where: str) -> Rle:
     try:
         mask = _polygons(value, height, width) if isinstance(value, list) else _run_lengths(value)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{where}: unreadable segmentation ({error!r}); give polygons or run-length encoding"
-        ) from error
+        raise DataError(f"{where}: unreadable segmentation ({error!r}); give polygons or run lengths") from error
     check_mask_size((mask.height, mask.width), height, width, where)
     if masks.area(mask) == 0:
         raise DataError(f"{where}: the mask has no pixel; remove the object, or mend its segmentation")
@@ -84,21 +80,10 @@ def _run_lengths(value: dict[str, Any]) -> Rle:
 
 def check_mask_size(size: tuple[int, int], height: int, width: int, where: str) -> None:
     if size != (height, width):
-        raise DataError(
-            f"{where}: the mask is {size[1]}x{size[0]} but the image {width}x{height}; resize the mask to the image"
-        )
+        raise DataError(f"{where}: the mask is {size[1]}x{size[0]} but the image {width}x{height}; resize the mask")
 
 
-def inner_point(mask: Rle) -> tuple[float, float]:
-    """x y of the pixel farthest from the mask's edge: the centre of the largest inscribed circle."""
-    left, top, right, bottom = (int(edge) for edge in masks.bounding_box(mask))
-    crop = np.pad(masks.decode(mask)[top:bottom, left:right].astype(np.uint8), 1)
-    depth = cv2.distanceTransform(crop, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
-    return float(left + x - 1), float(top + y - 1)
-
-
-def _box(item: TrueObject, height: int, width: int, where: str) -> tuple[float, float, float, float]:
+def _box(item: TrueObject, height: int, width: int, where: str) -> Box:
     if item.box is None:
         if item.mask is None:
             raise DataError(f"{where}: an object has neither box nor mask; give it one")
@@ -106,22 +91,23 @@ def _box(item: TrueObject, height: int, width: int, where: str) -> tuple[float, 
     x1, y1, x2, y2 = item.box
     if not (x1 < x2 and y1 < y2):
         raise DataError(f"{where}: box {_show(item.box)} is empty; it needs x1 < x2 and y1 < y2")
-    if min(x1, y1) < -_TOLERANCE or x2 > width + _TOLERANCE or y2 > height + _TOLERANCE:
-        raise DataError(f"{where}: box {_show(item.box)} leaves the {width}x{height} image; boxes are original pixels")
+    _check_inside("box", item.box, height, width, where)
     return max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height)
 
 
-def _point(
-    item: TrueObject, box: tuple[float, float, float, float], height: int, width: int, where: str
-) -> tuple[float, float]:
+def _point(item: TrueObject, box: Box, height: int, width: int, where: str) -> Point:
     if item.point is None:
-        return inner_point(item.mask) if item.mask else ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        return masks.extent(masks.decode(item.mask), cv2.DIST_MASK_PRECISE)[1] if item.mask else middle
+    _check_inside("point", item.point, height, width, where)
     x, y = item.point
-    if not (-_TOLERANCE <= x <= width + _TOLERANCE and -_TOLERANCE <= y <= height + _TOLERANCE):
-        raise DataError(
-            f"{where}: point {_show(item.point)} leaves the {width}x{height} image; points are original pixels"
-        )
     return min(max(x, 0.0), width), min(max(y, 0.0), height)
+
+
+def _check_inside(what: str, values: Sequence[float], height: int, width: int, where: str) -> None:
+    """`values`: x y x y ... Raises DataError where one lies outside the image by more than the tolerance."""
+    if min(values) < -_TOLERANCE or max(values[0::2]) > width + _TOLERANCE or max(values[1::2]) > height + _TOLERANCE:
+        raise DataError(f"{where}: {what} {_show(values)} leaves the {width}x{height} image; give original pixels")
 
 
 def _show(numbers: Sequence[float]) -> str:

@@ -18,7 +18,7 @@ class Task(Protocol):
     of them says what truth it needs."""
 
     def question(self, sample: Sample) -> str:
-        """What stands for `{question}` in the prompt."""
+        """The text that replaces `{question}` in the prompt."""
 
     def parse(self, text: str) -> Answer:
         """Read a completion, in the frame it was written in. Never raises; linear in the text's length."""
@@ -30,7 +30,7 @@ class Task(Protocol):
         """
 
     def mask_prompts(self, answer: Answer) -> Sequence[MaskPrompt]:
-        """What the segmenter is prompted with, in the answer's frame; their masks are united. (): no mask is drawn."""
+        """The segmenter's prompts, in the answer's frame; their masks are united. (): no mask is drawn."""
 
 
 K = TypeVar("K", bound=type)

@@ -11,6 +11,8 @@ from perception.types import Sample
 
 
 class Normalised:
+    """Questions in lower case, without full stops at their ends."""
+
     def question(self, sample: Sample) -> str:
         return sample.question.lower().strip(".")
 

@@ -1,4 +1,4 @@
-"""Grounding: boxes of what the question means."""
+"""Grounding: a box for every object that the question means."""
 
 from typing import ClassVar
 

@@ -35,20 +35,20 @@ class ObjectList:
     def parse(self, text: str) -> Answer:
         """The failure is UNPARSED when there is no closed answer block, no JSON list in it, or no readable item in a
         list that is not empty. Lists are cut at 120 objects, as published."""
-        think, body = section(text, "think"), section(text, "answer")
+        body = section(text, "answer")
         if body is None:
-            return _unparsed(think, "no <answer>...</answer> in the completion")
+            return _unparsed("no <answer>...</answer> in the completion")
         try:
             items = load(body)
         except ValueError as error:
-            return _unparsed(think, f"the answer cannot be read as JSON: {error}")
+            return _unparsed(f"the answer cannot be read as JSON: {error}")
         if not isinstance(items, list):
-            return _unparsed(think, f"the answer is a JSON {type(items).__name__}, not a list")
+            return _unparsed(f"the answer is a JSON {type(items).__name__}, not a list")
         read = (_read(item) for item in items[:MAX_OBJECTS])
         objects = tuple(one for one in read if one and any(getattr(one, field) is not None for field in self.fields))
         if items and not objects:
-            return _unparsed(think, f"no item of the answer has a readable {' or '.join(self.fields)}")
-        return Answer(objects=objects, think=think)
+            return _unparsed(f"no item of the answer has a readable {' or '.join(self.fields)}")
+        return Answer(objects=objects)
 
     def write(self, target: Target, frame: Frame, inline: bool = False) -> str:
         """A think block that says where, and the list; boxes and points in whole pixels inside the frame."""
@@ -73,8 +73,8 @@ def whereabouts(point: Sequence[int], frame: Frame) -> str:
     return " ".join(filter(None, (row, column))) or "middle"
 
 
-def _unparsed(think: str | None, detail: str) -> Answer:
-    return Answer(objects=(), think=think, failure=Failure(kind=FailureKind.UNPARSED, detail=detail))
+def _unparsed(detail: str) -> Answer:
+    return Answer(objects=(), failure=Failure(kind=FailureKind.UNPARSED, detail=detail))
 
 
 def _read(item: Any) -> AnswerObject | None:

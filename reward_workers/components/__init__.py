@@ -13,12 +13,13 @@ Values lie in 0..1 unless a component says otherwise. Held-out metrics are compo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
 
-from perception.config import RewardConfig
+from perception.config import RewardConfig, Weights
 from perception.errors import UserError
 from perception.frames import Frame
 from perception.matching import Matched, match, objects_of_answer, objects_of_target
@@ -40,9 +41,9 @@ class Case:
     image: Frame
     """The original image: the frame of `answer` and `target`."""
     view: View
-    """What `text` is about, and the frame of the numbers in it."""
+    """The part of the image that `text` is about, and the frame of the numbers in it."""
     mask_iou: float = 0.0
-    """Of the unions of the answered and of the true masks, at the original size; 1 where both are empty."""
+    """IoU of the unions of the answered and of the true masks, at the original size; 1 where both are empty."""
     mask_dice: float = 0.0
     masks: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
     """Makes the answered and the true mask, (H, W) bool at the original size, where masks are compared."""
@@ -59,25 +60,23 @@ class Case:
         found: V = self._computed[compute]
         return found
 
-    @property
+    @cached_property
     def matched(self) -> Matched:
         """Answered and true objects in pairs, by the continuous cost."""
-        return self.once(_matched)
-
-
-def _matched(case: Case) -> Matched:
-    truth = objects_of_target(case.target, case.image)
-    return match(objects_of_answer(case.answer, case.image), truth, "continuous")
+        truth = objects_of_target(self.target, self.image)
+        return match(objects_of_answer(self.answer, self.image), truth, "continuous")
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A registered component."""
+    """A registered component; as a term of a reward, with the parameters that the settings give it."""
 
-    name: str
     measure: Callable[..., float]
     needs: frozenset[Truth]
     """Parts of the truth without which it cannot be measured. With masks it also needs the segmenter."""
+
+    def __call__(self, case: Case) -> float:
+        return float(self.measure(case))
 
 
 COMPONENTS: Registry[Component] = Registry("reward component")
@@ -87,42 +86,28 @@ def component(*, needs: Iterable[Truth] = ()) -> Callable[[F], F]:
     """Decorator: register a function `(case, *, parameters) -> value` under its own name."""
 
     def add(measure: F) -> F:
-        COMPONENTS.register(measure.__name__)(Component(measure.__name__, measure, frozenset(needs)))
+        COMPONENTS.register(measure.__name__)(Component(measure, frozenset(needs)))
         return measure
 
     return add
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
-    """A component as the settings use it."""
-
-    component: Component
-    weight: float
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-    def __call__(self, case: Case) -> float:
-        return float(self.component.measure(case, **self.parameters))
-
-
-Weights = Mapping[str, float | Mapping[str, Any]]
-
-
-def terms(chosen: Weights, where: str) -> dict[str, Term]:
+def terms(chosen: Weights, where: str) -> dict[str, Component]:
     """The terms of `reward.components` or `reward.ranked`, by name. Raises UserError, beginning with `where`."""
     found = {}
     for name, given in chosen.items():
         if name not in COMPONENTS:
             raise UserError(f"{where}: no component '{name}'; {nearest(name, COMPONENTS)}")
-        parameters = dict(given) if isinstance(given, Mapping) else {"weight": given}
-        if not isinstance(weight := parameters.pop("weight", None), (int, float)):
+        parameters = dict(given) if isinstance(given, dict) else {"weight": given}
+        if not isinstance(parameters.pop("weight", None), int | float):
             raise UserError(f"{where}.{name}: needs a weight, as {name}: 1.0 or {name}: {{weight: 1.0, ...}}")
         one = COMPONENTS[name]
-        found[name] = Term(one, float(weight), check_arguments(one.measure, parameters, f"{where}.{name}"))
+        arguments = check_arguments(one.measure, parameters, f"{where}.{name}")
+        found[name] = replace(one, measure=partial(one.measure, **arguments))
     return found
 
 
-def reward_terms(reward: RewardConfig) -> dict[str, Term]:
+def reward_terms(reward: RewardConfig) -> dict[str, Component]:
     """Every component that a reward measures, by name. Raises UserError for one that does not fit."""
     plain, ranked = terms(reward.components, "reward.components"), terms(reward.ranked, "reward.ranked")
     if twice := plain.keys() & ranked.keys():
@@ -130,18 +115,18 @@ def reward_terms(reward: RewardConfig) -> dict[str, Term]:
     return plain | ranked
 
 
-def held_out_terms(metrics: Iterable[str]) -> dict[str, Term]:
+def held_out_terms(metrics: Iterable[str]) -> dict[str, Component]:
     """A task's held-out metrics, with their default parameters. Raises UserError for an unknown name."""
-    return {name: Term(COMPONENTS[name], 1.0) for name in metrics}
+    return {name: COMPONENTS[name] for name in metrics}
 
 
-def needs(used: Mapping[str, Term]) -> frozenset[Truth]:
-    """What truth they need together."""
-    return frozenset().union(*(term.component.needs for term in used.values()))
+def needs(used: Mapping[str, Component]) -> frozenset[Truth]:
+    """The parts of the truth that they need together."""
+    return frozenset().union(*(one.needs for one in used.values()))
 
 
 def needed_truth(reward: RewardConfig) -> frozenset[Truth]:
-    """What truth a reward needs of its training samples."""
+    """The parts of the truth that a reward needs of its training samples."""
     ranked: frozenset[Truth] = frozenset({"masks"}) if reward.rank == "group" else frozenset()
     return needs(reward_terms(reward)) | ranked
 

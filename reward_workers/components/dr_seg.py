@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from perception import metrics
-from perception.frames import METRIC, convert_boxes, convert_points, view_arrays_to_image
+from perception.frames import view_arrays_to_image
 from perception.grammar import MAX_OBJECTS
-from perception.matching import Matched, Objects, match, objects_of_target
+from perception.matching import Matched, match, objects_in, objects_of_target
 from reward_workers.components import Case, component
 from reward_workers.components.format import json_answer
 
@@ -76,9 +76,7 @@ def _published(case: Case) -> Matched:
     read = case.once(published_objects)
     with np.errstate(over="ignore", invalid="ignore"):  # a model may answer 1e308
         boxes, points = view_arrays_to_image(read.boxes, read.points, case.view)
-        objects = Objects(
-            boxes=convert_boxes(boxes, case.image, METRIC), points=convert_points(points, case.image, METRIC)
-        )
+        objects = objects_in(case.image, boxes, points)
     return match(objects, objects_of_target(case.target, case.image), "binary", pixel=1.0)
 
 

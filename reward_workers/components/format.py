@@ -19,7 +19,7 @@ _PLACEHOLDERS = tuple(
     (words[0], re.compile(r"\b" + r"[\s\W]*".join(words) + r"\b", re.IGNORECASE))
     for words in (("your", "reasoning", "text"), ("your", "visual", "focus"), ("more", "reasoning", "text"))
 )
-"""With the first word, by which most texts are ruled out in a fraction of the time."""
+"""Phrases of the published prompt, each with its first word: looking for that alone rules out most texts quickly."""
 
 
 @component()

@@ -17,6 +17,7 @@ def mask_iou(case: Case) -> float:
 
 @component(needs={"masks"})
 def mask_dice(case: Case) -> float:
+    """Twice the intersection over the sum of the areas."""
     return case.mask_dice if case.answered else 0.0
 
 

@@ -78,7 +78,7 @@ def test_before_anything_is_learned_sam2_is_believed() -> None:
     state = LookState(weights=(), threshold=1.0, explore=0.0)
     features = np.zeros((2, len(FEATURES)))
     features[:, 0] = [0.7, 1.4]
-    assert confidence(state, features).tolist() == [0.7, 1.0]
+    assert confidence(state.weights, features).tolist() == [0.7, 1.0]
 
 
 def test_the_most_confident_candidate_that_parses_is_kept() -> None:
@@ -97,7 +97,7 @@ def test_the_threshold_moves_to_where_a_second_look_stops_paying() -> None:
     calibrator = Calibrator(LookConfig(cost=0.05))
     assert not calibrator.fitted
     calibrator.learn(_steps(np.random.default_rng(0), 1000))
-    sure = confidence(calibrator.state, np.array([[0.65] + [0.0] * 6]))[0]  # gain 0.05 = cost
+    sure = confidence(calibrator.state.weights, np.array([[0.65] + [0.0] * 6]))[0]  # gain 0.05 = cost
     assert calibrator.fitted and calibrator.state.threshold == pytest.approx(sure, abs=0.03)
     dear = Calibrator(LookConfig(cost=1.0))
     dear.learn(_steps(np.random.default_rng(0), 1000))

@@ -19,7 +19,7 @@ from perception import masks
 from perception.config import DataConfig
 from perception.datasets import READERS, coco, jsonl, load
 from perception.datasets.files import Images
-from perception.datasets.objects import TrueObject, inner_point, read_segmentation
+from perception.datasets.objects import TrueObject, read_segmentation
 from perception.errors import DataError, UserError
 from perception.types import Sample
 from tests import builders
@@ -239,7 +239,7 @@ def change(*keys: str | int, to: Any) -> Callable[[dict], Any]:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda _: "{", "not JSON"),
+        (lambda _: "{", "not one JSON object"),
         (lambda _: [], "record: "),
         (lambda content: {k: v for k, v in content.items() if k != "expressions"}, "expressions: Field required"),
         (change("expressions", to=[]), "the data set is empty"),
@@ -368,7 +368,7 @@ def record(seed: int) -> coco.Record:
         question=f"thing {seed}",
         task="count" if seed % 2 else "segment",
         objects=[
-            TrueObject(box=box, point=inner_point(shape), mask=shape, label="thing")
+            TrueObject(box=box, point=masks.extent(masks.decode(shape))[1], mask=shape, label="thing")
             for box, shape in zip(boxes, shapes, strict=True)
         ],
     )
@@ -400,6 +400,7 @@ def test_a_broken_off_write_leaves_no_annotations(tmp_path: Path) -> None:
     assert not (tmp_path / "train.json").exists()
 
 
-def test_the_inner_point_is_the_centre_of_the_largest_circle() -> None:
+def test_the_point_inside_a_mask_is_the_centre_of_its_largest_circle() -> None:
     mask = rectangle(0, 0, 30, 2) | rectangle(10, 0, 19, 9)  # a thin bar with a 9x9 block
-    assert inner_point(masks.encode(mask)) == (14, 4)
+    for precision in (cv2.DIST_MASK_3, cv2.DIST_MASK_PRECISE):
+        assert masks.extent(mask, precision) == ((0, 0, 30, 9), (14, 4))

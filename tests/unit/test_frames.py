@@ -57,12 +57,12 @@ def test_there_and_back_is_the_same_place(source: Frame, target: Frame, box: lis
 @given(source=frames, target=frames, numbers=st.lists(st.floats(0, 4000), min_size=6, max_size=6))
 def test_answers_convert_as_arrays_do(source: Frame, target: Frame, numbers: list[float]) -> None:
     x1, y1, x2, y2, x, y = numbers
-    answer = Answer(objects=(AnswerObject(box=(x1, y1, x2, y2), label="cat"), AnswerObject(point=(x, y))), think="t")
+    answer = Answer(objects=(AnswerObject(box=(x1, y1, x2, y2), label="cat"), AnswerObject(point=(x, y))))
     converted = convert_answer(answer, source, target)
     first, second = converted.objects
     assert first.box == tuple(convert_boxes(np.array([numbers[:4]]), source, target)[0])
     assert second.point == tuple(convert_points(np.array([[x, y]]), source, target)[0])
-    assert (first.point, first.label, second.box, converted.think) == (None, "cat", None, "t")
+    assert (first.point, first.label, second.box) == (None, "cat", None)
 
 
 def test_empty_arrays_keep_their_width() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from perception.config import GroupRankConfig, RewardConfig
 from perception.types import Candidate, FailureKind, Group, Trajectory
 from reward_workers.combine import rewarded
-from reward_workers.group_rank import average_precision, candidate_ranks, group_ranks, soft_ranks
+from reward_workers.group_rank import average_precision, group_ranks, soft_ranks
 from tests import builders
 from tests.builders import candidate, group, lost, prompt, sample
 
@@ -71,7 +71,7 @@ def test_a_high_temperature_makes_all_equal(values: list[list[float]]) -> None:
 
 @given(st.lists(ious, max_size=40), temperatures)
 def test_ranks_of_all_candidates_add_up_to_half_their_number(values: list[float], temperature: float) -> None:
-    assert candidate_ranks(np.array(values), temperature).sum() == pytest.approx(len(values) / 2, abs=1e-12)
+    assert sum(soft_ranks([[value] for value in values], temperature)) == pytest.approx(len(values) / 2, abs=1e-12)
 
 
 @given(groups, temperatures)

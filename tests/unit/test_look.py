@@ -13,7 +13,7 @@ from tests import builders
 from tests.builders import failure, prompt, sample, trajectory
 
 SEEN = Finding(confidence=0.9)
-AGAIN = Finding(confidence=0.1, view=(10, 20, 60, 70), picture=b"png", picture_height=112, picture_width=112)
+AGAIN = Finding(confidence=0.1, view=(10, 20, 60, 70), picture=b"png")
 PROMPT = prompt(sample(height=100, width=100))
 
 

@@ -54,7 +54,7 @@ def test_a_missing_box_or_point_matches_nothing() -> None:
     assert not points_inside(point, nothing).item()
     for cost in ("binary", "continuous"):
         matched = match(Objects(boxes=nothing, points=point), Objects(boxes=box, points=point), cost)
-        assert (matched.iou.tolist(), matched.distance.tolist(), matched.point_inside.tolist()) == ([0], [0], [False])
+        assert (matched.iou.tolist(), matched.distance.tolist(), matched.hits.tolist()) == ([0], [0], [0])
 
 
 def test_absurd_numbers_stay_finite() -> None:
@@ -125,7 +125,7 @@ def test_a_point_counts_only_inside_its_own_box() -> None:
     true = objects((0, 0, 100, 100))
     outside = Objects(boxes=np.array([[60.0, 60, 160, 160]]), points=np.array([[50.0, 50]]))
     matched = match(outside, true, "binary")
-    assert (matched.distance.tolist(), matched.point_inside.tolist()) == ([0], [False])
+    assert (matched.distance.tolist(), matched.hits.tolist()) == ([0], [0])
 
 
 def test_a_point_on_an_edge_of_its_box_is_inside() -> None:

@@ -14,6 +14,7 @@ from perception.config import LookConfig, ModelConfig, RewardConfig
 from perception.images import decode
 from perception.scenes import Scene, generate
 from perception.types import FailureKind, Group, LookState, Score, Target, Turn, View
+from perception.views import picture_size
 from reward_workers.components import COMPONENTS, Component
 from reward_workers.passes import Pass, confidence_features
 from reward_workers.worker import RewardWorker
@@ -167,7 +168,7 @@ def test_held_out_answers_are_measured_by_their_task(worker: RewardWorker, scene
 def test_a_component_that_is_not_finite_marks_the_trajectory_by_name(
     model: ModelConfig, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(COMPONENTS._entries, "endless", Component("endless", lambda case: float("inf"), frozenset()))
+    monkeypatch.setitem(COMPONENTS._entries, "endless", Component(lambda case: float("inf"), frozenset()))
     one = made(model, RewardConfig(name="mine", components={"endless": 1.0, "parsed": 1.0}))
     (done,) = one.score(asked(scene, [answer(scene)])).trajectories
     assert done.score is None and done.excluded
@@ -192,7 +193,7 @@ def test_a_doubtful_answer_calls_for_its_closer_view(looking: RewardWorker, scen
     left, top, right, bottom = doubtful.view
     assert left <= x1 and top <= y1 and right >= x2 and bottom >= y2
     picture = decode(doubtful.picture)
-    assert picture.shape == (doubtful.picture_height, doubtful.picture_width, 3) == (112, 112, 3)
+    assert picture.shape == (*picture_size(doubtful.view, RELOOK.pixels), 3) == (112, 112, 3)
     assert empty.view is None and unread.view is None
     assert all(finding.view is None for finding in looking.examine(three, TRUST))
 

@@ -35,14 +35,13 @@ def item(box: object = (1, 2, 3, 4), point: object = (2, 3)) -> dict[str, Any]:
     return {"bbox_2d": box, "point_2d": point}
 
 
-def test_reads_boxes_points_labels_and_thinking() -> None:
+def test_reads_boxes_points_and_labels() -> None:
     read = TASKS["segment"].parse(GOOD)
     assert read == Answer(
         objects=(
             AnswerObject(box=(1, 2, 3.5, 4), point=(2, 3), label="cat"),
             AnswerObject(box=(5, 6, 7, 8), point=(6, 7)),
-        ),
-        think="a <look>red edge</look> b",
+        )
     )
 
 
@@ -170,7 +169,7 @@ def test_the_ideal_answer_is_read_back(name: str, truth: tuple[Frame, Target], i
     assert read.failure is None
     assert [one.box for one in read.objects] == [tuple(box) for box in wanted.boxes.tolist()]
     assert [one.point for one in read.objects] == [tuple(point) for point in wanted.points.tolist()]
-    assert inline == ("<look>" in text) and read.think
+    assert inline == ("<look>" in text)
     form = case(text)
     assert COMPONENTS["think_format"].measure(form) == 1 and COMPONENTS["look"].measure(form) == float(inline)
     assert COMPONENTS["answer_format"].measure(form) == (2 if wanted.count else 0)
