@@ -27,11 +27,14 @@ from launch.report.gallery import Picture, breakdown, pictures, printable
 from perception import images
 from perception import metric_catalog as catalog
 from perception.errors import UserError
-from perception.types import Failure, FailureKind, ScoredGroup
-from tests.fake_run import HOSTILE, LOOK, config, reward, scored_group, write_run
+from perception.metric_catalog import GREEDY, HeldOut
+from perception.types import FailureKind, Group, Score, Trajectory
+from tests import builders
+from tests.fake_run import HOSTILE, LOOK, config, scene_group, write_run
 
 REWARD = {"components": {"mask_iou": 1.0, "parsed": 0.2}, "ranked": {"point_score": 0.5}, "rank": "none"}
 LOOK_CHARTS = {"Re-look rate", "Threshold and confidence", "Gain of a second look", "Calibration error"}
+HELD_OUT_LOOK_CHARTS = {"Held-out looked at again", "Held-out mask IoU gained by looking again"}
 
 
 class Page(HTMLParser):
@@ -104,8 +107,11 @@ def test_headline_names_further_sets_and_second_looks(plain: str, relook: str) -
 
 
 def test_what_one_evaluation_lacks_is_no_change() -> None:
-    before = {"giou_greedy": 0.5, "look_gain": None, "relook_rate": math.nan, "giou_greedy/far": 0.25, "samples": 8}
-    after = {"giou_greedy": 0.75, "look_gain": 0.1, "relook_rate": 0.5, "giou_greedy/far": 0.5, "parse_ok/far": 1.0}
+    greedy, gain = HeldOut("segment", "mask_iou", GREEDY), HeldOut("segment", catalog.LOOK_GAIN)
+    rate, far = HeldOut("segment", catalog.LOOK_RATE), greedy._replace(held_out="far")
+    samples, parsed = HeldOut("segment", catalog.SAMPLES), HeldOut("segment", catalog.PARSED, held_out="far")
+    before = {far.name: 0.25, greedy.name: 0.5, gain.name: None, rate.name: math.nan, samples.name: 8}
+    after = {greedy.name: 0.75, gain.name: 0.1, rate.name: 0.5, far.name: 0.5, parsed.name: 1.0}
     assert [(one.label, one.before, one.after) for one in changes(before, after)] == [
         ("gIoU, greedy answers", 0.5, 0.75),
         ("far: gIoU, greedy answers", 0.25, 0.5),
@@ -117,7 +123,7 @@ def titles(html: str) -> set[str]:
 
 
 def test_charts_of_second_looks_only_where_there_were_any(plain: str, relook: str) -> None:
-    assert titles(relook) - titles(plain) == LOOK_CHARTS
+    assert titles(relook) - titles(plain) == LOOK_CHARTS | HELD_OUT_LOOK_CHARTS
     assert "pass 1</span>" in relook and "pass 1</span>" not in plain and 'id="show-view"' not in plain
 
 
@@ -126,26 +132,30 @@ def charts(html: str) -> list[dict[str, Any]]:
 
 
 def test_every_held_out_set_has_its_curves(plain: str, relook: str) -> None:
-    assert charts(plain)[0]["labels"] == ["sampled", "greedy"]
-    assert charts(relook)[0]["labels"] == ["sampled", "greedy", "shifted, sampled", "shifted, greedy"]
-    assert charts(relook)[0]["series"][3] == [pytest.approx(0.411), pytest.approx(0.448)]
+    assert charts(plain)[0]["labels"] == ["greedy", "sampled"]
+    assert charts(relook)[0]["labels"] == ["greedy", "sampled", "shifted, greedy", "shifted, sampled"]
+    assert charts(relook)[0]["series"][2] == [pytest.approx(0.411), pytest.approx(0.448)]
 
 
 def test_every_component_has_its_weight(tmp_path: Path) -> None:
-    entry = scored_group(tmp_path, 5, 5.0, np.random.default_rng(0))
+    entry = scene_group(tmp_path, 5, 5.0, np.random.default_rng(0))
     with Recorder(config(tmp_path)) as recorder:
-        recorder.step(1, {catalog.component("parsed"): 0.5}, [entry], [[0.0] * 8], [[0.0] * 8])
+        recorder.step(1, {catalog.component("parsed"): 0.5}, [entry])
     page = write_report(recorder.run_dir).read_text()
     assert "Reward components" in titles(page)
     weights = re.findall(r"<td>(parsed|point_score)</td><td.*?</td><td class=\"num\">(.*?)</td>", page)
     assert set(weights) == {("parsed", "0.2"), ("point_score", "0.5")}
 
 
-def drawn(entry: ScoredGroup, folder: Path) -> Picture:
+def drawn(entry: Group, folder: Path) -> Picture:
     path = folder / "train-000001.parquet"
     rollouts.write(path, 1, [entry])
     (picture,) = pictures(rollouts.read(path), REWARD, LOOK.pixels)
     return picture
+
+
+def scored(entry: Group) -> list[tuple[Trajectory, Score]]:
+    return [(one, one.score) for one in entry.trajectories if one.score is not None]
 
 
 def pixels_of(uri: str | None) -> np.ndarray:
@@ -153,9 +163,9 @@ def pixels_of(uri: str | None) -> np.ndarray:
 
 
 def test_passes_show_what_the_policy_was_shown_and_which_one_was_kept(tmp_path: Path) -> None:
-    entry = scored_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
+    entry = scene_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
     attempts = {attempt.index: attempt for attempt in drawn(entry, tmp_path).attempts}
-    for trajectory, score in zip(entry.group.trajectories, entry.scores, strict=True):
+    for trajectory, score in scored(entry):
         attempt = attempts[trajectory.index]
         if len(trajectory.turns) == 1:
             assert not attempt.passes
@@ -170,16 +180,15 @@ def test_passes_show_what_the_policy_was_shown_and_which_one_was_kept(tmp_path: 
         assert (kept.boxes, kept.points, kept.mask, kept.iou) == (
             attempt.boxes, attempt.points, attempt.mask, attempt.iou
         )  # fmt: skip
-    assert {score.kept for score in entry.scores} == {0, 1}, "the scene was chosen to have both"
+    assert {score.kept for _, score in scored(entry)} == {0, 1}, "the scene was chosen to have both"
 
 
 def test_the_page_marks_the_kept_pass_and_frames_the_view(tmp_path: Path) -> None:
-    entry = scored_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
-    rewards = [[reward(score) for score in entry.scores]]
+    entry = scene_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
     with Recorder(config(tmp_path, look=LOOK)) as recorder:
-        recorder.step(1, {}, [entry], rewards, rewards)
+        recorder.step(1, {}, [entry])
     training = write_report(recorder.run_dir).read_text().partition("<h2>Failures")[0]
-    looked = [(t, s) for t, s in zip(entry.group.trajectories, entry.scores, strict=True) if len(t.turns) > 1]
+    looked = [(t, s) for t, s in scored(entry) if len(t.turns) > 1]
     captions = re.findall(r"pass (\d)</span> · confidence ([\d.]+) · IoU ([\d.]+)(.*?)</figcaption>", training)
     assert sorted((int(number), sure, iou, "kept" in mark) for number, sure, iou, mark in captions) == sorted(
         (place + 1, f"{one.confidence:.2f}", f"{one.mask_iou:.2f}", place == score.kept)
@@ -196,14 +205,14 @@ def test_the_page_marks_the_kept_pass_and_frames_the_view(tmp_path: Path) -> Non
 
 
 def test_a_second_look_that_could_not_be_measured_is_shown_as_said(tmp_path: Path) -> None:
-    entry = scored_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
-    failure = Failure(kind=FailureKind.SCORER, detail="timed out")
-    scores = tuple(replace(s, metrics={}, failure=failure, candidates=(), kept=0, mask=None) for s in entry.scores)
-    attempts = drawn(replace(entry, scores=scores), tmp_path).attempts
+    entry = scene_group(tmp_path, 12, 13.0, np.random.default_rng(0), LOOK)
+    failure = builders.failure(FailureKind.SCORER, "timed out")
+    lost = tuple(replace(one, score=None, reward=None, failure=failure) for one in entry.trajectories)
+    attempts = drawn(replace(entry, trajectories=lost), tmp_path).attempts
     shown = [one for attempt in attempts for one in attempt.passes]
     assert shown and all(one.text and one.confidence is None and not one.kept and not one.mask for one in shown)
     with Recorder(config(tmp_path, look=LOOK)) as recorder:
-        recorder.step(1, {}, [replace(entry, scores=scores)], [[0.0] * 8], [[0.0] * 8])
+        recorder.step(1, {}, [replace(entry, trajectories=lost)])
     assert "pass 2</span></figcaption>" in write_report(recorder.run_dir).read_text()
 
 
@@ -230,17 +239,17 @@ def test_a_run_cut_short_still_has_a_report(tmp_path: Path) -> None:
 
 
 def test_an_image_that_does_not_decode_is_said(tmp_path: Path) -> None:
-    entry = scored_group(tmp_path, 5, 5.0, np.random.default_rng(0))
-    Path(entry.group.prompt.sample.image_path).write_bytes(b"not an image")
+    entry = scene_group(tmp_path, 5, 5.0, np.random.default_rng(0))
+    Path(entry.prompt.sample.image_path).write_bytes(b"not an image")
     with Recorder(config(tmp_path)) as recorder:
-        recorder.step(1, {}, [entry], [[0.0] * 8], [[0.0] * 8])
+        recorder.step(1, {}, [entry])
     assert "do not decode" in write_report(recorder.run_dir).read_text()
 
 
 def test_large_images_are_shown_smaller_and_overlays_keep_their_frame(tmp_path: Path) -> None:
-    entry = scored_group(tmp_path, 5, 5.0, np.random.default_rng(0))
+    entry = scene_group(tmp_path, 5, 5.0, np.random.default_rng(0))
     image = np.random.default_rng(0).integers(0, 255, (900, 1800, 3), dtype=np.uint8)
-    cv2.imwrite(entry.group.prompt.sample.image_path, image)
+    cv2.imwrite(entry.prompt.sample.image_path, image)
     picture = drawn(entry, tmp_path)
     assert picture.image is not None and (picture.width, picture.height) == (112, 112)
     assert pixels_of(picture.image).shape == (MAX_SIDE // 2, MAX_SIDE, 3)
