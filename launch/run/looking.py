@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import ray
@@ -21,7 +22,6 @@ from perception.types import (
     Span,
     Trajectory,
     Turn,
-    View,
 )
 from reward_workers.pool import RewardPool
 from rollout.look import look
@@ -47,15 +47,12 @@ class Looking:
     ) -> None:
         """`at_once`: prompts sampled together; 0: as many as there are."""
         self._engines, self._rewards, self._prompts, self._config = engines, rewards, prompts, config
-        self._gate = asyncio.Semaphore(at_once) if at_once else None
+        self._gate = asyncio.Semaphore(at_once) if at_once else nullcontext()
 
     async def rollout(self, prompt: Prompt, asked: Asked, want_masks: bool = False) -> Group:
         """The prompt's group, scored. `want_masks`: with predicted masks, for pictures."""
-        if self._gate is None:
+        async with self._gate:
             group = await self._sampled(prompt, asked)
-        else:
-            async with self._gate:
-                group = await self._sampled(prompt, asked)
         began = time.monotonic()
         scored = await self._rewards.score(group, want_masks, asked.held_out, asked.look)
         return replace(scored, scoring=Span(began=began, ended=time.monotonic()))
@@ -80,14 +77,7 @@ class Looking:
     def _show(self, prompt: Prompt, finding: Finding) -> Feed:
         """The closer view as the policy's next turn."""
         assert finding.view is not None
-        left, top, right, bottom = finding.view
-        size = (finding.picture_height, finding.picture_width)
-        height, width = self._prompts.answer_frame(*size)
-        picture = ImageHandle(
-            key=content_key(finding.picture), height=size[0], width=size[1], ref=ray.put(finding.picture)
-        )
-        return Feed(
-            input_ids=self._prompts.again(prompt.sample.task),
-            images=(picture,),
-            view=View(left=left, top=top, right=right, bottom=bottom, height=height, width=width),
-        )
+        height, width, picture = finding.picture_height, finding.picture_width, finding.picture
+        handle = ImageHandle(key=content_key(picture), height=height, width=width, ref=ray.put(picture))
+        view = self._prompts.view(finding.view, height, width)
+        return Feed(input_ids=self._prompts.again(prompt.sample.task), images=(handle,), view=view)
