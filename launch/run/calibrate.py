@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from launch.run.looking import sampled
 from launch.run.system import System
 from perception.errors import UserError
-from perception.types import Group, Sample, SamplingSpec
+from perception.types import Group, Sample
 
 ANSWERS = 4
 _SEED_STEP = 1 << 31
@@ -17,12 +18,8 @@ async def calibrate(system: System, samples: Sequence[Sample]) -> str:
 
     Returns a line to print. Raises UserError where the policy does not answer second looks in the form asked for.
     """
-    sampling = SamplingSpec(
-        n=ANSWERS,
-        temperature=system.config.rollout.temperature,
-        max_new_tokens=system.config.rollout.max_new_tokens,
-    )
-    groups = await system.answer(system.prompts(samples[: system.config.look.calibration], _SEED_STEP), sampling)
+    prompts = system.prompts(samples[: system.config.look.calibration], _SEED_STEP)
+    groups = await system.answer(prompts, sampled(ANSWERS, system.config.rollout))
     later = _later_parsed(groups)
     if later and sum(later) < _LEAST_PARSED * len(later):
         raise UserError(
@@ -31,10 +28,8 @@ async def calibrate(system: System, samples: Sequence[Sample]) -> str:
             "(python -m launch.sft), or use look=none or look=inline"
         )
     system.calibrator.learn(one for group in groups for one in group.trajectories)
-    threshold = system.calibrator.state.threshold
-    return (
-        f"look: calibrated on {len(groups) * ANSWERS} answers and {len(later)} second looks; threshold {threshold:.2f}"
-    )
+    learned = f"calibrated on {len(groups) * ANSWERS} answers and {len(later)} second looks"
+    return f"look: {learned}; threshold {system.calibrator.state.threshold:.2f}"
 
 
 def _later_parsed(groups: Sequence[Group]) -> list[bool]:

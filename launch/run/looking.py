@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from launch.run.prompts import PromptMaker
-from perception.config import LookConfig
+from perception.config import LookConfig, RolloutConfig
 from perception.images import content_key
 from perception.types import (
     Feed,
@@ -37,6 +37,11 @@ class Asked:
     """When to look again; None: one pass."""
     held_out: bool = False
     """Measured by their task's metrics instead of the reward's components."""
+
+
+def sampled(n: int, config: RolloutConfig) -> SamplingSpec:
+    """`n` answers a prompt at the rollout temperature."""
+    return SamplingSpec(n=n, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
 
 
 class Looking:

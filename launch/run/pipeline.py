@@ -23,10 +23,10 @@ from itertools import islice
 from typing import Self
 
 from launch.run.cursor import Cursor
-from launch.run.looking import Asked
+from launch.run.looking import Asked, sampled
 from launch.run.system import System
 from perception.errors import ActorError
-from perception.types import Group, Sample, SamplingSpec
+from perception.types import Group, Sample
 
 _ATTEMPTS = 3
 """How often a group is sampled before its staleness is an error."""
@@ -58,11 +58,7 @@ class Pipeline:
         config = system.config
         self._prompts, self._staleness = config.algorithm.prompts_per_step, config.pipeline.max_staleness
         self._kept = config.run.rollouts_kept
-        self._sampling = SamplingSpec(
-            n=config.algorithm.group_size,
-            temperature=config.rollout.temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
-        )
+        self._sampling = sampled(config.algorithm.group_size, config.rollout)
         self._ahead: deque[_Ahead] = deque()
         self._step = self._places = 0
         self.resampled = 0

@@ -152,10 +152,6 @@ class System:
     @property
     def must_calibrate(self) -> bool:
         """It is to look again and nothing is known yet of when that pays."""
-        config = self.config.look
-        return (
-            config.mode == "relook"
-            and config.trigger != "never"
-            and config.calibration > 0
-            and not self.calibrator.fitted
-        )
+        look = self.config.look
+        looks_again = look.mode == "relook" and look.trigger != "never"
+        return looks_again and look.calibration > 0 and not self.calibrator.fitted
