@@ -16,10 +16,8 @@ def curves(
     metrics: Sequence[Record], evaluations: Sequence[Record], components: Iterable[str], failures: Iterable[str]
 ) -> list[Chart]:
     """The charts of what was recorded. `components` of the reward; `failures`: the kinds that occurred."""
-    drawn = [
-        *(chart(spec, evaluations) for spec in _held_out(evaluations)),
-        *(chart(spec, metrics) for spec in _training(components, failures)),
-    ]
+    drawn = [chart(spec, evaluations) for spec in _held_out(evaluations)]
+    drawn += [chart(spec, metrics) for spec in _training(components, failures)]
     return [one for one in drawn if one is not None]
 
 
