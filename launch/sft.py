@@ -22,9 +22,11 @@ from perception.scenes import stream
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmStartSettings:
+    """Settings of the command."""
+
     target: Literal["policy", "tool"] = "policy"
     out: Path | None = None
-    """None: where the shipped model stands."""
+    """None: the directory of the shipped model."""
     steps: Positive | None = None
     batch: Positive | None = None
     lr: Rate | None = None

@@ -1,4 +1,4 @@
-"""Everything a run leaves behind: settings, metrics, rollouts, summary, W&B (files: `run_directory`)."""
+"""Recorder of a run: settings, metrics, rollouts, summary, W&B (files: `run_directory`)."""
 
 import json
 import math

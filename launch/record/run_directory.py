@@ -1,4 +1,4 @@
-"""The directory of a run: made whole or not at all, never written by two runs at once, never overwritten.
+"""Directory of a run: made whole or not at all, never written by two runs at once, never overwritten.
 
     config.yaml  environment.json  metrics.jsonl  evaluations.jsonl  summary.json  report.html  rollouts/  wandb/
 

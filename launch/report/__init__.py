@@ -1,4 +1,4 @@
-"""A run as one page: `write_report(run_dir)` or `python -m launch.report RUN_DIR`.
+"""Report of a run as one HTML page: `write_report(run_dir)` or `python -m launch.report RUN_DIR`.
 
 The page needs no network and no library: styles, one script, SVG curves and pictures are all inside it. What the policy
 wrote is shown as text only; a content security policy lets no other script run.
@@ -20,14 +20,13 @@ from jinja2 import StrictUndefined, Template
 from launch.record import rollouts, run_directory
 from launch.record.summary import changes
 from launch.report import charts
-from launch.report.curves import curves
+from launch.report.curves import Record, curves
 from launch.report.gallery import Picture, Row, pictures
 from perception import metric_catalog as catalog
 from perception.errors import UserError
 from perception.files import write_text
 from perception.types import FailureKind
 
-Record = Mapping[str, Any]
 Draw = Callable[[Sequence[Row]], list[Picture]]
 
 HELD_OUT_SHOWN = 8

@@ -1,4 +1,4 @@
-"""Curves as geometry: what the template draws as inline SVG. No pixels, no library, nothing but numbers and labels."""
+"""Charts as geometry: the numbers, paths and labels that the template draws as inline SVG."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _NOTHING = 1e-300
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A chart to be: which metrics, under which labels."""
+    """Definition of a chart: its metrics and their labels."""
 
     title: str
     unit: str
@@ -55,7 +55,7 @@ class Chart:
     series: tuple[Series, ...]
     steps: list[float]
     xs: list[float]
-    """Where each step lies, in SVG units: what hovering looks up."""
+    """x of each step in SVG units, for the readout under the pointer."""
 
 
 def chart(spec: Spec, records: Sequence[Mapping[str, float | None]]) -> Chart | None:

@@ -7,6 +7,7 @@ from launch.report.charts import Chart, Spec, chart
 from perception import metric_catalog as catalog
 
 Record = Mapping[str, Any]
+"""Metrics of one step or evaluation by name, and its `step`."""
 
 _COLOURS = 6
 """Series one chart can tell apart."""
@@ -49,7 +50,7 @@ def _training(components: Iterable[str], failures: Iterable[str]) -> list[Spec]:
 
 
 def _spread(title: str, unit: str, series: Mapping[str, str], **look: bool) -> list[Spec]:
-    """As many charts as it takes to tell the series apart."""
+    """One chart per `_COLOURS` series, so that they can be told apart."""
     pairs = list(series.items())
     parts = (pairs[i : i + _COLOURS] for i in range(0, len(pairs), _COLOURS))
     return [Spec(title, unit, dict(part), **look) for part in parts]

@@ -47,7 +47,7 @@ class Part:
     raw: float | None = None
     weight: float | None = None
     points: float | None = None
-    """What it adds to the reward; None for what is only measured."""
+    """Its share of the reward; None for what is only measured."""
 
 
 def pictures(rows: Sequence[Row], reward: Mapping[str, Any], pixels: int) -> list[Picture]:
@@ -65,7 +65,7 @@ def printable(text: str) -> str:
 
 
 def breakdown(row: Row, reward: Mapping[str, Any]) -> list[Part]:
-    """How the reward came about: weight x raw value per component; ranks are only known as their sum.
+    """Parts of the reward: weight x raw value per component; ranks are only known as their sum.
 
     What the components do not explain (ranks, the rule for failed answers) is a line of its own, so that the points
     always add up to the reward. Measured but unrewarded metrics follow without points.

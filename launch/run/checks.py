@@ -193,7 +193,7 @@ def check_data(config: Config, train: Sequence[Sample], held_out: Mapping[str, S
 
 
 def _evaluated(name: str, task: TaskConfig) -> tuple[frozenset[Truth], str]:
-    """What truth held-out samples of a task need, and why."""
+    """The truth that held-out samples of a task need, and why."""
     metrics = TASKS[task.form or name].metrics
     return needs(held_out_terms(metrics)), f"task {name} is evaluated by {', '.join(metrics)}"
 
@@ -261,7 +261,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _parameters(path: Path) -> int:
-    """How many numbers the file holds. Reads the header only, which also tells a file cut short. Raises UserError."""
+    """Count of the file's numbers. Reads the header only, which also tells a file cut short. Raises UserError."""
     try:
         with safe_open(path, framework="np") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

@@ -45,7 +45,7 @@ def sampled(n: int, config: RolloutConfig) -> SamplingSpec:
 
 
 class Looking:
-    """Everything between a prompt and its scored group."""
+    """Makes scored groups of prompts: sampling, further looks, scoring."""
 
     def __init__(
         self, engines: RolloutPool, rewards: RewardPool, prompts: PromptMaker, config: LookConfig, at_once: int

@@ -29,7 +29,7 @@ from perception.errors import ActorError
 from perception.types import Group, Sample
 
 _ATTEMPTS = 3
-"""How often a group is sampled before its staleness is an error."""
+"""Times that a group is sampled before its staleness is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Pipeline:
 
 
 def oldest_version(group: Group, current: int) -> int:
-    """Of the weights any of its tokens was sampled from; `current` where there is none."""
+    """Oldest version that any of its tokens was sampled from; `current` where there is none."""
     spans = (span for one in group.trajectories if not one.excluded for turn in one.turns for span in turn.versions)
     return min((span.version for span in spans), default=current)
 

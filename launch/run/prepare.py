@@ -1,4 +1,4 @@
-"""What a recipe may ask to be made first: the synthetic world, a random-weight policy. Made once, and whole."""
+"""Preparation of a run: the synthetic world and the random-weight policy that a recipe asks for, made once, and whole."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From a sample to the tokens a policy sees: template, chat format, answer frame."""
+"""Prompts: from a sample to the tokens of the policy's input: template, chat format, answer frame."""
 
 import math
 from collections.abc import Collection, Mapping

@@ -17,7 +17,7 @@ from perception.types import Answer, AnswerObject, Sample, Target, View
 _WRONG_OBJECT = 0.15
 """Share of first answers that are about another object."""
 _LARGEST_SHIFT = 0.6
-"""Of a first answer's box, in sides."""
+"""Largest shift of a first answer's box, in sides of the box."""
 _STRETCH = 0.3
 _VISIBLE = 0.5
 """A target of which less than this share lies in the view is not in it."""
@@ -25,6 +25,8 @@ _VISIBLE = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialogue:
+    """A question about a scene with its right answer, after one look or two."""
+
     images: tuple[np.ndarray, ...]
     """(H, W, 3) uint8: the scene, and the closer view where there is a second look."""
     input_ids: tuple[tuple[int, ...], ...]

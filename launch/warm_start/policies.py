@@ -89,7 +89,7 @@ def make_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """`conf/shape/<name>.yaml`."""
+    """Shape of a policy: `conf/shape/<name>.yaml`."""
 
     text: dict[str, Any]
     """Settings of `Qwen2_5_VLConfig.text_config`."""

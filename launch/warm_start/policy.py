@@ -32,6 +32,8 @@ SEEDS_PER_RUN = 100_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmStart:
+    """Settings of the policy's training; the defaults are those of the shipped model."""
+
     steps: int = 3000
     batch: int = 64
     lr: float = 2e-3
