@@ -1,4 +1,4 @@
-"""Preparation of a run: the synthetic world and the random-weight policy that a recipe asks for, made once, and whole."""
+"""Preparation of a run: makes the synthetic world and the random-weight policy that a recipe asks for, if absent."""
 
 from collections.abc import Callable
 from pathlib import Path
