@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from launch.run.prompts import read_policy_spec
 from launch.warm_start import policies
@@ -41,7 +40,7 @@ SHAPES = {
 
 def write_policy(shape: BatchShape, folder: Path, dtype: str) -> None:
     """A policy of random weights in Hugging Face format; its image processor leaves the batch's images as they are."""
-    of_model = dataclasses.replace(policies.SHAPES[shape.model], dtype=getattr(torch, dtype))
+    of_model = dataclasses.replace(policies.SHAPES[shape.model], dtype=dtype)
     tokenizer = policies.make_tokenizer(["user\nassistant\n0123456789"])
     side = max(of_model.max_side, shape.side)
     policies.save(policies.make_model(of_model, tokenizer, seed=0), tokenizer, folder, side)

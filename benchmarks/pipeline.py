@@ -58,7 +58,7 @@ class Simulated(System):
     async def sync_weights(self, version: int) -> Sync:
         began = time.monotonic()
         self.version = version
-        taking: Call[Any, None] = Call("take_weights", (version,))
+        taking: Call[Any, None] = Call("take_weights", (version,), {})
         await self.engines.actors.each([taking], PATIENCE)
         return Sync(seconds=time.monotonic() - began, pause_seconds=0.0, transfer_seconds=0.0)
 

@@ -100,7 +100,7 @@ async def copy(learner: LearnerPool, engines: RolloutPool) -> dict[str, float]:
         await engines.stage(bucket)
         seconds += time.perf_counter() - began
     began = time.perf_counter()
-    copying: Call[RolloutEngine, None] = Call("copy_held", ())
+    copying: Call[RolloutEngine, None] = Call("copy_held", (), {})
     await engines.actors.each([copying], COPY)
     last_leg = time.perf_counter() - began
     await learner.release_buckets()

@@ -42,12 +42,14 @@ def examine() -> Iterator[Finding]:
     """Every finding, cheapest first."""
     yield _python()
     yield from _versions()
-    yield _cpus()
+    yield _enough("cpus", cpus(), 2, "", "lower placement.*_cpus and expect the demo to be slow")
     yield _gpus()
-    yield _memory()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
+    yield _enough("memory", memory, _MEMORY_GIB, " GiB", "close other programs")
     yield _free("shared memory", Path("/dev/shm"), _SHARED_MEMORY_GIB, "start the container with --shm-size=4g")
     yield _free("disk", Path.cwd(), _DISK_GIB, "make room, or set run.output to another disk")
-    yield _ray()
+    address = os.environ.get("RAY_ADDRESS")
+    yield Finding("ok", "cluster", f"RAY_ADDRESS={address}" if address else "none: runs start a Ray of their own")
     yield _torchvision()
 
 
@@ -68,23 +70,14 @@ def _python() -> Finding:
 
 def _versions() -> Iterator[Finding]:
     pins = tested_versions()
-    for package in PACKAGES:
-        found, tested = version_of(package), pins.get(package)
-        if tested is None:
-            continue  # belongs to the other set
+    for package in (name for name in PACKAGES if name in pins):  # the others belong to the other set
+        found, tested = version_of(package), pins[package]
         if found is None:
             yield Finding("fail", package, f"not installed (tested: {tested}): run `make setup`")
         elif found.partition("+")[0] != tested.partition("+")[0]:
             yield Finding("warn", package, f"{found}, but {tested} was tested: run `make setup` if something breaks")
         else:
             yield Finding("ok", package, found)
-
-
-def _cpus() -> Finding:
-    found = cpus()
-    if found >= 2:
-        return Finding("ok", "cpus", str(found))
-    return Finding("warn", "cpus", f"{found}; the demo wants 2: lower placement.*_cpus and expect it to be slow")
 
 
 def _gpus() -> Finding:
@@ -96,34 +89,24 @@ def _gpus() -> Finding:
     return Finding("ok", "gpus", "none: use placement=cpu")
 
 
-def _memory() -> Finding:
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
-    if found >= _MEMORY_GIB:
-        return Finding("ok", "memory", f"{found:.0f} GiB")
-    return Finding("warn", "memory", f"{found:.1f} GiB; the demo wants {_MEMORY_GIB:.0f}: close other programs")
-
-
-def _free(subject: str, path: Path, wanted: float, mend: str) -> Finding:
+def _free(subject: str, path: Path, wanted: float, cure: str) -> Finding:
     if not path.is_dir():
-        return Finding("fail", subject, f"{path} is missing: {mend}")
-    free = shutil.disk_usage(path).free / _GIB
-    if free >= wanted:
-        return Finding("ok", subject, f"{free:.1f} GiB free in {path}")
-    return Finding("warn", subject, f"{free:.1f} GiB free in {path}, {wanted:.0f} wanted: {mend}")
+        return Finding("fail", subject, f"{path} is missing: {cure}")
+    return _enough(subject, shutil.disk_usage(path).free / _GIB, wanted, f" GiB free in {path}", cure)
 
 
-def _ray() -> Finding:
-    address = os.environ.get("RAY_ADDRESS")
-    return Finding("ok", "cluster", f"RAY_ADDRESS={address}" if address else "none: runs start a Ray of their own")
+def _enough(subject: str, found: float, wanted: float, unit: str, cure: str) -> Finding:
+    amount = f"{round(found, 1):,}{unit}"
+    if found >= wanted:
+        return Finding("ok", subject, amount)
+    return Finding("warn", subject, f"{amount}, {wanted:.0f} wanted: {cure}")
 
 
 def _torchvision() -> Finding:
     """Beside CPU torch, torchvision's CUDA wheel only imports with the operators that `make setup` declares."""
     try:
-        subprocess.run(
-            [sys.executable, "-c", "import torchvision"],
-            check=True, capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S,
-        )  # fmt: skip
+        command = [sys.executable, "-c", "import torchvision"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return Finding("warn", "torchvision", f"import took more than {_IMPORT_TIMEOUT_S:.0f} s: is the machine busy?")
     except subprocess.CalledProcessError as error:
@@ -133,15 +116,12 @@ def _torchvision() -> Finding:
 
 
 def main() -> int:
-    table = Table.grid(padding=(0, 2))
+    table, findings = Table.grid(padding=(0, 2)), list(examine())
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-    worst = 0
-    for finding in examine():
-        verdict = Text(finding.verdict, style=colours[finding.verdict])
-        table.add_row(verdict, Text(finding.subject), Text(finding.detail))
-        worst = max(worst, int(finding.verdict == "fail"))
+    for one in findings:
+        table.add_row(Text(one.verdict, style=colours[one.verdict]), Text(one.subject), Text(one.detail))
     Console().print(table)
-    return worst
+    return int(any(one.verdict == "fail" for one in findings))
 
 
 if __name__ == "__main__":

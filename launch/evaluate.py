@@ -14,18 +14,20 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from launch.run.calibrate import calibrate
 from launch.run.checks import MAIN, check
 from launch.run.config import entry
+from launch.run.looking import sampled
 from launch.run.prepare import prepare
 from launch.run.step_metrics import look_metrics
 from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.config import Config
-from perception.types import Group, Sample, SamplingSpec, Score
+from perception.types import Group, Sample, Score, Trajectory
 from runtime import cluster
 
 EVALUATION_SEED_STEP = 0
@@ -41,20 +43,13 @@ async def evaluate(
     Scorer failures raise RuntimeError: a held-out number is whole or absent.
     """
     prompts = system.prompts(samples, EVALUATION_SEED_STEP)
-    rollout = system.config.rollout
-    ways = {
-        catalog.GREEDY: SamplingSpec(n=1, temperature=0.0, max_new_tokens=rollout.max_new_tokens),
-        catalog.SAMPLED: SamplingSpec(
-            n=SAMPLED_ANSWERS, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens
-        ),
-    }
+    several = sampled(SAMPLED_ANSWERS, system.config.rollout)
+    ways = {catalog.GREEDY: replace(several, n=1, temperature=0.0), catalog.SAMPLED: several}
     answered = {way: await system.answer(prompts, spec, masks=pictures, held_out=True) for way, spec in ways.items()}
     metrics: dict[str, float] = {}
     for task in sorted({sample.task for sample in samples}):
-        of_task = {
-            way: [group for group in groups if group.prompt.sample.task == task] for way, groups in answered.items()
-        }
-        measured = _of_task(of_task, relooks=system.config.look.mode == "relook")
+        own = {way: [group for group in groups if group.prompt.sample.task == task] for way, groups in answered.items()}
+        measured = _measured(own, relooks=system.config.look.mode == "relook")
         metrics |= {catalog.HeldOut(task, *key, held_out).name: value for key, value in measured.items()}
     return metrics, answered[catalog.GREEDY]
 
@@ -68,26 +63,25 @@ async def evaluate_all(
     return metrics, done[MAIN][1]
 
 
-def _of_task(groups: Mapping[str, Sequence[Group]], relooks: bool) -> dict[tuple[str, str], float]:
+def _measured(groups: Mapping[str, Sequence[Group]], relooks: bool) -> dict[tuple[str, str], float]:
     """(measure, way) -> mean over all answers."""
-    found: dict[tuple[str, str], float] = {}
-    for way, answered in groups.items():
-        scores = [_score(group, place) for group in answered for place in range(len(group.trajectories))]
-        for name in scores[0].metrics:
-            found[name, way] = float(np.mean([score.metrics[name] for score in scores]))
-    sampled = groups[catalog.SAMPLED]
-    scores = [_score(group, place) for group in sampled for place in range(len(group.trajectories))]
-    found[catalog.PARSED, catalog.SAMPLED] = float(np.mean([s.best.answer.failure is None for s in scores]))
+    scores = {way: [_score(group, one) for group in own for one in group.trajectories] for way, own in groups.items()}
+    found = {
+        (name, way): float(np.mean([score.metrics[name] for score in own]))
+        for way, own in scores.items()
+        for name in own[0].metrics
+    }
+    several = scores[catalog.SAMPLED]
+    found[catalog.PARSED, catalog.SAMPLED] = float(np.mean([score.best.answer.failure is None for score in several]))
     if relooks:
-        looks = look_metrics(sampled)
+        looks = look_metrics(groups[catalog.SAMPLED])
         found[catalog.LOOK_RATE, catalog.SAMPLED] = looks[catalog.RELOOK_RATE]
-        if any(candidate.mask_iou is not None for score in scores for candidate in score.candidates):
+        if any(candidate.mask_iou is not None for score in several for candidate in score.candidates):
             found[catalog.LOOK_GAIN, catalog.SAMPLED] = looks[catalog.RELOOK_GAIN] * looks[catalog.RELOOK_RATE]
-    return found | {(catalog.SAMPLES, catalog.SAMPLED): float(len(sampled))}
+    return found | {(catalog.SAMPLES, catalog.SAMPLED): float(len(groups[catalog.SAMPLED]))}
 
 
-def _score(group: Group, place: int) -> Score:
-    trajectory = group.trajectories[place]
+def _score(group: Group, trajectory: Trajectory) -> Score:
     if trajectory.score is None:
         why = trajectory.failure.detail if trajectory.failure else "it was not scored"
         raise RuntimeError(f"evaluation of {group.prompt.sample.id}: {why}")

@@ -6,7 +6,7 @@
 `steps`, `batch`, `lr`, `seed` and `threads` may be given; their defaults are those of the shipped models.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +22,11 @@ from perception.scenes import stream
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmStartSettings:
+    """Settings of the command."""
+
     target: Literal["policy", "tool"] = "policy"
     out: Path | None = None
-    """None: where the shipped model stands."""
+    """None: the directory of the shipped model."""
     steps: Positive | None = None
     batch: Positive | None = None
     lr: Rate | None = None
@@ -38,16 +40,11 @@ def sft(settings: WarmStartSettings) -> None:
     torch.set_num_threads(settings.threads)
     given = {name: value for name in ("steps", "batch", "lr") if (value := getattr(settings, name)) is not None}
     if settings.target == "policy":
-        config = replace(WarmStart(seed=settings.seed), **given)
-        train_policy(settings.out or Path("assets/policy"), config, read_tasks("brief"), _say)
+        config = WarmStart(seed=settings.seed, **given)
+        train_policy(settings.out or Path("assets/policy"), config, read_tasks("brief"))
     else:
         scenes = stream(SEED_BASE + settings.seed * SEEDS_PER_RUN, TOOL_STYLE)
-        rest = {"steps": 3600, "batch": 8, "lr": 2e-3, "seed": settings.seed} | given
-        train_tool(settings.out or Path("assets/segmenter"), scenes, **rest, device="cpu", log=_say)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
+        train_tool(settings.out or Path("assets/segmenter"), scenes, seed=settings.seed, **given)
 
 
 if __name__ == "__main__":

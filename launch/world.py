@@ -21,17 +21,19 @@ from perception.datasets.objects import TrueObject
 from perception.scenes import SHIFTED, WORLD, SceneStyle, ask, generate
 
 SPLITS = {"train": (0, WORLD), "eval": (500_000_000, WORLD), "shifted": (600_000_000, SHIFTED)}
-"""First seed and style of each."""
+"""First seed and style of each split."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
+    """Settings of the command, and what it does."""
+
     out: Path = Path("data/world")
     train: Positive = 4096
     eval: Positive = 256
     """Scenes of `eval.json`, and of `shifted.json`."""
     side: Positive = 224
-    """Of every image, in pixels."""
+    """Side of every image, in pixels."""
     seed: Natural = 0
 
     def write(self) -> None:

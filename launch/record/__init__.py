@@ -1,1 +1,1 @@
-"""What a run leaves behind: directory, metrics, rollouts, W&B, progress, summary."""
+"""Records of a run: directory, metrics, rollouts, W&B, progress, summary."""

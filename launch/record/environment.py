@@ -1,4 +1,4 @@
-"""What a run ran on: packages, processors, command line. Reads package metadata only, so it costs milliseconds."""
+"""Environment of a run: packages, processors, command line. Reads package metadata only, so it costs milliseconds."""
 
 import platform
 import subprocess
@@ -31,17 +31,15 @@ def version_of(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
+    """Versions of the installed packages."""
     return {name: version for name in PACKAGES if (version := version_of(name))}
 
 
 def gpus() -> list[str]:
     """One 'name, memory' line per NVIDIA GPU that the driver lists; empty without a driver."""
     try:
-        listing = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in listing.stdout.splitlines() if line.strip()]

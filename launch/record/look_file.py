@@ -1,4 +1,4 @@
-"""What a policy has learned about when to look again: `look.json` beside its weights, arrays in a checkpoint."""
+"""Look-to-Confirm calibration on disk: `look.json` beside a policy's weights, and its evidence in a checkpoint."""
 
 import json
 from dataclasses import asdict

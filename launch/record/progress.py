@@ -22,7 +22,7 @@ _STAGE_COLOURS = ("blue", "magenta", "green", "yellow", "bright_black")
 class Progress:
     """Shows where a run is. `phase` names what happens outside the steps; `step` shows a step's metrics.
 
-    Which metrics the line of a step shows is the catalogue's to say (`metric_catalog.PROGRESS`).
+    The line of a step shows the metrics in `metric_catalog.PROGRESS`.
     """
 
     def __init__(self, total_steps: int, *, console: Console | None = None) -> None:
@@ -45,7 +45,7 @@ class Progress:
         self._live.stop()
 
     def phase(self, name: str) -> None:
-        """Say what is going on now ('starting the engine'); the next `step` ends it."""
+        """Show what is going on now ('starting the engine'); the next `step` ends it."""
         self._phase, self._phase_start = name, time.monotonic()
         if not self._console.is_terminal:
             self.say(name)

@@ -1,9 +1,9 @@
-"""Everything a run leaves behind: settings, metrics, rollouts, summary, W&B (files: `run_directory`)."""
+"""Recorder of a run: settings, metrics, rollouts, summary, W&B (files: `run_directory`)."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -33,29 +33,17 @@ class Recorder(AbstractContextManager):
         self._kept = config.run.rollouts_kept
         settings: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
         self._write_settings(settings, resume_step)
-        self._metrics = (self.run_dir / run_directory.METRICS).open("a", encoding="utf-8")
         self._wandb = WandbSink(config.wandb, self.run_dir, settings)
 
-    def step(
-        self,
-        step: int,
-        metrics: Mapping[str, float],
-        groups: Sequence[Group],
-    ) -> None:
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Record one training step."""
-        self._metrics.write(json.dumps({"step": step, **run_directory.finite(metrics)}) + "\n")
-        self._metrics.flush()
+        self._record(run_directory.METRICS, "train", step, metrics, groups)
         self._wandb.log(step, metrics)
-        if groups[: self._kept]:
-            rollouts.write(self._rollout_path("train", step), step, groups[: self._kept])
 
     def evaluation(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group] = ()) -> None:
         """Record a held-out evaluation of the policy after `step` steps; `groups` are kept for pictures."""
-        with (self.run_dir / run_directory.EVALUATIONS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **run_directory.finite(metrics)}) + "\n")
+        self._record(run_directory.EVALUATIONS, "eval", step, metrics, groups)
         self._wandb.log(step, {f"eval/{name}": value for name, value in metrics.items()})
-        if groups[: self._kept]:
-            rollouts.write(self._rollout_path("eval", step), step, groups[: self._kept])
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json in one step."""
@@ -63,15 +51,19 @@ class Recorder(AbstractContextManager):
 
     def close(self) -> None:
         """Flush everything; waits a bounded time for W&B."""
-        self._metrics.close()
         self._wandb.close()
         self._lock.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _rollout_path(self, phase: str, step: int) -> Path:
-        return self.run_dir / run_directory.ROLLOUTS / f"{phase}-{step:06d}.parquet"
+    def _record(self, name: str, phase: str, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+        # NaN and infinities are not JSON: they become null, which a chart shows as a gap.
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        with (self.run_dir / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        if kept := groups[: self._kept]:
+            rollouts.write(self.run_dir / run_directory.ROLLOUTS / f"{phase}-{step:06d}.parquet", step, kept)
 
     def _write_settings(self, settings: dict[str, Any], resume_step: int | None) -> None:
         path = self.run_dir / run_directory.CONFIG

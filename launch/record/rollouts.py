@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perception.files import replacing
-from perception.types import Answer, Candidate, Group, Rle, Sample, Trajectory, Turn
+from perception.types import Candidate, Group, Sample, Trajectory, Turn
 
 _COORDINATES = pa.list_(pa.list_(pa.float32()))
 _PASS = pa.struct(
@@ -61,7 +61,7 @@ SCHEMA = pa.schema(
     ],
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
-_NOTHING = Candidate(answer=Answer(objects=()), features=(), confidence=0.0)
+_UNANSWERED: dict[str, Any] = {"text": "", "boxes": [], "points": []}
 _WHOLE_FILE = 1 << 30  # a dictionary of any size: the point is to hold each image once
 
 
@@ -99,51 +99,37 @@ def _group_columns(step: int, sample: Sample) -> dict[str, Any]:
 
 def _trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
     score, failure = trajectory.score, trajectory.failure
-    best = score.best if score else _NOTHING
+    candidates = score.candidates if score else repeat(None)
+    passes = [_pass(turn, one) for turn, one in zip(trajectory.turns, candidates, strict=False)]
+    for index, one in enumerate(passes):
+        one["kept"] = score is not None and index == score.kept
     return {
+        **(passes[score.kept if score else 0] if passes else _UNANSWERED),
         "index": trajectory.index,
-        "text": trajectory.turns[score.kept if score else 0].text if trajectory.turns else "",
         "turns": [turn.text for turn in trajectory.turns],
-        "passes": _passes(trajectory),
+        "passes": passes,
         "response_tokens": trajectory.sampled_tokens,
         "policy_versions": sorted({span.version for turn in trajectory.turns for span in turn.versions}),
         "reward": trajectory.reward,
         "advantage": trajectory.advantage if trajectory.reward is not None else None,
         "metrics": dict(score.metrics) if score else {},
-        "confidence": best.confidence,
+        "confidence": score.best.confidence if score else 0.0,
         "failure": failure.kind.value if failure else None,
         "failure_detail": failure.detail if failure else None,
-        **_places(best.answer),
-        "labels": [answered.label for answered in best.answer.objects if answered.label],
-        "mask": _counts(best.mask),
+        "labels": [one.label for one in score.best.answer.objects if one.label] if score else [],
     }
 
 
-def _passes(trajectory: Trajectory) -> list[dict[str, Any]]:
-    """What was answered in each pass, and what came of it where that could be measured."""
-    score = trajectory.score
-    pairs = zip(trajectory.turns, score.candidates if score else repeat(None), strict=False)
-    return [_pass(turn, one) | {"kept": score is not None and i == score.kept} for i, (turn, one) in enumerate(pairs)]
-
-
 def _pass(turn: Turn, candidate: Candidate | None) -> dict[str, Any]:
-    view = turn.view
+    """What was answered in a pass, and what came of it where that could be measured."""
+    view, objects = turn.view, candidate.answer.objects if candidate else ()
+    mask = candidate.mask if candidate else None
     return {
         "text": turn.text,
         "view": [view.left, view.top, view.right, view.bottom] if view else None,
         "confidence": candidate.confidence if candidate else None,
         "mask_iou": candidate.mask_iou if candidate else None,
-        **_places(candidate.answer if candidate else Answer(objects=())),
-        "mask": _counts(candidate.mask) if candidate else None,
+        "boxes": [list(one.box) for one in objects if one.box],
+        "points": [list(one.point) for one in objects if one.point],
+        "mask": mask.counts.decode("ascii") if mask else None,
     }
-
-
-def _places(answer: Answer) -> dict[str, Any]:
-    return {
-        "boxes": [list(answered.box) for answered in answer.objects if answered.box],
-        "points": [list(answered.point) for answered in answer.objects if answered.point],
-    }
-
-
-def _counts(mask: Rle | None) -> str | None:
-    return mask.counts.decode("ascii") if mask else None

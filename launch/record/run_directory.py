@@ -1,4 +1,4 @@
-"""The directory of a run: made whole or not at all, never written by two runs at once, never overwritten.
+"""Directory of a run: made whole or not at all, never written by two runs at once, never overwritten.
 
     config.yaml  environment.json  metrics.jsonl  evaluations.jsonl  summary.json  report.html  rollouts/  wandb/
 
@@ -7,8 +7,7 @@ A new run takes the name `runs/<name>`; an older one of that name is moved aside
 
 import fcntl
 import json
-import math
-from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,9 +33,8 @@ def resume_dir(run: RunConfig) -> Path:
     for candidate in candidates:
         if (candidate / CONFIG).is_file():
             return candidate
-    raise UserError(
-        f"run.resume={run.resume}: no run there ({' and '.join(f'{c}/{CONFIG}' for c in candidates)} missing)"
-    )
+    missing = " and ".join(f"{candidate}/{CONFIG}" for candidate in candidates)
+    raise UserError(f"run.resume={run.resume}: no run there ({missing} missing)")
 
 
 def create(run: RunConfig) -> Path:
@@ -51,7 +49,8 @@ def create(run: RunConfig) -> Path:
                 raise UserError(f"{path} holds files that are not a run; choose another run.name or run.output")
             lock(path).close()
             if _recorded(path):
-                path.rename(_free_name(path))
+                asides = (path.with_name(f"{path.name}.{number}") for number in count(1))
+                path.rename(next(aside for aside in asides if not aside.exists()))
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {path}: {error.strerror}; choose another run.output") from error
@@ -67,11 +66,6 @@ def lock(path: Path) -> IO[str]:
         handle.close()
         raise UserError(f"{path} is being written by another run; choose another run.name or stop that run") from error
     return handle
-
-
-def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """NaN and infinities are not JSON: they become null, which a chart shows as a gap."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -101,10 +95,3 @@ def forget_after(run_dir: Path, step: int) -> None:
 
 def _recorded(path: Path) -> bool:
     return any(file.is_file() and file.stat().st_size > 0 for file in (path / METRICS, path / EVALUATIONS))
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return aside

@@ -1,4 +1,4 @@
-"""Weights & Biases beside the loop: its start, its network and its failures never hold up a step, and it never asks."""
+"""Weights & Biases in a thread of its own: neither its start nor its network or failures hold up a step; no prompts."""
 
 import logging
 import netrc

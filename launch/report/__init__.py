@@ -1,4 +1,4 @@
-"""A run as one page: `write_report(run_dir)` or `python -m launch.report RUN_DIR`.
+"""Report of a run as one HTML page: `write_report(run_dir)` or `python -m launch.report RUN_DIR`.
 
 The page needs no network and no library: styles, one script, SVG curves and pictures are all inside it. What the policy
 wrote is shown as text only; a content security policy lets no other script run.
@@ -8,42 +8,33 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import jinja2
 import yaml
+from jinja2 import StrictUndefined, Template
 
 from launch.record import rollouts, run_directory
 from launch.record.summary import changes
-from launch.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
-from launch.report.curves import curves
+from launch.report import charts
+from launch.report.curves import Record, curves
 from launch.report.gallery import Picture, Row, pictures
 from perception import metric_catalog as catalog
 from perception.errors import UserError
 from perception.files import write_text
 from perception.types import FailureKind
 
-Record = Mapping[str, Any]
 Draw = Callable[[Sequence[Row]], list[Picture]]
 
-_HERE = Path(__file__).parent
 HELD_OUT_SHOWN = 8
 TRAINING_SHOWN = 3
 """Groups of each training step shown."""
 FAILURES_SHOWN = 6
 _FAILURE_FILES = 20
 """Failures are looked for in so many of the latest rollout files."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The same held-out question before and after training."""
-
-    before: Picture
-    after: Picture
 
 
 def write_report(run_dir: Path) -> Path:
@@ -53,9 +44,8 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     if not (run_dir / run_directory.CONFIG).is_file():
-        raise UserError(
-            f"{run_dir}: no run there ({run_directory.CONFIG} missing); name a run's directory, as runs/quickstart"
-        )
+        why = f"no run there ({run_directory.CONFIG} missing)"
+        raise UserError(f"{run_dir}: {why}; name a run's directory, as runs/quickstart")
     config = yaml.safe_load((run_dir / run_directory.CONFIG).read_text(encoding="utf-8"))
     metrics = run_directory.read_lines(run_dir / run_directory.METRICS)
     evaluations = run_directory.read_lines(run_dir / run_directory.EVALUATIONS)
@@ -63,9 +53,11 @@ def write_report(run_dir: Path) -> Path:
     reward = config["reward"]
     draw: Draw = partial(pictures, reward=reward, pixels=config["look"]["pixels"])
     pairs, training, failed = _pairs(run_dir, draw), _training(run_dir, draw), _failed(run_dir, draw)
-    shown = [*(picture for pair in pairs for picture in (pair.before, pair.after)), *training, *failed]
-    script = (_HERE / "report.js").read_text(encoding="utf-8")
-    page = _template().render(
+    script = _asset("report.js")
+    template = Template(
+        _asset("report.html.j2"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = template.render(
         run=run_dir.resolve().name,
         config=dict(_flat(config)),
         environment=dict(_flat(_json(run_dir / run_directory.ENVIRONMENT))),
@@ -75,30 +67,23 @@ def write_report(run_dir: Path) -> Path:
         changes=changes(evaluations[0], evaluations[-1]) if len(evaluations) > 1 else [],
         eval_steps=[record["step"] for record in evaluations],
         charts=curves(metrics, evaluations, (*reward["components"], *reward["ranked"]), failures),
-        frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+        frame=charts,
         pairs=pairs,
         training=training,
         failures=failures,
         failed=failed,
-        looked_again=any(attempt.passes for picture in shown for attempt in picture.attempts),
-        style=(_HERE / "report.css").read_text(encoding="utf-8"),
+        looked_again=any(one.passes for shown in chain(*pairs, training, failed) for one in shown.attempts),
+        style=_asset("report.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
-    path = run_dir / run_directory.REPORT
-    write_text(path, page)
-    return path
+    write_text(run_dir / run_directory.REPORT, page)
+    return run_dir / run_directory.REPORT
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
+def _asset(name: str) -> str:
+    """A file of this package."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -119,14 +104,15 @@ def _files(run_dir: Path, phase: str) -> list[Path]:
     return sorted((run_dir / run_directory.ROLLOUTS).glob(f"{phase}-*.parquet"))
 
 
-def _pairs(run_dir: Path, draw: Draw) -> list[Pair]:
-    """The first held-out samples that both the first and the last evaluation kept: not chosen by how they came out."""
+def _pairs(run_dir: Path, draw: Draw) -> list[tuple[Picture, Picture]]:
+    """Held-out questions before and after training: the first that both the first and the last evaluation kept, not
+    chosen by how they came out."""
     files = _files(run_dir, "eval")
     if len(files) < 2:
         return []
     before, after = (draw(rollouts.read(path)) for path in (files[0], files[-1]))
     later = {picture.sample_id: picture for picture in after}
-    return [Pair(p, later[p.sample_id]) for p in before if p.sample_id in later][:HELD_OUT_SHOWN]
+    return [(p, later[p.sample_id]) for p in before if p.sample_id in later][:HELD_OUT_SHOWN]
 
 
 def _training(run_dir: Path, draw: Draw) -> list[Picture]:
@@ -138,14 +124,9 @@ def _training(run_dir: Path, draw: Draw) -> list[Picture]:
 
 def _failure_shares(metrics: Sequence[Record]) -> dict[str, tuple[float, float]]:
     """Kind -> (mean share over the run, share in the last tenth), kinds that occurred only."""
-    recent = metrics[-max(1, len(metrics) // 10) :]
-    shares = {}
-    for kind in FailureKind:
-        name = catalog.failure(kind)
-        overall, late = ([record.get(name) or 0.0 for record in part] for part in (metrics, recent))
-        if any(overall):
-            shares[kind.value] = (sum(overall) / len(overall), sum(late) / len(late))
-    return shares
+    shares = {kind.value: [record.get(catalog.failure(kind)) or 0.0 for record in metrics] for kind in FailureKind}
+    recent = max(1, len(metrics) // 10)
+    return {kind: (fmean(one), fmean(one[-recent:])) for kind, one in shares.items() if any(one)}
 
 
 def _failed(run_dir: Path, draw: Draw) -> list[Picture]:

@@ -1,8 +1,10 @@
-"""Curves as geometry: what the template draws as inline SVG. No pixels, no library, nothing but numbers and labels."""
+"""Charts as geometry: the numbers, paths and labels that the template draws as inline SVG."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 WIDTH, HEIGHT = 420, 200
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 26
@@ -11,13 +13,10 @@ MAX_POINTS = 300
 _TICKS = 4
 _NOTHING = 1e-300
 
-Values = list[float | None]
-"""One entry per step; None is a gap."""
-
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A chart to be: which metrics, under which labels."""
+    """Definition of a chart: its metrics and their labels."""
 
     title: str
     unit: str
@@ -43,8 +42,9 @@ class Series:
     """Line, or with `stacked` the outline of an area."""
     raw_path: str
     """The unsmoothed line behind `path`; empty without smoothing."""
-    dots: tuple[tuple[float, float], ...]
-    values: Values
+    dots: list[list[float]]
+    values: list[float | None]
+    """One entry per step; None is a gap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,83 +55,70 @@ class Chart:
     series: tuple[Series, ...]
     steps: list[float]
     xs: list[float]
-    """Where each step lies, in SVG units: what hovering looks up."""
+    """x of each step in SVG units, for the readout under the pointer."""
 
 
 def chart(spec: Spec, records: Sequence[Mapping[str, float | None]]) -> Chart | None:
     """Lay out `spec` over records that each hold 'step'; None where no record has any of its metrics."""
-    present = {name: label for name, label in spec.series.items() if any(r.get(name) is not None for r in records)}
-    if not present:
+    names = [name for name in spec.series if any(record.get(name) is not None for record in records)]
+    if not names:
         return None
-    steps = [float(record["step"] or 0) for record in records]
-    columns = {name: [record.get(name) for record in records] for name in present}
-    steps, columns = _thin(steps, columns)
-    lines = [_running_mean(values) if spec.smooth else values for values in columns.values()]
+    stride = math.ceil(len(records) / MAX_POINTS)
+    steps = np.array([record["step"] for record in records[::stride]], float)
+    columns = _thinned(np.array([[record.get(name) for record in records] for name in names], float), stride)
+    lines = _running_mean(columns) if spec.smooth else columns
     if spec.stacked:
-        lines = _cumulative(lines)
-    known = [value for line in (*lines, *columns.values()) for value in line if value is not None]
-    y_values = _ticks(0.0 if spec.stacked else min(known), max(known))
+        lines = np.nancumsum(lines, 0)
+    known = np.concatenate([lines, columns])
+    y_values = _ticks(0.0 if spec.stacked else float(np.nanmin(known)), float(np.nanmax(known)))
     low, high = y_values[0], y_values[-1]
-    first, last = steps[0], max(steps[-1], steps[0] + 1)
+    first, last = float(steps[0]), float(max(steps[-1], steps[0] + 1))
+    across, upwards = ((first, last), (LEFT, WIDTH - RIGHT)), ((low, high), (HEIGHT - BOTTOM, TOP))
+    xs = np.interp(steps, *across)
 
-    def x(step: float) -> float:
-        return LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT)
+    def placed(values: np.ndarray) -> np.ndarray:
+        return np.stack([xs, np.interp(values, *upwards)], 1)
 
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    xs = [x(step) for step in steps]
-    floors: Sequence[Values] = [[0.0] * len(steps), *lines[:-1]]
-    series = []
-    for (name, label), line, floor in zip(present.items(), lines, floors, strict=True):
-        ys = [None if value is None else y(value) for value in line]
-        raw = [None if value is None else y(value) for value in columns[name]]
-        base = [None if value is None else y(value) for value in floor]
+    series, floor = [], np.zeros_like(steps)
+    for name, line, column in zip(names, lines, columns, strict=True):
+        points = placed(line)
         series.append(
             Series(
-                label=label,
-                path=_area(xs, ys, base) if spec.stacked else _line(xs, ys),
-                raw_path=_line(xs, raw) if spec.smooth else "",
-                dots=tuple((px, py) for px, py in zip(xs, ys, strict=True) if py is not None) if spec.marks else (),
-                values=columns[name],
+                label=spec.series[name],
+                path=_area(points, placed(floor)) if spec.stacked else _line(points),
+                raw_path=_line(placed(column)) if spec.smooth else "",
+                dots=points[~np.isnan(line)].tolist() if spec.marks else [],
+                values=[None if math.isnan(value) else value for value in column.tolist()],
             )
         )
+        floor = line
+    whole = [step for step in _ticks(first, last) if first <= step <= last and step == int(step)]
     return Chart(
         spec=spec,
-        x_ticks=tuple(Tick(x(v), f"{v:,.0f}") for v in _ticks(first, last) if first <= v <= last and v == int(v)),
-        y_ticks=tuple(Tick(y(v), label) for v, label in zip(y_values, _labels(y_values), strict=True)),
+        x_ticks=tuple(map(Tick, np.interp(whole, *across).tolist(), (f"{step:,.0f}" for step in whole))),
+        y_ticks=tuple(map(Tick, np.interp(y_values, *upwards).tolist(), _labels(y_values))),
         series=tuple(series),
-        steps=steps,
-        xs=[round(px, 1) for px in xs],
+        steps=steps.tolist(),
+        xs=[round(x, 1) for x in xs.tolist()],
     )
 
 
-def _thin(steps: list[float], columns: dict[str, Values]) -> tuple[list[float], dict[str, Values]]:
-    stride = math.ceil(len(steps) / MAX_POINTS)
-    if stride == 1:
-        return steps, columns
-    starts = range(0, len(steps), stride)
-    return steps[::stride], {name: [_mean(v[s : s + stride]) for s in starts] for name, v in columns.items()}
+def _mean(windows: np.ndarray) -> np.ndarray:
+    """Mean of the known values along the last axis, NaN where there is none."""
+    return np.ma.masked_invalid(windows).mean(-1).filled(np.nan)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _thinned(columns: np.ndarray, stride: int) -> np.ndarray:
+    """Means of every `stride` steps: (M, N) -> (M, N / stride), rounded up."""
+    padded = np.pad(columns, ((0, 0), (0, -columns.shape[1] % stride)), constant_values=np.nan)
+    return _mean(padded.reshape(len(columns), -1, stride))
 
 
-def _running_mean(values: Values) -> Values:
-    """Centred, over about a tenth of the curve; one-sided at the ends."""
-    reach = max(1, len(values) // 20)
-    return [_mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
-
-
-def _cumulative(lines: Sequence[Values]) -> list[Values]:
-    total = [0.0] * len(lines[0])
-    stacked: list[Values] = []
-    for line in lines:
-        total = [below + (value or 0.0) for below, value in zip(total, line, strict=True)]
-        stacked.append(list(total))
-    return stacked
+def _running_mean(columns: np.ndarray) -> np.ndarray:
+    """(M, N), along N: centred, over about a tenth of the curve; one-sided at the ends."""
+    reach = max(1, columns.shape[1] // 20)
+    padded = np.pad(columns, ((0, 0), (reach, reach)), constant_values=np.nan)
+    return _mean(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=1))
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -157,17 +144,11 @@ def _labels(ticks: Sequence[float]) -> list[str]:
     return [f"{tick:,{form}}".replace("e-0", "e-").replace("e+0", "e") for tick in ticks]
 
 
-def _line(xs: Sequence[float], ys: Sequence[float | None]) -> str:
-    """SVG path with a gap wherever a value is missing."""
-    commands, pen_down = [], False
-    for px, py in zip(xs, ys, strict=True):
-        if py is not None:
-            commands.append(f"{'L' if pen_down else 'M'}{px:.1f} {py:.1f}")
-        pen_down = py is not None
-    return "".join(commands)
+def _line(points: np.ndarray) -> str:
+    """SVG path through points (N, 2), with a gap wherever one is NaN."""
+    runs = np.ma.clump_unmasked(np.ma.masked_invalid(points[:, 1]))
+    return "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points[run].tolist()) for run in runs)
 
 
-def _area(xs: Sequence[float], tops: Sequence[float | None], floors: Sequence[float | None]) -> str:
-    there = _line(xs, tops)
-    back = _line(xs[::-1], floors[::-1])
-    return f"{there}L{back[1:]}Z"
+def _area(tops: np.ndarray, floors: np.ndarray) -> str:
+    return f"{_line(tops)}L{_line(floors[::-1])[1:]}Z"

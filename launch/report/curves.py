@@ -7,6 +7,7 @@ from launch.report.charts import Chart, Spec, chart
 from perception import metric_catalog as catalog
 
 Record = Mapping[str, Any]
+"""Metrics of one step or evaluation by name, and its `step`."""
 
 _COLOURS = 6
 """Series one chart can tell apart."""
@@ -16,10 +17,8 @@ def curves(
     metrics: Sequence[Record], evaluations: Sequence[Record], components: Iterable[str], failures: Iterable[str]
 ) -> list[Chart]:
     """The charts of what was recorded. `components` of the reward; `failures`: the kinds that occurred."""
-    drawn = [
-        *(chart(spec, evaluations) for spec in _held_out(evaluations)),
-        *(chart(spec, metrics) for spec in _training(components, failures)),
-    ]
+    drawn = [chart(spec, evaluations) for spec in _held_out(evaluations)]
+    drawn += [chart(spec, metrics) for spec in _training(components, failures)]
     return [one for one in drawn if one is not None]
 
 
@@ -51,7 +50,7 @@ def _training(components: Iterable[str], failures: Iterable[str]) -> list[Spec]:
 
 
 def _spread(title: str, unit: str, series: Mapping[str, str], **look: bool) -> list[Spec]:
-    """As many charts as it takes to tell the series apart."""
+    """One chart per `_COLOURS` series, so that they can be told apart."""
     pairs = list(series.items())
     parts = (pairs[i : i + _COLOURS] for i in range(0, len(pairs), _COLOURS))
     return [Spec(title, unit, dict(part), **look) for part in parts]

@@ -19,17 +19,17 @@ from reward_workers.ranking import RankStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What a step learns from."""
+    """The groups of a step, and how long they took."""
 
     groups: list[Group]
     """In prompt order, whatever round they are from; every trajectory has its advantage."""
     teaching: list[Group]
-    """Those that the learner gets."""
+    """The groups that the learner gets."""
     rounds: int
     seconds: dict[str, float]
     """How long the step waited: generate, score, and learn (for the KL in the reward)."""
     began: float
-    """Of the controller's monotonic clock."""
+    """When the step began, in seconds of the controller's monotonic clock."""
 
 
 async def next_batch(

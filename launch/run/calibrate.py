@@ -1,10 +1,11 @@
-"""Before a run that looks again: what may be believed of the starting policy, and whether it knows the second look."""
+"""First calibration of a run with `look=relook`, on training questions; the policy must know the second look."""
 
 from collections.abc import Sequence
 
+from launch.run.looking import sampled
 from launch.run.system import System
 from perception.errors import UserError
-from perception.types import Group, Sample, SamplingSpec
+from perception.types import Sample
 
 ANSWERS = 4
 _SEED_STEP = 1 << 31
@@ -17,13 +18,10 @@ async def calibrate(system: System, samples: Sequence[Sample]) -> str:
 
     Returns a line to print. Raises UserError where the policy does not answer second looks in the form asked for.
     """
-    sampling = SamplingSpec(
-        n=ANSWERS,
-        temperature=system.config.rollout.temperature,
-        max_new_tokens=system.config.rollout.max_new_tokens,
-    )
-    groups = await system.answer(system.prompts(samples[: system.config.look.calibration], _SEED_STEP), sampling)
-    later = _later_parsed(groups)
+    prompts = system.prompts(samples[: system.config.look.calibration], _SEED_STEP)
+    groups = await system.answer(prompts, sampled(ANSWERS, system.config.rollout))
+    passes = [one.score.candidates for group in groups for one in group.trajectories if one.score is not None]
+    later = [candidate.answer.failure is None for own in passes for candidate in own[1:]]
     if later and sum(later) < _LEAST_PARSED * len(later):
         raise UserError(
             f"look=relook: only {sum(later)} of {len(later)} second looks were answered in a form that parses. "
@@ -31,12 +29,5 @@ async def calibrate(system: System, samples: Sequence[Sample]) -> str:
             "(python -m launch.sft), or use look=none or look=inline"
         )
     system.calibrator.learn(one for group in groups for one in group.trajectories)
-    threshold = system.calibrator.state.threshold
-    return (
-        f"look: calibrated on {len(groups) * ANSWERS} answers and {len(later)} second looks; threshold {threshold:.2f}"
-    )
-
-
-def _later_parsed(groups: Sequence[Group]) -> list[bool]:
-    passes = [one.score.candidates for group in groups for one in group.trajectories if one.score is not None]
-    return [one.answer.failure is None for own in passes for one in own[1:]]
+    learned = f"calibrated on {len(groups) * ANSWERS} answers and {len(later)} second looks"
+    return f"look: {learned}; threshold {system.calibrator.state.threshold:.2f}"

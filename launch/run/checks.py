@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from launch.record import run_directory
 from launch.record.wandb_sink import logged_in
-from perception.config import Config, ModelConfig
+from perception.config import Config, ModelConfig, TaskConfig
 from perception.datasets import load
 from perception.errors import UserError
 from perception.families import FAMILIES, engine_renames, family_of
@@ -34,7 +34,6 @@ _POLICY_FILES = {
 }
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 _SEGMENTER_FILES = {"config.yaml": "the model's shape", "model.safetensors": "the weights"}
-
 
 MAIN = ""
 """Name of the held-out set a run is judged by."""
@@ -64,23 +63,18 @@ def check(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
 
 def check_settings(config: Config) -> None:
     """Settings that contradict one another."""
-    prompts = config.algorithm.prompts_per_step
-    for key, parts in (("learner.ranks", config.learner.ranks), ("algorithm.updates", config.algorithm.updates)):
-        if parts > prompts:
-            raise UserError(
-                f"{key}={parts} is more than algorithm.prompts_per_step={prompts}: one would be empty; lower {key}"
-            )
-    if config.learner.compile and (config.placement.device != "cuda" or config.learner.zero_stage == 3):
-        raise UserError(
-            f"learner.compile=true with placement.device={config.placement.device}, learner.zero_stage="
-            f"{config.learner.zero_stage}: only whole layers on CUDA are compiled; take zero_stage 1 or 2 there, or "
-            "learner.compile=false"
-        )
-    if config.rollout.max_new_tokens >= config.rollout.max_model_len:
-        raise UserError(
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for the prompt in "
-            f"rollout.max_model_len={config.rollout.max_model_len}; raise max_model_len"
-        )
+    algorithm, learner, placement, rollout = config.algorithm, config.learner, config.placement, config.rollout
+    for key, parts in (("learner.ranks", learner.ranks), ("algorithm.updates", algorithm.updates)):
+        if parts > algorithm.prompts_per_step:
+            more = f"{key}={parts} is more than {algorithm.prompts_per_step=}"
+            raise UserError(f"{more}: one would be empty; lower {key}")
+    if learner.compile and (placement.device != "cuda" or learner.zero_stage == 3):
+        where = f"learner.compile=true with {placement.device=!s}, {learner.zero_stage=}"
+        cure = "take zero_stage 1 or 2 there, or learner.compile=false"
+        raise UserError(f"{where}: only whole layers on CUDA are compiled; {cure}")
+    if rollout.max_new_tokens >= rollout.max_model_len:
+        lengths = f"{rollout.max_new_tokens=} leaves no room for the prompt in {rollout.max_model_len=}"
+        raise UserError(f"{lengths}; raise max_model_len")
     if not config.reward.components and not config.reward.ranked:
         raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
     check_registered(config)
@@ -138,9 +132,9 @@ def toy_settings(config: Config) -> list[str]:
     size = sum(map(_parameters, _weight_files(Path(config.model.path))))
     learner, rollout = config.learner, config.rollout
     toys = {
-        f"learner.lr={learner.lr:g}, where published runs take 1e-6": learner.lr >= 1e-5 and not learner.lora.rank,
-        f"rollout.max_new_tokens={rollout.max_new_tokens}, which cuts answers short": rollout.max_new_tokens < 256,
-        f"rollout.max_model_len={rollout.max_model_len}, which one image may fill": rollout.max_model_len < 1024,
+        f"{learner.lr=:g}, where published runs take 1e-6": learner.lr >= 1e-5 and not learner.lora.rank,
+        f"{rollout.max_new_tokens=}, which cuts answers short": rollout.max_new_tokens < 256,
+        f"{rollout.max_model_len=}, which one image may fill": rollout.max_model_len < 1024,
         "model.dtype=float32, where bfloat16 takes half the memory": config.model.dtype == "float32",
     }
     found = [what for what, is_toy in toys.items() if is_toy and size > REAL]
@@ -175,37 +169,33 @@ def check_segmenter(model: ModelConfig) -> None:
 
 def check_data(config: Config, train: Sequence[Sample], held_out: Mapping[str, Sequence[Sample]]) -> None:
     """Enough samples for a step, prompt words for each of their tasks, and the truth that they are measured by."""
-    prompts = config.algorithm.prompts_per_step
-    if prompts > len(train):
-        raise UserError(
-            f"algorithm.prompts_per_step={prompts}, but {config.data.train} holds {len(train)} samples: "
-            "lower prompts_per_step or give more data"
-        )
-    paths = {MAIN: config.data.eval, **config.data.also}
-    for path, samples in ((config.data.train, train), *((paths[name], held_out[name]) for name in paths)):
-        for sample in samples:
-            if sample.task not in config.task:
-                raise UserError(
-                    f"{path}: sample {sample.id} has the task {sample.task!r}, but templates exist for "
-                    f"{', '.join(config.task) or 'none'}; add task.{sample.task} or change the data"
-                )
+    algorithm, data = config.algorithm, config.data
+    if algorithm.prompts_per_step > len(train):
+        few = f"{algorithm.prompts_per_step=}, but {data.train} holds {len(train)} samples"
+        raise UserError(f"{few}: lower prompts_per_step or give more data")
     looks: frozenset[Truth] = frozenset({"masks"}) if config.look.mode == "relook" else frozenset()
-    why = f"reward={config.reward.name}" + (f" with look={config.look.mode}" if looks else "")
-    for sample in train:
-        _check_truth(sample, needed_truth(config.reward) | looks, config.data.train, f"{why} is measured by them")
-    for name, path in paths.items():
-        for sample in held_out[name]:
-            metrics = TASKS[config.task[sample.task].form or sample.task].metrics
-            why = f"task {sample.task} is evaluated by {', '.join(metrics)}"
-            _check_truth(sample, needs(held_out_terms(metrics)), path, why)
+    measures = f"reward={config.reward.name}" + (f" with look={config.look.mode}" if looks else "")
+    rewarded = dict.fromkeys(config.task, (needed_truth(config.reward) | looks, f"{measures} is measured by them"))
+    evaluated = {name: _evaluated(name, task) for name, task in config.task.items()}
+    paths = {MAIN: data.eval, **data.also}
+    for path, samples, tasks in (
+        (data.train, train, rewarded),
+        *((path, held_out[name], evaluated) for name, path in paths.items()),
+    ):
+        for sample in samples:
+            if sample.task not in tasks:
+                known = f"templates exist for {', '.join(tasks) or 'none'}; add task.{sample.task} or change the data"
+                raise UserError(f"{path}: sample {sample.id} has the task {sample.task!r}, but {known}")
+            needed, why = tasks[sample.task]
+            if missing := " and ".join(sorted(needed - sample.target.known)):
+                cure = "add them, or choose a task, a reward and a look without them"
+                raise UserError(f"{path}: sample {sample.id} has no {missing}, and {why}: {cure}")
 
 
-def _check_truth(sample: Sample, needed: frozenset[Truth], path: str, why: str) -> None:
-    if missing := sorted(needed - sample.target.known):
-        raise UserError(
-            f"{path}: sample {sample.id} has no {' and '.join(missing)}, and {why}: "
-            "add them, or choose a task, a reward and a look without them"
-        )
+def _evaluated(name: str, task: TaskConfig) -> tuple[frozenset[Truth], str]:
+    """The truth that held-out samples of a task need, and why."""
+    metrics = TASKS[task.form or name].metrics
+    return needs(held_out_terms(metrics)), f"task {name} is evaluated by {', '.join(metrics)}"
 
 
 def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
@@ -214,10 +204,9 @@ def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
 
     try:
         prompts = PromptMaker(config.model, config.task)
-        of_task = {task: [s for s in samples if s.task == task] for task in {s.task for s in samples}}
-        longest = [max(own, key=lambda s: len(s.question)) for own in of_task.values()]
+        longest = {sample.task: sample for sample in sorted(samples, key=lambda sample: len(sample.question))}
         inline = config.look.mode == "inline"
-        text = {sample.id: prompts.tokens(sample, inline) for sample in longest}
+        text = {sample.id: prompts.tokens(sample, inline) for sample in longest.values()}
         image = prompts.longest_image({(s.height, s.width) for s in samples})
     except (OSError, ValueError, KeyError, ImportError, TemplateError) as error:
         why = " ".join(str(error).split())
@@ -225,23 +214,19 @@ def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
     worst, ids = max(text.items(), key=lambda item: len(item[1]))
     if (shown := ids.count(prompts.image_token_id)) != 1:
         raise UserError(f"model.path={config.model.path}: the chat template shows {shown} images for one; correct it")
-    further = _further_passes(config, prompts, {sample.task for sample in samples})
-    needed = len(ids) + image - 1 + config.rollout.max_new_tokens + further
-    if needed > config.rollout.max_model_len:
-        raise UserError(
-            f"rollout.max_model_len={config.rollout.max_model_len} is too short; raise it to {needed} = "
-            f"{len(ids) - 1} text tokens ({worst}) + {image} image tokens + "
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens}"
-            + (f" + {further} of further looks" if further else "")
-        )
+    further = _further_passes(config, prompts, longest)
+    rollout = config.rollout
+    needed = len(ids) + image - 1 + rollout.max_new_tokens + further
+    if needed > rollout.max_model_len:
+        terms = f"{len(ids) - 1} text tokens ({worst}) + {image} image tokens + {rollout.max_new_tokens=}"
+        terms += f" + {further} of further looks" if further else ""
+        raise UserError(f"{rollout.max_model_len=} is too short; raise it to {needed} = {terms}")
     passes = config.look.max_passes if config.look.mode == "relook" else 1
-    if config.rollout.max_images < passes:
-        raise UserError(
-            f"rollout.max_images={config.rollout.max_images} must be {passes}: one image a pass (look.max_passes)"
-        )
+    if rollout.max_images < passes:
+        raise UserError(f"{rollout.max_images=} must be {passes}: one image a pass (look.max_passes)")
 
 
-def _further_passes(config: Config, prompts: PromptMaker, tasks: set[str]) -> int:
+def _further_passes(config: Config, prompts: PromptMaker, tasks: Iterable[str]) -> int:
     """Tokens that the looks after the first may need: the request, the view and another answer, each time."""
     if config.look.mode != "relook":
         return 0
@@ -252,9 +237,8 @@ def _further_passes(config: Config, prompts: PromptMaker, tasks: set[str]) -> in
 
 def _check_files(key: str, path: Path, needed: dict[str, str]) -> None:
     if not path.is_dir():
-        raise UserError(
-            f"{key}={path}: no such directory; give the directory of a model, or build one (python -m launch.sft)"
-        )
+        cure = "give the directory of a model, or build one (python -m launch.sft)"
+        raise UserError(f"{key}={path}: no such directory; {cure}")
     for name, role in needed.items():
         if not (path / name).is_file():
             raise UserError(f"{key}={path}: {name} is missing ({role}); copy it from the model you started from")
@@ -277,7 +261,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _parameters(path: Path) -> int:
-    """How many numbers the file holds. Reads the header only, which also tells a file cut short. Raises UserError."""
+    """Count of the file's numbers. Reads the header only, which also tells a file cut short. Raises UserError."""
     try:
         with safe_open(path, framework="np") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

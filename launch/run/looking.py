@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import ray
 
 from launch.run.prompts import PromptMaker
-from perception.config import LookConfig
+from perception.config import LookConfig, RolloutConfig
 from perception.images import content_key
 from perception.types import (
     Feed,
@@ -21,7 +22,6 @@ from perception.types import (
     Span,
     Trajectory,
     Turn,
-    View,
 )
 from perception.views import picture_size
 from reward_workers.pool import RewardPool
@@ -40,23 +40,25 @@ class Asked:
     """Measured by their task's metrics instead of the reward's components."""
 
 
+def sampled(n: int, config: RolloutConfig) -> SamplingSpec:
+    """`n` answers a prompt at the rollout temperature."""
+    return SamplingSpec(n=n, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+
+
 class Looking:
-    """Everything between a prompt and its scored group."""
+    """Makes scored groups of prompts: sampling, further looks, scoring."""
 
     def __init__(
         self, engines: RolloutPool, rewards: RewardPool, prompts: PromptMaker, config: LookConfig, at_once: int
     ) -> None:
         """`at_once`: prompts sampled together; 0: as many as there are."""
         self._engines, self._rewards, self._prompts, self._config = engines, rewards, prompts, config
-        self._gate = asyncio.Semaphore(at_once) if at_once else None
+        self._gate = asyncio.Semaphore(at_once) if at_once else nullcontext()
 
     async def rollout(self, prompt: Prompt, asked: Asked, want_masks: bool = False) -> Group:
         """The prompt's group, scored. `want_masks`: with predicted masks, for pictures."""
-        if self._gate is None:
+        async with self._gate:
             group = await self._sampled(prompt, asked)
-        else:
-            async with self._gate:
-                group = await self._sampled(prompt, asked)
         return await self._rewards.score(group, want_masks, asked.held_out, asked.look)
 
     async def _sampled(self, prompt: Prompt, asked: Asked) -> Group:
@@ -79,14 +81,7 @@ class Looking:
     def _show(self, prompt: Prompt, finding: Finding) -> Feed:
         """The closer view as the policy's next turn."""
         assert finding.view is not None
-        left, top, right, bottom = finding.view
-        size = picture_size(finding.view, self._config.pixels)
-        height, width = self._prompts.answer_frame(*size)
-        picture = ImageHandle(
-            key=content_key(finding.picture), height=size[0], width=size[1], ref=ray.put(finding.picture)
-        )
-        return Feed(
-            input_ids=self._prompts.again(prompt.sample.task),
-            images=(picture,),
-            view=View(left=left, top=top, right=right, bottom=bottom, height=height, width=width),
-        )
+        size, picture = picture_size(finding.view, self._config.pixels), finding.picture
+        handle = ImageHandle(key=content_key(picture), height=size[0], width=size[1], ref=ray.put(picture))
+        view = self._prompts.view(finding.view, *size)
+        return Feed(input_ids=self._prompts.again(prompt.sample.task), images=(handle,), view=view)

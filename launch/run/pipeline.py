@@ -23,13 +23,13 @@ from itertools import islice
 from typing import Self
 
 from launch.run.cursor import Cursor
-from launch.run.looking import Asked
+from launch.run.looking import Asked, sampled
 from launch.run.system import System
 from perception.errors import ActorError
-from perception.types import Group, Sample, SamplingSpec
+from perception.types import Group, Sample
 
 _ATTEMPTS = 3
-"""How often a group is sampled before its staleness is an error."""
+"""Times that a group is sampled before its staleness is an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,7 @@ class Pipeline:
         config = system.config
         self._prompts, self._staleness = config.algorithm.prompts_per_step, config.pipeline.max_staleness
         self._kept = config.run.rollouts_kept
-        self._sampling = SamplingSpec(
-            n=config.algorithm.group_size,
-            temperature=config.rollout.temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
-        )
+        self._sampling = sampled(config.algorithm.group_size, config.rollout)
         self._ahead: deque[_Ahead] = deque()
         self._step = self._places = 0
         self.resampled = 0
@@ -128,7 +124,7 @@ class Pipeline:
 
 
 def oldest_version(group: Group, current: int) -> int:
-    """Of the weights any of its tokens was sampled from; `current` where there is none."""
+    """Oldest version that any of its tokens was sampled from; `current` where there is none."""
     spans = (span for one in group.trajectories if not one.excluded for turn in one.turns for span in turn.versions)
     return min((span.version for span in spans), default=current)
 

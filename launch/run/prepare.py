@@ -1,4 +1,4 @@
-"""What a recipe may ask to be made first: the synthetic world, a random-weight policy. Made once, and whole."""
+"""Preparation of a run: makes the synthetic world and the random-weight policy that a recipe asks for, if absent."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +22,11 @@ def _world(data: DataConfig, side: int, say: Callable[[str], None]) -> None:
 
     out = Path(data.train).parent
     if (Path(data.train), Path(data.eval)) != (out / "train.json", out / "eval.json"):
-        raise UserError(
-            f"data.world_side writes train.json and eval.json into one folder, not {data.train} and {data.eval}"
-        )
+        files = "train.json and eval.json into one folder"
+        raise UserError(f"data.world_side writes {files}, not {data.train} and {data.eval}")
     say(f"writing the synthetic world to {out}")
-    _whole(out, lambda folder: world.write(folder, train=data.world_train, side=side))
+    with replacing(out) as folder:
+        world.write(folder, train=data.world_train, side=side)
 
 
 def _random_policy(model: ModelConfig, shape: str, say: Callable[[str], None]) -> None:
@@ -37,13 +37,7 @@ def _random_policy(model: ModelConfig, shape: str, say: Callable[[str], None]) -
     if shape not in policies.SHAPES:
         raise UserError(f"model.shape={shape}: unknown; there are {', '.join(policies.SHAPES)}")
     say(f"writing a random-weight policy of shape {shape} to {model.path}")
-    wanted = policies.SHAPES[shape]
     tokenizer = policies.make_tokenizer(corpus(SceneStyle(), read_tasks("brief")))
-    random = policies.make_model(wanted, tokenizer, seed=0)
-    _whole(Path(model.path), lambda folder: policies.save(random, tokenizer, folder, wanted.max_side))
-
-
-def _whole(target: Path, write: Callable[[Path], None]) -> None:
-    with replacing(target) as scratch:
-        scratch.mkdir(parents=True)
-        write(scratch)
+    random = policies.make_model(policies.SHAPES[shape], tokenizer, seed=0)
+    with replacing(Path(model.path)) as folder:
+        policies.save(random, tokenizer, folder, policies.SHAPES[shape].max_side)

@@ -1,4 +1,4 @@
-"""From a sample to the tokens a policy sees: template, chat format, answer frame."""
+"""Prompts: from a sample to the tokens of the policy's input: template, chat format, answer frame."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -13,7 +13,8 @@ from perception.config import ModelConfig, TaskConfig
 from perception.families import engine_renames, family_of
 from perception.frames import smart_resize
 from perception.tasks import TASKS
-from perception.types import ImageHandle, PolicySpec, Prompt, Sample
+from perception.types import ImageHandle, PolicySpec, Prompt, Sample, View
+from perception.views import Rect
 
 _ANSWER = "an answer that stands nowhere else"
 _MARKS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -47,7 +48,7 @@ class PromptMaker:
             raise ValueError(f"{type(self.processor).__name__} has no placeholder for images")
         self.tokenizer: Any = self.processor.tokenizer
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        ended = self._encode(self._chat(_said("user", ""), _said("assistant", _ANSWER)).partition(_ANSWER)[2])[:1]
+        ended = self._encode(self._chat(_turn("user", ""), _turn("assistant", _ANSWER)).partition(_ANSWER)[2])[:1]
         own = [token for token in ended if token in self.tokenizer.added_tokens_decoder]
         self.ends: tuple[int, ...] = tuple(dict.fromkeys([self.tokenizer.eos_token_id, *own]))
         """Ids that end an answer: the tokenizer's, then what the chat format ends a turn with."""
@@ -64,7 +65,7 @@ class PromptMaker:
         """Chat-formatted ids of one image and one question; raises KeyError for a task without a template."""
         template, question = self._tasks[sample.task], TASKS[self.form(sample.task)].question(sample)
         asked = (template.inline if inline else template.template).replace("{question}", question)
-        text = self._chat(_said("system", template.system), _said("user", asked, image=True), ask=True)
+        text = self._chat(_turn("system", template.system), _turn("user", asked, image=True), ask=True)
         # The tokenizer puts its first token before, unless the chat format has.
         return self._encode(text, special=not text.startswith(self.tokenizer.bos_token or text))
 
@@ -72,8 +73,8 @@ class PromptMaker:
         """What is fed after an answer's end-of-turn id to show a second image and ask again."""
         if task not in self._again:
             template = self._tasks[task]
-            before = [_said("system", template.system), _said("user", "", image=True), _said("assistant", _ANSWER)]
-            text = self._chat(*before, _said("user", template.again, image=True), ask=True)
+            before = [_turn("system", template.system), _turn("user", "", image=True), _turn("assistant", _ANSWER)]
+            text = self._chat(*before, _turn("user", template.again, image=True), ask=True)
             ids = self._encode(text.partition(_ANSWER)[2])
             self._again[task] = ids[1:] if ids[0] in self.ends else ids
         return self._again[task]
@@ -89,6 +90,12 @@ class PromptMaker:
     def answer_frame(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the frame the policy answers in for an image of this size."""
         return (1000, 1000) if self._frame == "thousand" else self._resized(height, width)[:2]
+
+    def view(self, rect: Rect, height: int, width: int) -> View:
+        """The part `rect` of an image (original pixels), shown at this size, in the frame the policy answers in."""
+        left, top, right, bottom = rect
+        tall, wide = self.answer_frame(height, width)
+        return View(left=left, top=top, right=right, bottom=bottom, height=tall, width=wide)
 
     def image_tokens(self, height: int, width: int) -> int:
         """Tokens the policy's image processor makes of an image of this size (pixels)."""
@@ -124,7 +131,7 @@ class PromptMaker:
         )
 
 
-def _said(role: str, text: str, image: bool = False) -> dict[str, Any]:
+def _turn(role: str, text: str, image: bool = False) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "image"}] * image + [{"type": "text", "text": text}]}
 
 

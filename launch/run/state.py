@@ -49,7 +49,7 @@ class RunState:
     earlier_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
     checkpoint: Path | None = None
-    """Where this run goes on from."""
+    """The checkpoint that this run goes on from."""
 
     @classmethod
     def fresh(cls, config: Config, samples: Sequence[Sample]) -> RunState:
@@ -106,7 +106,7 @@ class RunState:
         return self.earlier_seconds + time.monotonic() - self.began
 
     def summary(self, after: Mapping[str, float], restarts: Mapping[str, int]) -> dict[str, Any]:
-        """`restarts`: of actors since this process began, by role."""
+        """Contents of `summary.json`. `restarts`: actors restarted since this process began, by role."""
         return {
             "before": self.before,
             "after": dict(after),

@@ -81,9 +81,8 @@ def _seconds(batch: Batch, report: LearnerReport, sync: Sync) -> dict[str, float
 
 def _rewards(groups: Sequence[Group]) -> dict[str, float]:
     """Over the trajectories that were measured."""
-    measured = [one for group in groups for one in group.trajectories if one.score is not None]
-    scores = [one.score for one in measured if one.score is not None]
-    rewards = [one.reward for one in measured if one.reward is not None]
+    scores = [one.score for group in groups for one in group.trajectories if one.score is not None]
+    rewards = [one.reward for group in groups for one in group.trajectories if one.reward is not None]
     names = sorted({name for score in scores for name in score.metrics})
     values = {name: float(np.mean([score.metrics[name] for score in scores])) for name in names}
     metrics = {catalog.component(name): value for name, value in values.items()}

@@ -37,7 +37,7 @@ class System:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.version = 0
-        """Of the weights that the engines sample from: the training step that made them."""
+        """Version of the weights that the engines sample from: the training step that made them."""
         self._syncing = asyncio.Lock()
         self.calibrator = Calibrator(config.look)
         if (saved := read_look(Path(config.model.path))) is not None:
@@ -151,11 +151,7 @@ class System:
 
     @property
     def must_calibrate(self) -> bool:
-        """It is to look again and nothing is known yet of when that pays."""
-        config = self.config.look
-        return (
-            config.mode == "relook"
-            and config.trigger != "never"
-            and config.calibration > 0
-            and not self.calibrator.fitted
-        )
+        """Whether the policy looks again and its calibration has not been fitted yet."""
+        look = self.config.look
+        looks_again = look.mode == "relook" and look.trigger != "never"
+        return looks_again and look.calibration > 0 and not self.calibrator.fitted

@@ -17,7 +17,7 @@ from perception.types import Answer, AnswerObject, Sample, Target, View
 _WRONG_OBJECT = 0.15
 """Share of first answers that are about another object."""
 _LARGEST_SHIFT = 0.6
-"""Of a first answer's box, in sides."""
+"""Largest shift of a first answer's box, in sides of the box."""
 _STRETCH = 0.3
 _VISIBLE = 0.5
 """A target of which less than this share lies in the view is not in it."""
@@ -25,20 +25,24 @@ _VISIBLE = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialogue:
+    """A question about a scene with its right answer, after one look or two."""
+
     images: tuple[np.ndarray, ...]
     """(H, W, 3) uint8: the scene, and the closer view where there is a second look."""
-    fed: tuple[tuple[int, ...], ...]
+    input_ids: tuple[tuple[int, ...], ...]
     """Per turn the ids fed before it, image placeholders unexpanded."""
-    said: tuple[str, ...]
-    """Per turn the completion; only the last one is to be learned."""
+    completions: tuple[str, ...]
+    """Per turn; only the last one is to be learned."""
 
 
 def one_look(seed: int, style: SceneStyle, prompts: PromptMaker, inline: bool) -> Dialogue:
+    """A question about a scene and its right answer. `inline`: in the form of `look=inline`."""
     scene = generate(seed, style)
     question = ask(scene, np.random.default_rng(seed), style)
-    truth = [_exact(scene.objects[i]) for i in question.targets]
-    said = _completion(question.task, truth, _whole(scene, prompts), inline)
-    return Dialogue(images=(scene.image,), fed=(prompts.tokens(sample_of(scene, question), inline),), said=(said,))
+    truth = [AnswerObject(box=scene.objects[i].box, point=scene.objects[i].point) for i in question.targets]
+    completion = _completion(question.task, truth, _whole(scene, prompts), inline)
+    input_ids = prompts.tokens(sample_of(scene, question), inline)
+    return Dialogue(images=(scene.image,), input_ids=(input_ids,), completions=(completion,))
 
 
 def two_looks(seed: int, style: SceneStyle, prompts: PromptMaker, look: LookConfig) -> Dialogue:
@@ -49,33 +53,31 @@ def two_looks(seed: int, style: SceneStyle, prompts: PromptMaker, look: LookConf
     scene = generate(seed, style)
     rng = np.random.default_rng(seed)
     question = ask(scene, rng, style)
-    first = [_near(scene, index, rng) for index in question.targets or _anything(scene, rng)]
+    # Where nothing is, a policy may see anything.
+    first = [_near(scene, i, rng) for i in question.targets or (int(rng.integers(len(scene.objects))),)]
     rect = views.closer_look(first, style.side, style.side, look.margin, look.smallest, look.min_zoom)
     if rect is None:
         return two_looks(seed + 1, style, prompts, look)
-    outline = _provisional_mask(scene, first, rng)
-    left, top, right, bottom = rect
-    height, width = prompts.answer_frame(*views.picture_size(rect, look.pixels))
-    view = View(left=left, top=top, right=right, bottom=bottom, height=height, width=width)
+    picture = views.picture(scene.image, rect, _provisional_mask(scene, first, rng), look.pixels)
+    view = prompts.view(rect, *picture.shape[:2])
     truth = [seen for i in question.targets if (seen := _seen(scene.objects[i], rect))]
     return Dialogue(
-        images=(scene.image, views.picture(scene.image, rect, outline, look.pixels)),
-        fed=(prompts.tokens(sample_of(scene, question)), prompts.again(question.task)),
-        said=(
+        images=(scene.image, picture),
+        input_ids=(prompts.tokens(sample_of(scene, question)), prompts.again(question.task)),
+        completions=(
             _completion(question.task, first, _whole(scene, prompts)),
             _completion(question.task, truth, view),
         ),
     )
 
 
-def _exact(target: SceneObject) -> AnswerObject:
-    x1, y1, x2, y2 = target.box
-    return AnswerObject(box=(x1, y1, x2, y2), point=(target.point[0], target.point[1]))
-
-
-def _anything(scene: Scene, rng: np.random.Generator) -> tuple[int, ...]:
-    """What a policy may see where nothing is."""
-    return (int(rng.integers(len(scene.objects))),)
+def sample_of(scene: Scene, question: Question) -> Sample:
+    """The question as a data set would hold it."""
+    height, width = scene.image.shape[:2]
+    target = _target([scene.objects[i] for i in question.targets])
+    return Sample(
+        id="scene", image_path="", height=height, width=width, question=question.text, task=question.task, target=target
+    )
 
 
 def _near(scene: Scene, index: int, rng: np.random.Generator) -> AnswerObject:
@@ -124,8 +126,7 @@ def _seen(target: SceneObject, rect: views.Rect) -> AnswerObject | None:
 
 def _whole(scene: Scene, prompts: PromptMaker) -> View:
     height, width = scene.image.shape[:2]
-    tall, wide = prompts.answer_frame(height, width)
-    return View(left=0, top=0, right=width, bottom=height, height=tall, width=wide)
+    return prompts.view((0, 0, width, height), height, width)
 
 
 def _completion(task: str, objects: Sequence[AnswerObject], view: View, inline: bool = False) -> str:
@@ -134,22 +135,8 @@ def _completion(task: str, objects: Sequence[AnswerObject], view: View, inline: 
     return TASKS[task].write(_target(inside), Frame(view.height, view.width), inline)
 
 
-def _target(objects: Sequence[AnswerObject]) -> Target:
+def _target(objects: Sequence[AnswerObject | SceneObject]) -> Target:
     return Target(
         boxes=np.array([item.box for item in objects], np.float64).reshape(-1, 4),
         points=np.array([item.point for item in objects], np.float64).reshape(-1, 2),
-    )
-
-
-def sample_of(scene: Scene, question: Question) -> Sample:
-    """The question as a data set would hold it."""
-    height, width = scene.image.shape[:2]
-    return Sample(
-        id="scene",
-        image_path="",
-        height=height,
-        width=width,
-        question=question.text,
-        task=question.task,
-        target=_target([_exact(scene.objects[i]) for i in question.targets]),
     )

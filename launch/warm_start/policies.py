@@ -89,29 +89,25 @@ def make_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """`conf/shape/<name>.yaml`."""
+    """Shape of a policy: `conf/shape/<name>.yaml`."""
 
     text: dict[str, Any]
-    """Of `Qwen2_5_VLConfig.text_config`."""
+    """Settings of `Qwen2_5_VLConfig.text_config`."""
     vision: dict[str, Any]
-    dtype: torch.dtype
+    dtype: str
+    """A floating-point type of torch, as bfloat16."""
     max_side: int
     """Larger images are resized to about this side."""
     tied: bool
     """The vocabulary head is the embedding."""
 
 
-def _read(path: Path) -> Shape:
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return Shape(**settings | {"dtype": getattr(torch, settings["dtype"])})
-
-
-SHAPES = {path.stem: _read(path) for path in sorted((CONF / "shape").glob("*.yaml"))}
+SHAPES = {path.stem: Shape(**yaml.safe_load(path.read_text())) for path in sorted((CONF / "shape").glob("*.yaml"))}
 
 
 def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """A model of this shape with random weights."""
-    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
+    ids = tokenizer.added_tokens_encoder
     ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     config = Qwen2_5_VLConfig(
         text_config=shape.text | ends | {"bos_token_id": ids["<|endoftext|>"], "tie_word_embeddings": shape.tied},
@@ -124,8 +120,7 @@ def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Q
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=shape.dtype)
-    model.generation_config.eos_token_id = ends["eos_token_id"]
-    model.generation_config.pad_token_id = ends["pad_token_id"]
+    model.generation_config.update(**ends)
     return model
 
 

@@ -6,15 +6,15 @@ trained on.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import DataCollatorForSeq2Seq
 
 from launch.run.prompts import PromptMaker
 from launch.warm_start import policies
@@ -32,20 +32,21 @@ SEEDS_PER_RUN = 100_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmStart:
+    """Settings of the policy's training; the defaults are those of the shipped model."""
+
     steps: int = 3000
     batch: int = 64
     lr: float = 2e-3
     warmup: int = 200
     seed: int = 0
     save_every: int = 250
-    style: SceneStyle = WORLD
     second_looks: int = 22
     """Dialogues of a batch that are about a second look; of the others, half have the form of `look=inline`."""
 
 
-def train_policy(out: Path, config: WarmStart, tasks: dict[str, TaskConfig], log: Callable[[str], None]) -> None:
+def train_policy(out: Path, config: WarmStart, tasks: dict[str, TaskConfig]) -> None:
     """Train a mini policy and save it, tokenizer and processor included, under `out`."""
-    tokenizer = policies.make_tokenizer(corpus(config.style, tasks))
+    tokenizer = policies.make_tokenizer(corpus(WORLD, tasks))
     shape = policies.SHAPES["mini"]
     model = policies.make_model(shape, tokenizer, config.seed)
     policies.save(model, tokenizer, out, shape.max_side)
@@ -68,7 +69,8 @@ def train_policy(out: Path, config: WarmStart, tasks: dict[str, TaskConfig], log
         losses.append(loss)
         if step % 100 == 0:
             rate = step * config.batch / (time.monotonic() - started)
-            log(f"step {step}/{config.steps}  loss {np.mean(losses[-100:]):.4f}  {rate:.0f} samples/s")
+            at = f"step {step}/{config.steps}"
+            print(f"{at}  loss {np.mean(losses[-100:]):.4f}  {rate:.0f} samples/s", flush=True)
         if step % config.save_every == 0 or step == config.steps:
             model.save_pretrained(out)
 
@@ -105,8 +107,8 @@ class _Batches(IterableDataset):
         first = SEED_BASE + config.seed * SEEDS_PER_RUN
         for start in count(first, config.batch):
             second, end = start + config.second_looks, start + config.batch
-            once = [one_look(s, config.style, self._prompts, bool(s % 2)) for s in range(second, end)]
-            twice = [two_looks(s, config.style, self._prompts, look) for s in range(start, second)]
+            once = [one_look(s, WORLD, self._prompts, bool(s % 2)) for s in range(second, end)]
+            twice = [two_looks(s, WORLD, self._prompts, look) for s in range(start, second)]
             yield [self._collate(half) for half in (once, twice) if half]
 
     def _collate(self, dialogues: Sequence[Dialogue]) -> dict[str, torch.Tensor]:
@@ -115,25 +117,14 @@ class _Batches(IterableDataset):
         images = self._prompts.processor.image_processor
         pixels = images(images=[image for d in dialogues for image in d.images], return_tensors="pt")
         sizes = iter((pixels["image_grid_thw"].prod(-1) // images.merge_size**2).tolist())
-        rows, answers = [], []
+        examples = []
         for dialogue in dialogues:
             row: list[int] = []
-            for fed, said in zip(dialogue.fed, dialogue.said, strict=True):
-                for token in fed:
+            for input_ids, completion in zip(dialogue.input_ids, dialogue.completions, strict=True):
+                for token in input_ids:
                     row += [token] * (next(sizes) if token == image_id else 1)
                 start = len(row)
-                row += [*tokenizer.encode(said, add_special_tokens=False), tokenizer.eos_token_id]
-            rows.append(torch.tensor(row))
-            answers.append(start)
-        ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        place = torch.arange(ids.shape[1])
-        mask = place < torch.tensor([len(row) for row in rows])[:, None]
-        learned = mask & (place >= torch.tensor(answers)[:, None])
-        return {
-            "input_ids": ids,
-            "labels": ids.masked_fill(~learned, -100),
-            "attention_mask": mask.long(),
-            "mm_token_type_ids": (ids == image_id).int(),
-            "pixel_values": pixels["pixel_values"],
-            "image_grid_thw": pixels["image_grid_thw"],
-        }
+                row += [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
+            examples.append({"input_ids": row, "labels": [-100] * start + row[start:]})
+        padded = DataCollatorForSeq2Seq(tokenizer)(examples)
+        return {**padded, **pixels, "mm_token_type_ids": (padded["input_ids"] == image_id).int()}

@@ -3,8 +3,7 @@
 Prompts are what a policy will answer: boxes that are a little wrong, with or without a point inside the object.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -23,18 +22,10 @@ TOOL_STYLE = SceneStyle(min_objects=2, max_objects=6, texture=0.4, camouflage=0.
 PROMPTS_PER_IMAGE = 4
 
 
-@dataclass(frozen=True, slots=True)
-class _PromptKind:
-    """Which of (first corner, second corner, point) a prompt holds, and SAM's label of each."""
-
-    slots: tuple[int, ...]
-    labels: tuple[int, ...]
-
-
-BOX_AND_POINT = _PromptKind((0, 1, 2), (2, 3, 1))
-BOX = _PromptKind((0, 1), (2, 3))
-POINT = _PromptKind((2,), (1,))
-_KINDS = ((BOX, 0.45), (BOX_AND_POINT, 0.45), (POINT, 0.1))
+_LABELS = (2, 3, 1)
+"""SAM's label of each slot of a prompt: first corner, second corner, point."""
+_KINDS: dict[tuple[int, ...], float] = {(0, 1): 0.45, (0, 1, 2): 0.45, (2,): 0.1}
+"""Slots that a prompt holds -> share of such prompts: a box, a box and a point, a point."""
 _EXACT_BOX = 0.2
 _MULTIMASK_STEPS = 0.1
 _MAX_JITTER = 0.12
@@ -67,44 +58,31 @@ def mini_config(side: int = 192, embed_dim: int = 16, width: int = 64) -> DictCo
 
 
 def train_tool(
-    out_dir: Path,
-    scenes: Iterator[Scene],
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    device: str,
-    log: Callable[[str], None],
+    out: Path, scenes: Iterator[Scene], steps: int = 3600, batch: int = 8, lr: float = 2e-3, seed: int = 0
 ) -> None:
-    """Train a mini SAM2 and save `config.yaml` and `model.safetensors` (float16) under `out_dir`.
+    """Train a mini SAM2 and save `config.yaml` and `model.safetensors` (float16) under `out`.
 
     Half of the steps at 128 px, where prompts are learned cheaply, half at 192 px and half the rate, for sharp edges:
     SAM2's weights do not depend on the image's size. `lr` is the peak rate of a one-cycle schedule in each half.
     Loss per prompt: BCE + Dice of the full-size logits, and the squared error of the predicted IoU (SAM's three terms).
     """
     torch.manual_seed(seed)
-    coarse = Segmenter(build(mini_config(128)), device)
+    coarse = Segmenter(build(mini_config(128)), "cpu")
     # SAM's random Fourier features are too fine for a model this narrow to learn positions from.
     coarse.model.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix *= _POSITION_SCALE
-    _train(coarse, scenes, steps // 2, batch, lr, np.random.default_rng(seed), log)
+    _train(coarse, scenes, steps // 2, batch, lr, np.random.default_rng(seed))
     config = mini_config()
-    fine = Segmenter(build(config), device)
+    fine = Segmenter(build(config), "cpu")
     fine.model.load_state_dict(coarse.model.state_dict())
-    _train(fine, scenes, steps - steps // 2, batch, lr / 2, np.random.default_rng(seed + 1), log)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, out_dir / "config.yaml")
-    state = {name: value.half().cpu().contiguous() for name, value in fine.model.state_dict().items()}
-    save_file(state, out_dir / "model.safetensors")
+    _train(fine, scenes, steps - steps // 2, batch, lr / 2, np.random.default_rng(seed + 1))
+    out.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, out / "config.yaml")
+    state = {name: value.half().contiguous() for name, value in fine.model.state_dict().items()}
+    save_file(state, out / "model.safetensors")
 
 
 def _train(
-    segmenter: Segmenter,
-    scenes: Iterator[Scene],
-    steps: int,
-    batch: int,
-    lr: float,
-    rng: np.random.Generator,
-    log: Callable[[str], None],
+    segmenter: Segmenter, scenes: Iterator[Scene], steps: int, batch: int, lr: float, rng: np.random.Generator
 ) -> None:
     model = segmenter.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
@@ -121,37 +99,25 @@ def _train(
         seen.append(iou.item())
         if step % 50 == 0 or step == steps:
             at = f"{segmenter.side} px, step {step}/{steps}"
-            log(f"{at}  loss {loss.item():.3f}  mask IoU {np.mean(seen[-50:]):.3f}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompts:
-    image: np.ndarray
-    """(N,) index of the scene."""
-    coords: np.ndarray
-    """(N, 3, 2): two box corners and a point, scene pixels."""
-    truth: Tensor
-    """(N, H, W) float."""
+            print(f"{at}  loss {loss.item():.3f}  mask IoU {np.mean(seen[-50:]):.3f}", flush=True)
 
 
 def _loss(segmenter: Segmenter, scenes: list[Scene], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Mean loss and mask IoU over the prompts of a batch."""
-    prompts = _draw_prompts(scenes, rng, segmenter.device)
+    scene, points, truth = _draw_prompts(scenes, rng)
     maps = segmenter.features(segmenter.pixels([scene.image for scene in scenes]))
-    scale = segmenter.side / scenes[0].image.shape[0]
-    coords = torch.from_numpy(prompts.coords * scale).float().to(segmenter.device)
-    kinds = rng.choice(len(_KINDS), len(coords), p=[share for _, share in _KINDS])
+    coords = (points * (segmenter.side / scenes[0].image.shape[0])).float()
+    kinds = torch.from_numpy(rng.choice(len(_KINDS), len(coords), p=list(_KINDS.values())))
     multimask = bool(rng.random() < _MULTIMASK_STEPS)
     losses, ious = [], []
-    for index, (kind, _) in enumerate(_KINDS):
-        rows = np.flatnonzero(kinds == index)
+    for kind, slots in enumerate(_KINDS):
+        rows = torch.nonzero(kinds == kind)[:, 0]
         if not len(rows):
             continue
-        image = torch.from_numpy(prompts.image[rows]).to(segmenter.device)
-        labels = torch.tensor(kind.labels, dtype=torch.int32, device=segmenter.device).expand(len(rows), -1)
-        chosen = coords[torch.from_numpy(rows)][:, list(kind.slots)]
-        logits, predicted = segmenter.predict([level[image] for level in maps], chosen, labels, multimask)
-        loss, iou = _prompt_loss(logits, predicted, prompts.truth[torch.from_numpy(rows)])
+        labels = torch.tensor([_LABELS[slot] for slot in slots], dtype=torch.int32).expand(len(rows), -1)
+        of_scene = [level[scene[rows]] for level in maps]
+        logits, predicted = segmenter.predict(of_scene, coords[rows][:, list(slots)], labels, multimask)
+        loss, iou = _prompt_loss(logits, predicted, truth[rows])
         losses.append(loss)
         ious.append(iou)
     return torch.cat(losses).mean(), torch.cat(ious).mean()
@@ -177,22 +143,21 @@ def _prompt_loss(logits: Tensor, predicted: Tensor, truth: Tensor) -> tuple[Tens
     return shape.gather(1, best)[:, 0] + quality, iou.gather(1, best)[:, 0]
 
 
-def _draw_prompts(scenes: list[Scene], rng: np.random.Generator, device: torch.device) -> _Prompts:
-    image, boxes, points, truth = [], [], [], []
-    for index, scene in enumerate(scenes):
+def _draw_prompts(scenes: list[Scene], rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """N prompts: index of the scene (N,), two box corners and a point (N, 3, 2) in its pixels, true mask (N, H, W)."""
+    drawn = []
+    for i, scene in enumerate(scenes):
         for pick in rng.integers(len(scene.objects), size=PROMPTS_PER_IMAGE):
             target = scene.objects[pick]
-            rows, columns = np.nonzero(target.mask)
-            inside = rng.integers(len(rows))
-            image.append(index)
-            boxes.append(target.box)
-            points.append((columns[inside], rows[inside]))
-            truth.append(target.mask)
+            inside = np.argwhere(target.mask)
+            row, column = inside[rng.integers(len(inside))]
+            drawn.append((i, target.box, (column, row), target.mask))
+    index, boxes, points, truth = (np.array(column) for column in zip(*drawn, strict=True))
     exact = rng.random((len(boxes), 1)) < _EXACT_BOX
     spread = np.where(exact, 0, rng.uniform(0, _MAX_JITTER, (len(boxes), 1)))
-    corners = _jitter(np.array(boxes, np.float32), spread, rng).reshape(-1, 2, 2)
-    coords = np.concatenate([corners, np.array(points, np.float32)[:, None]], 1)
-    return _Prompts(np.array(image), coords, torch.from_numpy(np.stack(truth)).float().to(device))
+    corners = _jitter(boxes.astype(np.float32), spread, rng).reshape(-1, 2, 2)
+    coords = np.concatenate([corners, points.astype(np.float32)[:, None]], 1)
+    return torch.from_numpy(index), torch.from_numpy(coords), torch.from_numpy(truth).float()
 
 
 def _jitter(boxes: np.ndarray, spread: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -40,13 +40,13 @@ def test_one_look_answers_in_half_the_scenes_pixels(prompts: PromptMaker) -> Non
         scene = generate(seed, WORLD)
         question = ask(scene, np.random.default_rng(seed), WORLD)
         dialogue = one_look(seed, WORLD, prompts, inline=False)
-        answer = TASKS[question.task].parse(dialogue.said[0])
+        answer = TASKS[question.task].parse(dialogue.completions[0])
         assert len(answer.objects) == len(question.targets)
         for item, index in zip(answer.objects, question.targets, strict=True):
             assert np.abs(np.subtract(item.box, np.array(scene.objects[index].box) / 2)).max() <= 0.5
-        assert "<look>" not in dialogue.said[0]
+        assert "<look>" not in dialogue.completions[0]
         inline = one_look(seed, WORLD, prompts, inline=True)
-        assert "<look>" in inline.said[0] and inline.fed != dialogue.fed
+        assert "<look>" in inline.completions[0] and inline.input_ids != dialogue.input_ids
 
 
 def test_a_second_look_shows_the_target_larger_and_answers_in_the_views_frame(prompts: PromptMaker) -> None:
@@ -56,7 +56,7 @@ def test_a_second_look_shows_the_target_larger_and_answers_in_the_views_frame(pr
         dialogue = two_looks(seed, WORLD, prompts, LOOK)
         _whole, closer = dialogue.images
         assert closer.shape == (112, 112, 3)
-        first, second = (TASKS["segment"].parse(said) for said in dialogue.said)
+        first, second = (TASKS["segment"].parse(completion) for completion in dialogue.completions)
         assert first.failure is None and second.failure is None
         kept += bool(second.objects)
         for item in second.objects:
@@ -74,7 +74,7 @@ def test_the_second_answer_is_the_truth_enlarged(prompts: PromptMaker) -> None:
     for seed in range(0, 200, 5):
         (x1, y1, x2, y2) = generate(seed, alone).objects[0].box
         dialogue = two_looks(seed, alone, prompts, LOOK)
-        (item,) = TASKS["segment"].parse(dialogue.said[1]).objects or (None,)
+        (item,) = TASKS["segment"].parse(dialogue.completions[1]).objects or (None,)
         if item is None or item.box is None or min(item.box) <= 0 or max(item.box) >= 112:
             continue  # cut by the view's edge
         if not np.array_equal(dialogue.images[0], generate(seed, alone).image):

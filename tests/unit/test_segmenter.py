@@ -252,10 +252,12 @@ def test_official_checkpoint_layout_loads(segmenter: Segmenter, tmp_path: Path) 
     torch.testing.assert_close(loaded.decode(embedding, prompts()), segmenter.decode(embedding, prompts()))
 
 
-def test_training_lowers_the_loss_and_reaches_every_used_part(tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_reaches_every_used_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     scenes = [generate(seed) for seed in range(4)]
-    lines: list[str] = []
-    train_tool(tmp_path, iter(scenes * 8), steps=8, batch=4, lr=3e-3, seed=0, device="cpu", log=lines.append)
+    train_tool(tmp_path, iter(scenes * 8), steps=8, batch=4, lr=3e-3, seed=0)
+    lines = capsys.readouterr().out.splitlines()
     trained = Segmenter.load(str(tmp_path))
     assert [line.split("  ")[0] for line in lines] == ["128 px, step 4/4", "192 px, step 4/4"]
     assert (tmp_path / "model.safetensors").stat().st_size < 6e6
