@@ -32,7 +32,7 @@ if "gpu" not in sys.argv:
 
 
 # How long an example takes is the machine's affair.
-settings.register_profile("relook", deadline=None)
+settings.register_profile("relook", deadline=None, max_examples=60)
 settings.load_profile("relook")
 
 

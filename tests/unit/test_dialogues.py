@@ -24,7 +24,7 @@ LOOK = LookConfig()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("policy")
-    tokenizer = policies.make_tokenizer(islice(corpus(WORLD, read_tasks("brief")), 500))
+    tokenizer = policies.make_tokenizer(islice(corpus(WORLD, read_tasks("brief")), 300))
     shape = policies.SHAPES["mini"]
     policies.save(policies.make_model(shape, tokenizer, 0), tokenizer, path, shape.max_side)
     return path

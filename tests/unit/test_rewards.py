@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -109,6 +111,7 @@ def test_unknown_component_is_named() -> None:
 PRESETS = CONF / "reward"
 
 
+@cache
 def preset(name: str) -> RewardConfig:
     return compose(["recipe=quickstart", f"reward={name}"]).reward
 
