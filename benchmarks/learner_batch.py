@@ -21,9 +21,9 @@ TASK = "ground"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchShape:
     model: str
-    """Of `launch.policies.SHAPES`."""
+    """One of `launch.warm_start.policies.SHAPES`."""
     side: int
-    """Of the square images, pixels."""
+    """Side of the square images, pixels."""
     prompt_tokens: int
     """Expanded: image tokens included."""
     answer_tokens: int

@@ -27,7 +27,7 @@ from launch.run.config import CONF
 from perception.config import EcdfConfig
 from reward_workers.ranking import RankStore
 
-NAMES = ("matched_iou", "count_ratio", "point_score")
+NAMES = ("dr_seg_iou", "dr_seg_count", "dr_seg_points")
 QUEUE, BATCHES = 2048, 8
 CONFIGS = {
     "dr_seg": EcdfConfig(**OmegaConf.load(CONF / "reward" / "dr_seg.yaml").ecdf),

@@ -18,11 +18,12 @@ from learner.pool import LearnerPool
 from learner.rows import pieces
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
-from perception.types import PolicySpec, TrainGroup
+from perception.types import Group, PolicySpec
 from runtime.cluster import ROOT
+from runtime.placement import anywhere
 from tests import tiny_families
+from tests.builders import sampled_group
 from tests.gradients import distance, evaluate
-from tests.train_groups import train_group
 
 pytestmark = pytest.mark.gpu
 BUDGET = 2048
@@ -33,16 +34,20 @@ def load(spec: PolicySpec, dtype: str = "float32", **settings: object) -> Policy
     return load_policy(replace(spec, dtype=dtype), 0.8, config, lambda handle: handle.ref).to("cuda")
 
 
-def in_order(policy: Policy, groups: list[TrainGroup]) -> tuple[Tensor, dict[str, Tensor]]:
+def in_order(policy: Policy, groups: list[Group]) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs in the order of groups and trajectories, and the gradient of sum(advantage * log-prob)."""
     found, gradient = evaluate(policy, groups, BUDGET)
     return torch.cat([found[key] for key in sorted(found)]), gradient
 
 
 @pytest.fixture
-def groups(spec: PolicySpec) -> list[TrainGroup]:
+def groups(spec: PolicySpec) -> list[Group]:
     rng = np.random.default_rng(0)
-    return [train_group(spec, rng, side=112), train_group(spec, rng, turns=2, n=3), train_group(spec, rng, images=0)]
+    return [
+        sampled_group(spec, rng, side=112),
+        sampled_group(spec, rng, turns=2, n=3),
+        sampled_group(spec, rng, images=0),
+    ]
 
 
 @pytest.fixture(params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
@@ -50,7 +55,7 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path) -> PolicySpec:
     return tiny_families.build(request.param, tmp_path)
 
 
-def test_packed_rows_on_cuda_equal_padded_ones(spec: PolicySpec, groups: list[TrainGroup]) -> None:
+def test_packed_rows_on_cuda_equal_padded_ones(spec: PolicySpec, groups: list[Group]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     ours, our_gradient = in_order(load(spec), groups)
     theirs, their_gradient = in_order(load(spec, rows="padded"), groups)
@@ -58,7 +63,7 @@ def test_packed_rows_on_cuda_equal_padded_ones(spec: PolicySpec, groups: list[Tr
     assert distance(our_gradient, their_gradient) < 1e-2
 
 
-def test_bf16_packed_rows_with_the_varlen_kernel_stay_close(spec: PolicySpec, groups: list[TrainGroup]) -> None:
+def test_bf16_packed_rows_with_the_varlen_kernel_stay_close(spec: PolicySpec, groups: list[Group]) -> None:
     ours, _ = in_order(load(spec, "bfloat16"), groups)
     theirs, _ = in_order(load(spec, rows="padded"), groups)
     assert (ours - theirs).abs().mean() < 0.05
@@ -68,7 +73,7 @@ def test_compilations_are_bounded_whatever_the_lengths(tmp_path: Path) -> None:
     spec = tiny_families.build("qwen2_5_vl", tmp_path)
     policy = load(spec, compile=True)
     rng = np.random.default_rng(0)
-    batches = [[train_group(spec, rng, answer_tokens=int(rng.integers(4, 200)))] for _ in range(12)]
+    batches = [[sampled_group(spec, rng, answer_tokens=int(rng.integers(4, 200)))] for _ in range(12)]
     lengths = {policy.collate(list(pieces(groups, policy.layout, BUDGET))).computed for groups in batches}
     assert len(lengths) <= ROW_BUCKETS and all(length % row_multiple(BUDGET) == 0 for length in lengths)
     torch._dynamo.reset()
@@ -89,17 +94,18 @@ def test_a_rank_takes_steps_on_cuda(settings: dict[str, object], tmp_path: Path)
 
     spec = replace(tiny_families.build("qwen2_5_vl", tmp_path), dtype="bfloat16")
     rng = np.random.default_rng(0)
-    groups = [train_group(spec, rng, side=112) for _ in range(4)]
+    groups = [sampled_group(spec, rng, side=112) for _ in range(4)]
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     try:
         config = LearnerConfig(lr=1e-3, micro_tokens=BUDGET, **settings)  # type: ignore[arg-type]
         algorithm = AlgorithmConfig(steps=2, prompts_per_step=4, group_size=4)
         placement = PlacementConfig(name="test", device="cuda", learner_gpus=1)
-        pool = LearnerPool(spec, config, algorithm, placement, temperature=1.0, max_new_tokens=16, seed=0)
+        seats = anywhere(placement, "learner", 1)
+        pool = LearnerPool(spec, config, algorithm, placement, seats, temperature=1.0, max_new_tokens=16, seed=0)
 
         async def run() -> list[dict[str, float]]:
             await pool.start()
-            return [dict((await pool.train_step(groups)).metrics) for _ in range(2)]
+            return [dict((await pool.update(groups)).metrics) for _ in range(2)]
 
         first, second = asyncio.run(run())
     finally:
