@@ -135,12 +135,9 @@ class ActorPool(Generic[T]):
             slot = await self._ready(route)
             actor = slot.actor
             slot.in_flight += 1
-            reference = _sent(actor, wanted)
             try:
-                return await asyncio.wait_for(reference, limit.seconds)
-            except TimeoutError as error:
-                ray.cancel(reference)
-                raise Late(f"no answer from {self._role} {slot.number} in {limit}") from error
+                late = f"no answer from {self._role} {slot.number} in {limit}"
+                return await _within(limit, late, _sent(actor, wanted))
             except self._deaths as death:
                 if slot.actor is actor and slot.revival is None:
                     slot.revival = asyncio.create_task(self._revive(slot, death))
@@ -174,14 +171,16 @@ class ActorPool(Generic[T]):
         slot.actor = remote.remote(*self._arguments(slot.number))
 
     async def _started(self, slot: Slot, *arguments: Any) -> Any:
+        who, actor = f"{self._role} {slot.number}", slot.actor
         try:
-            return await asyncio.wait_for(slot.actor.start.remote(*arguments), self._start_limit.seconds)
-        except (TimeoutError, RayError) as error:
-            ray.kill(slot.actor)
+            late = f"{who} was not ready within {self._start_limit}"
+            return await _within(self._start_limit, late, actor.start.remote(*arguments))
+        except (Late, RayError) as error:
+            ray.kill(actor)
             slot.actor = None
-            late = isinstance(error, TimeoutError)
-            why = f"was not ready within {self._start_limit}" if late else f"did not start: {_why(error)}"
-            raise ActorError(f"{self._role} {slot.number} {why}") from error
+            if isinstance(error, Late):
+                raise
+            raise ActorError(f"{who} did not start: {_why(error)}") from error
 
     async def _ready(self, route: Route) -> Slot:
         """The routed slot, once its actor runs. Raises ActorError where an actor could not be restarted."""
@@ -208,15 +207,15 @@ class ActorPool(Generic[T]):
             await self._revived(slot)
 
     async def _one(self, slot: Slot, wanted: Call[T, R], limit: Limit, doing: str) -> R:
-        where = f"{self._role} {slot.number}"
+        where, doing = f"{self._role} {slot.number}", doing or wanted.doing
+        if slot.actor is None:
+            raise ActorError(f"{where} is gone, {doing} was for it")
         try:
-            return await asyncio.wait_for(_sent(slot.actor, wanted), limit.seconds)
+            return await _within(limit, f"{where}: {doing} took more than {limit}", _sent(slot.actor, wanted))
         except self._deaths as error:
-            raise ActorError(f"{where} died while {doing or wanted.doing}: {_why(error)}") from error
+            raise ActorError(f"{where} died while {doing}: {_why(error)}") from error
         except RayTaskError as error:
-            raise ActorError(f"{where}, {doing or wanted.doing}: {_why(error)}") from error
-        except TimeoutError as error:
-            raise Late(f"{where}: {doing or wanted.doing} took more than {limit}") from error
+            raise ActorError(f"{where}, {doing}: {_why(error)}") from error
 
 
 def _why(error: Exception) -> str:
@@ -226,6 +225,23 @@ def _why(error: Exception) -> str:
     return f"{type(cause).__name__}: {lines[0]}" if lines else repr(cause)
 
 
-def _sent(actor: Any, wanted: Call[Any, R]) -> Awaitable[R]:
+def _sent(actor: Any, wanted: Call[Any, R]) -> "ray.ObjectRef[R]":
     """Ray's reference to what the call will return."""
-    return getattr(actor, wanted.method).remote(*wanted.arguments, **wanted.named)
+    reference: ray.ObjectRef[R] = getattr(actor, wanted.method).remote(*wanted.arguments, **wanted.named)
+    return reference
+
+
+async def _within(limit: Limit, late: str, reference: "ray.ObjectRef[R]") -> R:
+    """What the call returns or raises; Late(late) after the limit, when the call is given up.
+
+    `asyncio.wait_for` would not do: a TimeoutError that the method itself raised would look like its own.
+    """
+    answer = asyncio.wrap_future(reference.future())
+    try:
+        done, _ = await asyncio.wait([answer], timeout=limit.seconds)
+    finally:
+        answer.cancel()
+    if not done:
+        ray.cancel(reference)
+        raise Late(late)
+    return answer.result()

@@ -68,12 +68,11 @@ async def test_a_call_goes_there_and_its_result_comes_back(pool: ActorPool[Worke
     assert await pool.ask(call(Worker.add, 1), second, LONG) == (1, 6)
     assert await pool.ask(call(Worker.nap, 0.0), second, LONG) == 1  # a coroutine is awaited there
     wanted = call(Worker.die_once, "x")
-    assert wanted == Call("die_once", ("x",)) and wanted.doing == "die once"
+    assert wanted == Call("die_once", ("x",), {}) and wanted.doing == "die once"
 
 
-async def test_arguments_of_a_call_go_by_position() -> None:
-    with pytest.raises(TypeError, match=r"Worker\.add: arguments of a call go by position, not other"):
-        call(Worker.add, 1, other=2)
+async def test_arguments_of_a_call_go_by_name_too(pool: ActorPool[Worker]) -> None:
+    assert await pool.ask(call(Worker.add, 1, other=2), first, LONG) == (0, 3)
 
 
 async def test_calls_run_side_by_side_and_are_counted(pool: ActorPool[Worker]) -> None:
@@ -95,14 +94,13 @@ async def test_a_methods_own_error_is_what_it_raised(pool: ActorPool[Worker]) ->
     """The actor goes on."""
     with pytest.raises(ValueError, match="the disk is full"):
         await pool.ask(call(Worker.fail, "value"), first, LONG)
-    with pytest.raises(ActorError, match=r"^worker 1, fail: the disk is full$"):
+    with pytest.raises(ActorError, match=r"^worker 1, fail: ValueError: the disk is full$"):
         await pool.each([call(Worker.fail, "value")], LONG, pool.slots[1:])
-    with pytest.raises(ActorError, match=r"^worker 0, saving: the disk is full$"):
+    with pytest.raises(ActorError, match=r"^worker 0, saving: ValueError: the disk is full$"):
         await pool.each([call(Worker.fail, "value")], LONG, pool.slots[:1], "saving")
     assert await pool.each([call(Worker.add, 1, 1)] * 2, LONG) == [(0, 2), (1, 2)] and pool.restarts == 0
 
 
-@pytest.mark.xfail(strict=True, reason="Ray's copy of a TimeoutError is one too, and is taken for the wait's own")
 async def test_a_methods_own_timeout_is_not_taken_for_a_late_answer(pool: ActorPool[Worker]) -> None:
     """As when an image does not come out of the object store."""
     with pytest.raises(TimeoutError, match="the disk is full"):
@@ -110,7 +108,7 @@ async def test_a_methods_own_timeout_is_not_taken_for_a_late_answer(pool: ActorP
 
 
 async def test_a_methods_own_timeout_is_told_as_such_where_all_are_asked(pool: ActorPool[Worker]) -> None:
-    with pytest.raises(ActorError, match=r"^worker 0, fail: the disk is full$") as raised:
+    with pytest.raises(ActorError, match=r"^worker 0, fail: TimeoutError: the disk is full$") as raised:
         await pool.each([call(Worker.fail, "timeout")], LONG, pool.slots[:1])
     assert not isinstance(raised.value, Late)
 
@@ -134,7 +132,7 @@ async def test_every_wait_ends_with_who_what_and_which_setting(pool: ActorPool[W
 
 async def test_an_actor_that_does_not_start_is_named(tmp_path: Path) -> None:
     broken, slow = make(tmp_path), make(tmp_path, start=SHORT)
-    with pytest.raises(ActorError, match=r"^worker [01] did not start: FileNotFoundError\('no such weights'\)$"):
+    with pytest.raises(ActorError, match=r"^worker [01] did not start: FileNotFoundError: no such weights$"):
         await broken.start(0.0, True)
     with pytest.raises(ActorError, match=r"^worker [01] was not ready within 0\.3 s \(patience_s\)$"):
         await slow.start(30.0)
@@ -168,7 +166,7 @@ async def test_what_a_method_raises_may_be_its_actors_death(tmp_path: Path) -> N
     made = make(tmp_path, SEATS[:1], restarts=1, deaths=(Spent,))
     await made.start()
     assert await made.ask(call(Worker.give_up, "x"), first, LONG) == 0 and made.restarts == 1
-    with pytest.raises(ActorError, match=r"^worker 0 died while doing 'give up': (.|\n)*nothing works any more"):
+    with pytest.raises(ActorError, match=r"^worker 0 died while give up: Spent: nothing works any more$"):
         await made.each([call(Worker.give_up, "y")], LONG)
     await made.shutdown()
 
@@ -187,12 +185,11 @@ async def test_an_actor_that_keeps_dying_ends_the_run_with_its_name(tmp_path: Pa
 async def test_a_death_while_all_are_asked_is_named_with_what_was_done(tmp_path: Path) -> None:
     made = make(tmp_path, restarts=3)
     await made.start()
-    with pytest.raises(ActorError, match=r"^worker 1 died while doing 'die': "):
+    with pytest.raises(ActorError, match=r"^worker 1 died while die: ActorDiedError: "):
         await made.each([call(Worker.add, 1, 1), call(Worker.die)], LONG)  # type: ignore[list-item]
     await made.shutdown()
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="each() asks a slot whose actor is gone for good")
 async def test_an_actor_that_is_gone_for_good_is_named_where_all_are_asked(tmp_path: Path) -> None:
     """As when an engine has died its last time while new weights are on their way to it."""
     made = make(tmp_path)
@@ -200,11 +197,9 @@ async def test_an_actor_that_is_gone_for_good_is_named_where_all_are_asked(tmp_p
     updating = made.running()
     with pytest.raises(ActorError, match=r"^worker 0 died 1 times"):
         await made.ask(call(Worker.die), first, LONG)
-    try:
-        with pytest.raises(ActorError, match=r"^worker 0 .*staging weight bucket 2"):
-            await made.each([call(Worker.add, 1, 1)] * 2, LONG, updating, "staging weight bucket 2")
-    finally:
-        await made.shutdown()
+    with pytest.raises(ActorError, match=r"^worker 0 is gone, staging weight bucket 2 was for it$"):
+        await made.each([call(Worker.add, 1, 1)] * 2, LONG, updating, "staging weight bucket 2")
+    await made.shutdown()
 
 
 async def test_what_must_be_done_after_a_restart_is_done_before_the_actor_serves(tmp_path: Path) -> None:
@@ -221,7 +216,7 @@ async def test_what_must_be_done_after_a_restart_is_done_before_the_actor_serves
     waiting = asyncio.create_task(made.ask(call(Worker.die_once, "x"), first, LONG))
     while not done:
         await asyncio.sleep(0.02)
-    assert idlest(made.slots).busy == (True, 0)
+    assert made.slots[0].revival is not None  # its actor is there, and does not serve yet
     assert await made.ask(call(Worker.add, 1, 1), first, LONG) == (0, 2) and done == ["begun", "given"]
     assert await waiting == 0
     await made.shutdown()
