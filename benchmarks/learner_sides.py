@@ -41,7 +41,7 @@ class Task:
 
 
 def learner_config(name: str, task: Task) -> LearnerConfig:
-    """Of our own side, or of the rival that is our learner on padded rows."""
+    """The settings of our own side, or of the rival that is our learner on padded rows."""
     cuda = task.device == "cuda"
     if name == "ours":
         return LearnerConfig(lr=LR, compile=cuda, **OURS[task.shape])

@@ -79,9 +79,9 @@ class Clock(Progress):
 @dataclass(slots=True)
 class Side:
     seconds: list[float] = field(default_factory=list)
-    """Of the steps after the warm-up."""
+    """One per step after the warm-up."""
     shares: list[float] = field(default_factory=list)
-    """Of the controller in each of them."""
+    """The controller's share of each of them."""
 
 
 async def play(config: Config, samples: Sequence[Sample], into: Side) -> None:

@@ -30,7 +30,7 @@ UNIT_S = 0.2
 GENERATE, SCORE, LEARN = 3, 1, 2
 """Units that a step's rollouts, scores and optimizer step take."""
 PROMPTS = 8
-"""Of a step."""
+"""Prompts of one step."""
 _TOKENS = 32
 _LOGPROB = -0.5
 

@@ -61,7 +61,7 @@ from reward_workers.components import Case
 
 Box = tuple[float, float, float, float]
 SIDE = 112
-"""Of images, in pixels, where nothing else is said."""
+"""Height and width of an image, in pixels, where nothing else is said."""
 
 
 # ---------------------------------------------------------------- images, truth, samples, prompts

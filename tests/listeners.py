@@ -12,7 +12,7 @@ Listener = tuple[str, str, int]
 
 
 def listeners() -> set[Listener]:
-    """Of this process and all its descendants."""
+    """Every listening socket of this process and all its descendants."""
     found = set()
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # ended since it was listed

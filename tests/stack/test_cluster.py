@@ -93,7 +93,7 @@ def test_both_nodes_listen_on_loopback_only(nodes: RayCluster) -> None:
 
 
 def bundles(reservation: placement.Reservation) -> tuple[list[int], ...]:
-    """Of engines, reward workers and learner ranks."""
+    """The bundles of engines, reward workers and learner ranks."""
     roles = (reservation.engines, reservation.reward_workers, reservation.learners)
     assert all(seat.placement_group == reservation.placement_group for role in roles for seat in role)
     return tuple([seat.bundle for seat in role] for role in roles)

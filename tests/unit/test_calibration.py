@@ -130,7 +130,7 @@ def test_learning_is_deterministic_bounded_and_survives_a_checkpoint() -> None:
 
 
 def test_the_window_keeps_the_newest_answers_and_decisions() -> None:
-    """Of 100 answers looked at again, the judged ones are 200 and the decisions 100; 30 of each are kept."""
+    """Where 100 answers were looked at again, the judged ones are 200 and the decisions 100; 30 of each are kept."""
     calibrator = Calibrator(LookConfig(window=30))
     steps = [measured(candidate(0.5, i / 1000), candidate(0.9, i / 1000 + 0.5)) for i in range(100)]
     calibrator.learn(steps[:60])

@@ -22,7 +22,7 @@ from tests import builders
 from tests.builders import changed, group, lost, sample, trajectory, turn
 
 PROMPTS = 4
-"""Of a step."""
+"""Prompts of one step."""
 SAMPLES = [sample(str(i)) for i in range(7)]
 
 Play = Callable[[int, Prompt], Awaitable[Group]]
