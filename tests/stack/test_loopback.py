@@ -21,7 +21,7 @@ from tests.listeners import Listener, listeners, outside
 WAIT_S = 60.0
 with socket.create_server(("127.0.0.1", 0)) as free:
     AGENT_PORT = free.getsockname()[1]
-    """The port of the dashboard agent, which takes jobs: its usual port may belong to another Ray, and then it takes none."""
+    """The dashboard agent takes jobs here: its usual port may belong to another Ray, and then it takes none."""
 
 
 @pytest.fixture(scope="module")
