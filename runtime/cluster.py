@@ -48,7 +48,9 @@ def connect(placement: PlacementConfig, plugins: Sequence[str] = ()) -> None:
         workers["worker_process_setup_hook"] = f"{__name__}.{leave_terminal.__name__}"
     else:
         _require_listener(address)
-        workers["py_modules"] = [str(file) for file in files if "site-packages" not in file.parts]
+        modules = [str(file) for file in files if "site-packages" not in file.parts]
+        if modules:  # Ray cannot set up a worker whose list is empty
+            workers["py_modules"] = modules
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*override accelerator", category=FutureWarning)
         try:

@@ -94,7 +94,7 @@ def test_both_nodes_listen_on_loopback_only(nodes: RayCluster) -> None:
 
 def bundles(reservation: placement.Reservation) -> tuple[list[int], ...]:
     """The bundles of engines, reward workers and learner ranks."""
-    roles = (reservation.engines, reservation.reward_workers, reservation.learners)
+    roles = [reservation.seats[role] for role in placement.ROLES]
     assert all(seat.placement_group == reservation.placement_group for role in roles for seat in role)
     return tuple([seat.bundle for seat in role] for role in roles)
 
@@ -102,7 +102,7 @@ def bundles(reservation: placement.Reservation) -> tuple[list[int], ...]:
 def test_a_reservation_spreads_over_the_nodes_and_is_given_back(joined: None) -> None:
     reservation = placement.reserve(settings())
     assert bundles(reservation) == ([0], [1], [2, 3])
-    assert all((seat.cpus, seat.gpus) == (0.5, 0.0) for seat in reservation.engines)
+    assert all((seat.cpus, seat.gpus) == (0.5, 0.0) for seat in reservation.seats["engine"])
     placed = ray.util.placement_group_table(reservation.placement_group)["bundles_to_node_id"]
     assert sorted(placed) == [0, 1, 2, 3]
     assert len(set(placed.values())) == 2  # four halves do not fit on a node of one CPU

@@ -11,15 +11,15 @@ from runtime.cluster import ROOT
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("arguments", "said"),
     [
-        ("learner.lrr=1", "error: config: unknown key 'learner.lrr'; did you mean 'learner.lr'?"),
-        ("recipe=nope", "Available options in 'recipe'"),
+        ("recipe=quickstart learner.lrr=1", "error: unknown key 'learner.lrr'; did you mean 'learner.lr'?"),
+        ("recipe=nope", "error: recipe=nope: no such choice; there are dr_seg, quickstart, shape_3b"),
     ],
 )
-def test_a_mistake_on_the_command_line_exits_2_with_one_line(argument: str, said: str) -> None:
+def test_a_mistake_on_the_command_line_exits_2_with_one_line(arguments: str, said: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "launch.train", argument],
+        [sys.executable, "-m", "launch.train", *arguments.split()],
         capture_output=True,
         text=True,
         timeout=120,

@@ -223,4 +223,3 @@ def test_the_death_of_vllm_ends_every_wait_at_once_and_is_named(engine: Any, ref
     with pytest.raises(EngineDead, match="died while sampling"):
         ray.get(engine.generate.remote(prompt, SAMPLING), timeout=30)
     assert time.monotonic() - killed < 10.0  # seconds; CONFIG lets a request take 600
-    assert ray.get(engine.stats.remote(), timeout=30).requests > 0

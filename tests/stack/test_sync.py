@@ -183,7 +183,7 @@ async def test_a_bucket_that_does_not_arrive_is_named(engines: RolloutPool, othe
     bucket = WeightBucket(slots=(), nbytes=16, transport="gloo", payload=silent._address)
     await impose(engines, replace(engines._config, request_timeout_s=1.0))
     await engines.stage(bucket)
-    missing = r"rollout engine \d, taking new weights: receiving the staged buckets took more than 1 s"
+    missing = r"rollout engine \d, taking new weights: UpdateFailed: receiving the staged buckets took more than 1 s"
     with pytest.raises(ActorError, match=missing):
         await engines.end_update(1)
     await impose(engines, engines._config)
