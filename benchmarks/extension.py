@@ -2,7 +2,7 @@
 
     python -m benchmarks.extension --json
 
-Counted on the plugin that `tests/stack/test_plugins.py` trains with (`tests/plugin/my_perception`): per addition the
+Counted on the plugin that `tests/stack/test_cluster.py` trains with (`tests/plugin/my_perception`): per addition the
 files it takes, its lines of code (no blanks, comments, docstrings), and the files of this repository that had to be
 edited for it, found as those that name what it registers. Its names must be unknown before the plugin is loaded and
 registered after. There is no rival in this benchmark.

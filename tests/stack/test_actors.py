@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,14 @@ import pytest_asyncio
 import ray
 
 from runtime.actors import ActorError, ActorPool, Call, Late, Limit, Slot, call, idlest
-from runtime.cluster import ROOT
 from runtime.placement import Seat
 from tests.scripted_actor import Spent, Worker
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("shared_ray")]
 
 LONG = Limit(60.0, "patience_s")
 SHORT = Limit(0.3, "patience_s")
 SEATS = [Seat(0.1, 0.0)] * 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-        runtime_env=environment,
-    )
-    yield
-    ray.shutdown()
 
 
 def make(folder: Path, seats: Sequence[Seat] = SEATS, start: Limit = LONG, **options: Any) -> ActorPool[Worker]:
@@ -44,7 +29,7 @@ def make(folder: Path, seats: Sequence[Seat] = SEATS, start: Limit = LONG, **opt
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pool(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ActorPool[Worker]]:
+async def pool(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ActorPool[Worker]]:
     """Two actors for the tests that end none."""
     made = make(tmp_path_factory.mktemp("notes"))
     assert await made.start() == [10, 11]

@@ -1,4 +1,4 @@
-"""Counting and grounding from boxes alone, in one mixed set, rollouts one step ahead: trains, evaluates by task."""
+"""Counting and grounding from boxes alone, in one mixed set, rollouts one step ahead and with README's plugin."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from launch import world
 from perception.config import DataConfig
 from perception.datasets import load
 from runtime.cluster import ROOT
+from tests.plugin_run import readme_plugin
 
 
 def write_lines(folder: Path, split: str, tasks: dict[str, int]) -> Path:
@@ -43,10 +44,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train, held_out = (
         write_lines(folder, split, {"count": n, "ground": 3}) for split, n in (("train", 5), ("eval", 2))
     )
+    plugin, _ = readme_plugin(folder)
     command = [
         *(sys.executable, "-m", "launch.train", "recipe=quickstart", "data=jsonl", "data.world_side=null"),
         *(f"data.train={train}", f"data.eval={held_out}", "task.ground=${task.segment}"),
         *("reward=vision_reasoner", "+reward.components.count_exact=1.0", "pipeline.max_staleness=1"),
+        *(f"plugins=[{plugin}]", "+reward.components.edge_error={weight: 0.5, reach: 64}"),
         *("algorithm.steps=3", "algorithm.prompts_per_step=4", "algorithm.group_size=4"),
         *(f"run.output={folder}/runs", "run.name=boxes"),
     ]
@@ -72,7 +75,8 @@ def test_the_step_learns_from_rollouts_of_the_step_before(run: Path) -> None:
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2, 3]
     for row in metrics:
-        assert 0 <= row["component/count_exact"] <= 1 and row["policy/optimizer_steps"] == 1
+        assert 0 <= row["component/count_exact"] <= 1 and 0 <= row["component/edge_error"] <= 1
+        assert row["policy/optimizer_steps"] == 1
         versions = {
             version
             for rollout in pq.read_table(run / f"rollouts/train-{row['step']:06d}.parquet").to_pylist()

@@ -9,19 +9,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
+from safetensors.numpy import load_file
 
-from launch import world
 from perception.config import AlgorithmConfig, Config, LearnerConfig, PlacementConfig
 from perception.errors import UserError
-from perception.metric_catalog import GREEDY, SAMPLED, HeldOut
 from runtime import cluster, placement
-from tests import builders
+from tests import builders, plugin_run
 from tests.listeners import listeners, outside
 from tests.ray_cluster import RayCluster, two_nodes
 
-pytestmark = pytest.mark.timeout(660)  # starting two raylets counts towards the first test
+pytestmark = [pytest.mark.own_ray, pytest.mark.timeout(660)]  # starting two raylets counts towards the first test
 
 HALF = PlacementConfig(name="cpu", device="cpu", engine_cpus=0.5, reward_cpus=0.5, learner_cpus=0.5)
 
@@ -68,22 +68,27 @@ def test_a_submitted_program_joins_the_cluster_with_the_repository_on_every_node
     assert "nodes 2 cpus 2.0 uploaded True" in job.stdout
 
 
-def test_a_training_run_submitted_as_a_job_writes_where_it_was_told(nodes: RayCluster, tmp_path: Path) -> None:
-    world.write(tmp_path / "world", train=16, eval=4)
-    job = nodes.submit(
-        *("python", "-m", "launch.train", "recipe=quickstart"),
-        *("algorithm.steps=2", "algorithm.prompts_per_step=4", "algorithm.group_size=4", "learner.lr=2e-5"),
-        *(f"data.{split}={tmp_path}/world/{split}.json" for split in ("train", "eval")),
-        *("data.eval_samples=4", f"run.output={tmp_path}/runs"),
-        timeout_s=400,
-    )
+def test_a_run_with_a_package_from_elsewhere_is_submitted_as_a_job(nodes: RayCluster, tmp_path: Path) -> None:
+    """It brings task, component, reader and loss, and writes where it was told; no file of this repository changes."""
+    job = nodes.submit("python", *plugin_run.arguments(tmp_path), timeout_s=400)
     assert job.returncode == 0, job.stdout + job.stderr
-    run = tmp_path / "runs" / "quickstart"
+    run = tmp_path / "runs" / "mine"
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2]
+    for row in metrics:
+        assert 0 < row["component/centre_distance"] <= 1 and 0 <= row["component/box_iou"] <= 1
+        expected = 2 * row["component/centre_distance"] + row["component/box_iou"]  # every answer was measured
+        assert abs(row["reward/mean"] - expected) < 1e-9
+        assert row["policy/clip_low"] == row["policy/clip_high"] == 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2
-    assert {HeldOut("segment", "mask_iou", way).name for way in (GREEDY, SAMPLED)} <= set(summary["after"])
+    measured = {"corners/box_accuracy/greedy", "corners/centre_distance/sampled", "corners/samples/sampled"}
+    assert measured <= summary["after"].keys()
     assert (run / "report.html").stat().st_size > 0
-    assert (run / "policy" / "model.safetensors").is_file()
+    before, trained = (
+        load_file(folder / "model.safetensors") for folder in (cluster.ROOT / "assets/policy", run / "policy")
+    )
+    assert np.mean([not np.array_equal(before[name], trained[name]) for name in before]) > 0.9
 
 
 def test_both_nodes_listen_on_loopback_only(nodes: RayCluster) -> None:

@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 
-from perception.config import RolloutConfig
 from perception.types import FailureKind, Feed, Group, Prompt, SamplingSpec, Trajectory, Turn
-from rollout.engine import EngineDead, RolloutEngine
 from tests import builders
 from tests.builders import noise_image
 from tests.hf_reference import Reference
-from tests.tiny_policy import IMAGE_TOKENS, build
+from tests.tiny_policy import IMAGE_TOKENS
+from tests.trainer import CONFIG, Trainer
 
-CONFIG = RolloutConfig(max_model_len=1024, kv_cache_mb=64)
 SAMPLING = SamplingSpec(n=8, temperature=1.7, max_new_tokens=128)
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(build(tmp_path_factory.mktemp("policy")))
+def reference(trainer: Trainer) -> Reference:
+    return trainer.reference
 
 
 @pytest.fixture(scope="module")
-def engine(reference: Reference) -> Iterator[Any]:
-    ray.init(num_cpus=2, include_dashboard=False)
-    actor = ray.remote(RolloutEngine).remote(reference.policy, CONFIG, "cpu", 1)
-    info = ray.get(actor.start.remote(), timeout=280)
-    assert info.version.startswith("0.")
-    yield actor
-    ray.get(actor.shutdown.remote(), timeout=30)
-    ray.shutdown()
+def engine(trainer: Trainer) -> Any:
+    return trainer.pool.actors.slots[0].actor
 
 
 @pytest.fixture(scope="module")
@@ -200,26 +188,3 @@ def test_more_prompt_tokens_than_one_batch_takes_leave_the_engine_alive(engine: 
     groups = generate(engine, [reference.prompt(seed) for seed in range(64)], few)
     failures = {t.failure.kind for group in groups for t in group.trajectories if t.failure is not None}
     assert failures <= {FailureKind.TRUNCATED}
-
-
-def test_the_death_of_vllm_ends_every_wait_at_once_and_is_named(engine: Any, reference: Reference) -> None:
-    """The last test: the engine's process is killed while it owes an answer to each kind of call."""
-    actor = psutil.Process(ray.get(engine.__ray_call__.remote(lambda self: os.getpid()), timeout=30))
-    (core,) = [child for child in actor.children(recursive=True) if "EngineCor" in child.name()]
-    core.suspend()
-    prompt = reference.prompt(7)
-    calls = {
-        "sampling": engine.generate.remote(prompt, SAMPLING),
-        "sampling ": engine.sample.remote(prompt, 0, (), None, SAMPLING),
-        "staging a weight bucket": engine.stage.remote(next(reference.buckets()), 1),
-        "receiving the staged buckets": engine.end_update.remote(1, True),
-    }
-    assert ray.wait(list(calls.values()), timeout=1.0)[0] == []
-    core.kill()
-    killed = time.monotonic()
-    for doing, call in calls.items():
-        with pytest.raises(EngineDead, match=f"vLLM's engine process died while {doing.strip()}"):
-            ray.get(call, timeout=30)
-    with pytest.raises(EngineDead, match="died while sampling"):
-        ray.get(engine.generate.remote(prompt, SAMPLING), timeout=30)
-    assert time.monotonic() - killed < 10.0  # seconds; CONFIG lets a request take 600

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, LearnerReport, PolicySpec
 from runtime.actors import Late
-from runtime.cluster import ROOT
 from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
@@ -42,6 +40,8 @@ CONFIG = LearnerConfig(
 )
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, clip_low=0.3, clip_high=5.0, kl_coef=0.2)
 PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
+
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +57,6 @@ class Outcome:
     """After the same step again, from the checkpoint."""
     fresh: dict[str, Tensor]
     """The same from new processes; ZeRO-2 only, to save time."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +126,11 @@ async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group]
 
 @pytest.fixture(scope="module", params=[(1, 2), (2, 2), (3, 2), (2, 1)], ids="zero{0[0]}-ranks{0[1]}".format)
 def outcome(
-    request: pytest.FixtureRequest, spec: PolicySpec, groups: list[Group], tmp_path_factory: pytest.TempPathFactory
+    shared_ray: None,
+    request: pytest.FixtureRequest,
+    spec: PolicySpec,
+    groups: list[Group],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Outcome:
     return asyncio.run(exercise(spec, *request.param, groups, tmp_path_factory.mktemp("run")))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from learner.rows import pieces
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, LoraConfig, PlacementConfig
 from perception.types import FailureKind, Group, LearnerReport, PolicySpec
-from runtime.cluster import ROOT
 from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
@@ -36,12 +35,7 @@ CONFIG = LearnerConfig(lr=1e-3, timeout_s=600.0, bucket_mb=1, micro_tokens=90)
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, importance="none", clip_high=5.0)
 PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +220,7 @@ def with_as_many_failed(spec: PolicySpec, groups: list[Group]) -> list[Group]:
     return [lost[0], groups[0], groups[1], lost[1], groups[2], lost[2]]
 
 
-@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])  # "constant" counts sequences, too
 def test_a_scorers_failure_does_not_dilute_the_step(spec: PolicySpec, groups: list[Group], aggregate: str) -> None:
     """With half of the groups failed, loss and gradient are those of the other half alone."""
     half, algorithm = with_as_many_failed(spec, groups), replace(ALGORITHM, aggregate=aggregate, kl_coef=0.1)
@@ -246,7 +240,7 @@ def test_a_step_with_failures_ends_at_the_same_weights(spec: PolicySpec, groups:
     assert measured == [[False] * 3, [True] * 3, [True] * 3, [False] * 3, [True] * 3, [False] * 3]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])  # 1 and 2 are one class of DeepSpeed's
 def test_a_step_that_is_not_finite_leaves_the_weights_bit_for_bit(
     spec: PolicySpec, groups: list[Group], stage: int
 ) -> None:

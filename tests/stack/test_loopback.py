@@ -23,6 +23,8 @@ with socket.create_server(("127.0.0.1", 0)) as free:
     AGENT_PORT = free.getsockname()[1]
     """The dashboard agent takes jobs here: its usual port may belong to another Ray, and then it takes none."""
 
+pytestmark = pytest.mark.own_ray
+
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[set[Listener]]:

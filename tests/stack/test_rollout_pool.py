@@ -4,71 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import pytest_asyncio
 import ray
 
-from perception.config import PlacementConfig, RolloutConfig
 from perception.types import FailureKind, Feed, Group, SamplingSpec, Trajectory, Turn, View
-from rollout.pool import RolloutPool
+from rollout.engine import EngineDead
 from runtime.actors import ActorError, Limit
-from runtime.placement import anywhere
 from tests.builders import noise_image
 from tests.hf_reference import Reference
-from tests.tiny_policy import IMAGE_TOKENS, build
+from tests.tiny_policy import IMAGE_TOKENS
+from tests.trainer import Trainer
 
-CONFIG = RolloutConfig(max_model_len=1024, kv_cache_mb=64, request_timeout_s=120)
-PLACEMENT = PlacementConfig(name="test", device="cpu", threads=1)
 ROUNDING = 5e-5
 """Float32, after several perturbations. Stale weights or caches are off by 0.1 and more."""
 GREEDY = SamplingSpec(n=1, temperature=0.0, max_new_tokens=24)
 SAMPLED = SamplingSpec(n=8, temperature=1.0, max_new_tokens=900)
 LONG = replace(SAMPLED, n=1)
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-class Trainer:
-    """A learner's side of the update: the reference model's weights, sent in buckets."""
-
-    def __init__(self, reference: Reference) -> None:
-        self.reference = reference
-        self.version = 0
-        self.pool: RolloutPool
-
-    async def sync(self) -> None:
-        assert len(self.pool.begin_update()) == 1
-        buckets = list(self.reference.buckets())
-        assert len(buckets) > 2
-        for bucket in buckets:
-            await self.pool.stage(bucket)
-        (report,) = await self.pool.end_update(self.version)
-        assert report.nbytes == sum(bucket.nbytes for bucket in buckets)
-        assert report.pause_seconds > 0 and report.transfer_seconds > 0
-
-    async def step(self) -> None:
-        self.version += 1
-        self.reference.perturb(self.version)
-        await self.sync()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def trainer(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trainer]:
-    ray.init(num_cpus=2, include_dashboard=False)
-    trainer = Trainer(Reference(build(tmp_path_factory.mktemp("policy"))))
-    trainer.pool = RolloutPool(
-        trainer.reference.policy, CONFIG, PLACEMENT, anywhere(PLACEMENT, "engine", 1), trainer.sync
-    )
-    await trainer.pool.start()
-    yield trainer
-    await trainer.pool.shutdown()
-    ray.shutdown()
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def greedy(trainer: Trainer, seed: int) -> Turn:
@@ -208,13 +167,23 @@ async def processes(trainer: Trainer) -> tuple[psutil.Process, psutil.Process]:
     return mine, core
 
 
-async def test_a_killed_engine_comes_back_with_the_current_weights(trainer: Trainer) -> None:
+async def test_a_killed_engine_ends_every_wait_and_comes_back_with_the_current_weights(trainer: Trainer) -> None:
+    """vLLM's process is killed while it owes an answer to each kind of call."""
     _, core = await processes(trainer)
+    engine, prompt = trainer.pool.actors.slots[0].actor, trainer.reference.prompt(7)
     trainer.pool.begin_update()
     core.suspend()
     staging = asyncio.create_task(trainer.pool.stage(next(trainer.reference.buckets())))
-    await asyncio.sleep(0.5)
+    calls = [
+        ("sampling", engine.generate.remote(prompt, SAMPLED)),
+        ("sampling", engine.sample.remote(prompt, 0, (), None, LONG)),
+        ("receiving the staged buckets", engine.end_update.remote(1, True)),
+    ]
+    assert ray.wait([call for _, call in calls], timeout=1.0)[0] == [] and not staging.done()
     core.kill()
+    for doing, call in (*calls, ("sampling", engine.generate.remote(prompt, SAMPLED))):
+        with pytest.raises(EngineDead, match=f"vLLM's engine process died while {doing}"):
+            await asyncio.wait_for(call, 10.0)  # seconds; a request may take 120
     with pytest.raises(ActorError, match="engine 0 died while staging weight bucket 1: "):
         await asyncio.wait_for(staging, 10.0)
     turns = await asyncio.gather(*(greedy(trainer, seed) for seed in (5, 6)))

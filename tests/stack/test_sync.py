@@ -46,15 +46,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RolloutPool]:
-    ray.init(num_cpus=3, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+async def engines(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RolloutPool]:
     policy = build(tmp_path_factory.mktemp("policy"), seed=0)
     config = RolloutConfig(engines=2, max_model_len=1024, kv_cache_mb=64, request_timeout_s=120)
     pool = RolloutPool(policy, config, PLACEMENT, anywhere(PLACEMENT, "engine", 2))
     await pool.start()
     yield pool
     await pool.shutdown()
-    ray.shutdown()
 
 
 def sender(reference: Reference, transport: str) -> WeightSender:

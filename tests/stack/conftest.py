@@ -1,0 +1,40 @@
+"""One Ray and one rollout engine for all tests that need no other: started by the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_asyncio
+import ray
+
+from runtime.cluster import ROOT
+from tests.trainer import Trainer
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a Ray of their own come first, while none is shared: a process has one at a time."""
+    items.sort(key=lambda item: item.get_closest_marker("own_ray") is None)
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[None]:
+    """Its workers find this repository; its CPUs are more than there are, so that nothing waits for a seat."""
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=500 << 20,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def trainer(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trainer]:
+    """A pool of one engine, and the policy that it runs. Tests of the engine with version 0 come before the others."""
+    trainer = Trainer(tmp_path_factory.mktemp("policy"))
+    await trainer.pool.start()
+    yield trainer
+    await trainer.pool.shutdown()
