@@ -18,15 +18,18 @@ $(STAMP):
 	rm -f .venv/ready-*
 	touch $@
 
+# Two processes, each with its own files: most of what a stack test costs is the start of processes that wait.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+
 demo: setup
 	.venv/bin/python -m launch.train recipe=quickstart
 
 test: setup
-	.venv/bin/python -m pytest -m "not gpu" --durations=15
+	.venv/bin/python -m pytest -m "not gpu" $(PARALLEL) --durations=15
 
 # Tests that start no process.
 test-fast: setup
-	.venv/bin/python -m pytest tests/unit --durations=10
+	.venv/bin/python -m pytest tests/unit $(PARALLEL) --durations=10
 
 test-gpu: setup
 	.venv/bin/python -m pytest -m gpu tests/gpu --durations=15

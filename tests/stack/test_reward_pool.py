@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from ray.exceptions import RayActorError
@@ -99,11 +101,14 @@ def test_pool_restarts_a_dead_worker_and_gives_up_in_the_end() -> None:
 
 def test_a_score_that_takes_too_long_is_a_failure_that_names_the_setting() -> None:
     async def run() -> None:
-        pool = make_pool(replace(PLAIN, timeout_s=1e-4), ModelConfig(path="", segmenter=""))
+        pool = make_pool(replace(PLAIN, timeout_s=0.5), ModelConfig(path="", segmenter=""))
         await pool.start()
+        own = await pool.actors.slots[0].actor.__ray_call__.remote(lambda self: os.getpid())
+        psutil.Process(own).suspend()
         (late,) = (await pool.score(answers())).trajectories
         assert late.excluded and late.failure is not None
-        assert late.failure.detail == "score: no answer from reward worker 0 in 0.0001 s (reward.timeout_s)"
+        assert late.failure.detail == "score: no answer from reward worker 0 in 0.5 s (reward.timeout_s)"
+        psutil.Process(own).resume()
         await pool.shutdown()
 
     asyncio.run(run())
