@@ -67,6 +67,17 @@ SIDE = 112
 # ---------------------------------------------------------------- images, truth, samples, prompts
 
 
+def png(pixels: np.ndarray) -> bytes:
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def rectangle(x1: int, y1: int, x2: int, y2: int, height: int, width: int) -> np.ndarray:
+    """A mask of (height, width) that holds the pixels from (x1, y1) to before (x2, y2)."""
+    mask = np.zeros((height, width), bool)
+    mask[y1:y2, x1:x2] = True
+    return mask
+
+
 def noise(seed: int | np.random.Generator, height: int = SIDE, width: int = SIDE) -> np.ndarray:
     """(height, width, 3) uint8 RGB, every pixel at random."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

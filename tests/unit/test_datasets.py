@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,23 +18,13 @@ from perception import masks
 from perception.config import DataConfig
 from perception.datasets import READERS, coco, jsonl, load
 from perception.datasets.files import Images
-from perception.datasets.objects import TrueObject, read_segmentation
+from perception.datasets.objects import read_segmentation
 from perception.errors import DataError, UserError
 from perception.types import Sample
 from tests import builders
-from tests.builders import noise
+from tests.builders import noise, png, rectangle
 
 H, W = 20, 30
-
-
-def png(pixels: np.ndarray) -> bytes:
-    return cv2.imencode(".png", pixels)[1].tobytes()
-
-
-def rectangle(x1: int, y1: int, x2: int, y2: int, height: int = H, width: int = W) -> np.ndarray:
-    mask = np.zeros((height, width), bool)
-    mask[y1:y2, x1:x2] = True
-    return mask
 
 
 def config(path: Path, **changes: Any) -> DataConfig:
@@ -52,21 +41,10 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "corrupt.png").write_bytes(b"\x89PNG and then nothing")
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "large.png").write_bytes(png(np.zeros((40, 40), np.uint8)))
-    (tmp_path / "mask.png").write_bytes(png(rectangle(5, 5, 15, 10).astype(np.uint8) * 255))
+    (tmp_path / "mask.png").write_bytes(png(rectangle(5, 5, 15, 10, H, W).astype(np.uint8) * 255))
     (tmp_path / "small_mask.png").write_bytes(png(np.ones((10, 15), np.uint8)))
     (tmp_path / "black.png").write_bytes(png(np.zeros((H, W), np.uint8)))
     return tmp_path
-
-
-def same(a: Sample, b: Sample) -> bool:
-    return all(
-        (np.array_equal(x, y))
-        for x, y in (
-            (a.target.boxes, b.target.boxes),
-            (a.target.points, b.target.points),
-            (a.target.masks, b.target.masks),
-        )
-    )
 
 
 # ---------------------------------------------------------------- JSONL
@@ -93,7 +71,7 @@ def test_a_plain_line(folder: Path) -> None:
 
 
 def test_masks_come_as_png_or_run_lengths(folder: Path) -> None:
-    rle = masks.encode(rectangle(5, 5, 15, 10))
+    rle = masks.encode(rectangle(5, 5, 15, 10, H, W))
     text = {"size": [H, W], "counts": rle.counts.decode()}
     column_major = {"size": [H, W], "counts": [5 * H + 5] + [5, H - 5] * 9 + [5, H * W - (14 * H + 10)]}
     lines = [line(mask=given) for given in ("mask.png", ["mask.png"], text, [text], column_major)]
@@ -213,7 +191,7 @@ def test_coco_with_expressions(folder: Path) -> None:
     assert both.target.points[0].tolist() == [6, 6]
     assert both.target.points[1][0] == 1
     assert masks.decode(both.target.masks[0])[5:10, 5:15].all()
-    assert (masks.decode(both.target.masks[1]) == rectangle(0, 0, 3, H)).all()
+    assert (masks.decode(both.target.masks[1]) == rectangle(0, 0, 3, H, H, W)).all()
     assert (bus.target.count, bus.target.masks) == (0, ())
     assert (count.target.boxes.tolist(), count.target.masks, count.target.labels) == ([[0, 0, 2, 2]], (), ())
 
@@ -352,55 +330,3 @@ def test_an_unknown_format_or_option_is_named(folder: Path) -> None:
         load(config(path, format="cocoo"), "train")
     with pytest.raises(UserError, match=r"data\.options: unknown key 'split'; there are none"):
         load(config(path, options={"split": "val"}), "train")
-
-
-# ---------------------------------------------------------------- writing
-
-
-def record(seed: int) -> coco.Record:
-    rng = np.random.default_rng(seed)
-    boxes = [(int(x), int(y), int(x) + 6, int(y) + 5) for x, y in rng.integers(0, 14, (seed % 3, 2))]
-    shapes = [masks.encode(rectangle(*box)) for box in boxes]
-    return coco.Record(
-        image=png(noise(rng, H, W)),
-        height=H,
-        width=W,
-        question=f"thing {seed}",
-        task="count" if seed % 2 else "segment",
-        objects=[
-            TrueObject(box=box, point=masks.extent(masks.decode(shape))[1], mask=shape, label="thing")
-            for box, shape in zip(boxes, shapes, strict=True)
-        ],
-    )
-
-
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
-    path = tmp_path / "data" / "train.json"
-    records = [record(seed) for seed in range(7)]
-    assert coco.write(path, iter(records)) == 7
-    samples = load(config(path), "eval")
-    assert [sample.id for sample in samples] == [str(i) for i in range(1, 8)]
-    for written, sample in zip(records, samples, strict=True):
-        assert (sample.question, sample.task) == (written.question, written.task)
-        assert Path(sample.image_path).read_bytes() == written.image
-        assert sample.target.boxes.tolist() == [list(item.box or ()) for item in written.objects]
-        assert sample.target.points.tolist() == [list(item.point or ()) for item in written.objects]
-        assert sample.target.masks == tuple(item.mask for item in written.objects)
-    again = load(config(path), "train")
-    assert all(same(a, b) for a, b in zip(samples, again, strict=True))
-
-
-def test_a_broken_off_write_leaves_no_annotations(tmp_path: Path) -> None:
-    def broken() -> Any:
-        yield record(1)
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError):
-        coco.write(tmp_path / "train.json", broken())
-    assert not (tmp_path / "train.json").exists()
-
-
-def test_the_point_inside_a_mask_is_the_centre_of_its_largest_circle() -> None:
-    mask = rectangle(0, 0, 30, 2) | rectangle(10, 0, 19, 9)  # a thin bar with a 9x9 block
-    for precision in (cv2.DIST_MASK_3, cv2.DIST_MASK_PRECISE):
-        assert masks.extent(mask, precision) == ((0, 0, 30, 9), (14, 4))

@@ -198,3 +198,8 @@ def test_wandb_is_offline_unless_logged_in(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert resolved_mode(WandbConfig()) == "disabled"
     assert resolved_mode(WandbConfig(mode="offline")) == "offline"
+
+
+def test_every_metric_name_is_spelled_once() -> None:
+    values = [value for name, value in vars(catalog).items() if name.isupper() and isinstance(value, str)]
+    assert len(values) == len(set(values))

@@ -344,8 +344,3 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         main()
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and run_directory.CONFIG in message
-
-
-def test_every_metric_name_is_spelled_once() -> None:
-    values = [value for name, value in vars(catalog).items() if name.isupper() and isinstance(value, str)]
-    assert len(values) == len(set(values))
