@@ -1,3 +1,5 @@
+"""Commands: train, evaluate, sft, world, doctor; their parts in run/, record/, report/, warm_start/."""
+
 from runtime.loopback import confine_ray
 
 confine_ray()  # before any module below imports Ray
