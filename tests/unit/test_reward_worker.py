@@ -51,7 +51,7 @@ def asked(scene: Scene, texts: list[str], ref: object = None, truth: Target | No
 
 
 def scores(done: Group) -> list[Score]:
-    """Of a group all of which was measured."""
+    """The scores of a group all of which was measured."""
     found = [one.score for one in done.trajectories]
     assert None not in found
     return found  # type: ignore[return-value]
@@ -219,7 +219,7 @@ def test_confident_answers_are_explored_at_the_configured_rate_and_repeatably(
 
 
 def test_a_later_pass_is_explored_independently_of_the_first(looking: RewardWorker, scene: Scene) -> None:
-    """Of 200 answers about 60 are looked at again at explore=0.3, and of these again about 18, not all."""
+    """About 60 of 200 answers are looked at again at explore=0.3, and of these again about 18, not all."""
     once = asked(scene, [box_text(scene, 0)] * 200)
     twice = looked(scene, box_text(scene, 0), '<answer>[{"bbox_2d": [20, 40, 80, 100]}]</answer>', SHOWN, n=200)
     first, second = explored(looking, once, 0.3), explored(looking, twice, 0.3)
