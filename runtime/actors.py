@@ -227,8 +227,7 @@ def _why(error: Exception) -> str:
 
 def _sent(actor: Any, wanted: Call[Any, R]) -> "ray.ObjectRef[R]":
     """Ray's reference to what the call will return."""
-    reference: ray.ObjectRef[R] = getattr(actor, wanted.method).remote(*wanted.arguments, **wanted.named)
-    return reference
+    return getattr(actor, wanted.method).remote(*wanted.arguments, **wanted.named)
 
 
 async def _within(limit: Limit, late: str, reference: "ray.ObjectRef[R]") -> R:

@@ -35,6 +35,7 @@ def shared_ray() -> Iterator[None]:
 async def trainer(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trainer]:
     """A pool of one engine, and the policy that it runs. Tests of the engine with version 0 come before the others."""
     trainer = Trainer(tmp_path_factory.mktemp("policy"))
-    await trainer.pool.start()
+    (info,) = await trainer.pool.start()
+    assert info.version.startswith("0.")
     yield trainer
     await trainer.pool.shutdown()

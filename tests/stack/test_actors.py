@@ -29,7 +29,7 @@ def make(folder: Path, seats: Sequence[Seat] = SEATS, start: Limit = LONG, **opt
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pool(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ActorPool[Worker]]:
+async def pool(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ActorPool[Worker]]:
     """Two actors for the tests that end none."""
     made = make(tmp_path_factory.mktemp("notes"))
     assert await made.start() == [10, 11]

@@ -126,11 +126,7 @@ async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group]
 
 @pytest.fixture(scope="module", params=[(1, 2), (2, 2), (3, 2), (2, 1)], ids="zero{0[0]}-ranks{0[1]}".format)
 def outcome(
-    shared_ray: None,
-    request: pytest.FixtureRequest,
-    spec: PolicySpec,
-    groups: list[Group],
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, spec: PolicySpec, groups: list[Group], tmp_path_factory: pytest.TempPathFactory
 ) -> Outcome:
     return asyncio.run(exercise(spec, *request.param, groups, tmp_path_factory.mktemp("run")))
 

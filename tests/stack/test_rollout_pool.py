@@ -184,7 +184,7 @@ async def test_a_killed_engine_ends_every_wait_and_comes_back_with_the_current_w
     for doing, call in (*calls, ("sampling", engine.generate.remote(prompt, SAMPLED))):
         with pytest.raises(EngineDead, match=f"vLLM's engine process died while {doing}"):
             await asyncio.wait_for(call, 10.0)  # seconds; a request may take 120
-    with pytest.raises(ActorError, match="engine 0 died while staging weight bucket 1: "):
+    with pytest.raises(ActorError, match=r"engine 0 died while staging weight bucket 1: .* died while staging a "):
         await asyncio.wait_for(staging, 10.0)
     turns = await asyncio.gather(*(greedy(trainer, seed) for seed in (5, 6)))
     assert trainer.pool.actors.restarts == 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +26,6 @@ from tests.hf_reference import Reference
 from tests.listeners import listeners, outside
 from tests.tiny_policy import build
 
-ROOT = Path(__file__).resolve().parents[2]
 LEARNER = LearnerConfig(bucket_mb=1, checksum=True, timeout_s=120, ranks=2, zero_stage=3)
 PLACEMENT = PlacementConfig(name="test", device="cpu", threads=1, learner_cpus=0.5, transport="gloo")
 GREEDY = SamplingSpec(n=1, temperature=0.0, max_new_tokens=24)

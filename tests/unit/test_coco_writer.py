@@ -53,7 +53,9 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         assert sample.target.masks == tuple(item.mask for item in written.objects)
     again = load(data(path), "train")
     for one, other in zip(samples, again, strict=True):
-        assert np.array_equal(one.target.boxes, other.target.boxes) and one.target.masks == other.target.masks
+        assert np.array_equal(one.target.boxes, other.target.boxes)
+        assert np.array_equal(one.target.points, other.target.points)
+        assert one.target.masks == other.target.masks
 
 
 def test_a_broken_off_write_leaves_no_annotations(tmp_path: Path) -> None:
