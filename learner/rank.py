@@ -150,6 +150,14 @@ class LearnerRank:
         """Restore what `save` wrote. Collective."""
         checkpoint.load(self._stepper.zero, Path(folder))
 
+    def offload(self, weights: bool = False) -> None:
+        """Move what is not needed between steps to host memory (`Zero.offload`). Collective."""
+        self._stepper.zero.offload(weights)
+
+    def reload(self) -> None:
+        """Bring it back before the next step, checkpoint or export. Collective."""
+        self._stepper.zero.reload()
+
     def export(self, folder: str) -> None:
         """Write the policy in Hugging Face format, adapters merged. Collective; rank 0 writes."""
         whole = self._sender.whole()
