@@ -242,6 +242,8 @@ class LearnerConfig:
 class RolloutConfig:
     engines: Positive = 1
     """vLLM engines, each with a copy of the policy."""
+    tensor_parallel: Positive = 1
+    """Workers of an engine, which share its weights; each claims `placement.engine_gpus` and `engine_cpus`."""
     temperature: Annotated[float, Gt(0.0), Le(2.0)] = 1.0
     """Sampling temperature, in training and for the sampled held-out answers."""
     max_new_tokens: Positive = 256

@@ -83,7 +83,12 @@ def engine_args(policy: PolicySpec, config: RolloutConfig) -> AsyncEngineArgs:
         enforce_eager=config.enforce_eager,
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
-        distributed_executor_backend="uni",
+        tensor_parallel_size=config.tensor_parallel,
+        # "uni" would hang with several workers, and left alone vLLM picks "ray" inside an actor.
+        distributed_executor_backend="mp" if config.tensor_parallel > 1 else "uni",
+        # Where the family can, each worker has the whole vision tower and its share of the images: a tower's heads need
+        # not be divisible.
+        mm_encoder_tp_mode="data" if config.tensor_parallel > 1 else "weights",
         worker_extension_cls="rollout.worker_extension.WeightReceiver",
         scheduler_cls="rollout.worker_extension.scheduler",
         disable_log_stats=True,
@@ -172,7 +177,7 @@ class RolloutEngine:
     async def stage(self, bucket: WeightBucket, receiver: int) -> None:
         """Hold some of the new parameters until `end_update`; sampling goes on. Any order, each exactly once.
 
-        `receiver` is this engine's member number in a broadcast, from 1.
+        `receiver` is the member number of this engine's first worker in a broadcast, from 1; the others follow.
         """
         slots = tuple(replace(slot, name=engine_name(slot.name, self._policy.renames)) for slot in bucket.slots)
         await self._updates.stage(replace(bucket, slots=slots), receiver)
