@@ -21,6 +21,7 @@ from perception.types import (
     UpdateReport,
     WeightBucket,
 )
+from rollout.defaults import by_placement
 from rollout.engine import EngineDead, RolloutEngine, failed_group, failed_trajectory
 from runtime.actors import ActorPool, Late, Limit, Slot, call, idlest
 from runtime.placement import Seat
@@ -48,6 +49,7 @@ class RolloutPool:
         resync: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         """One engine per seat."""
+        config = by_placement(config, placement)
         self._config, self._resync, self._resyncing, self._version = config, resync, asyncio.Lock(), 0
         self._limit = Limit(config.request_timeout_s, "rollout.request_timeout_s")
         self._patient = Limit(config.request_timeout_s + _GRACE_S, "rollout.request_timeout_s")

@@ -95,7 +95,10 @@ class WeightReceiver:
         """
         try:
             with torch.no_grad(), set_current_vllm_config(self.vllm_config):
-                self.model_runner.get_model().load_weights(self._relook_inbox.tensors())
+                if self.vllm_config.model_config.quantization:  # layer by layer, each quantised anew
+                    self.model_runner.reload_weights(weights_iterator=self._relook_inbox.tensors())
+                else:
+                    self.model_runner.get_model().load_weights(self._relook_inbox.tensors())
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         finally:
