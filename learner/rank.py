@@ -51,7 +51,8 @@ class LearnerRank:
         self._rank, self._world = rank, world
         self._spec, self._config, self._algorithm = policy, config, algorithm
         self._temperature, self._transport, self._max_new_tokens = temperature, placement.transport, max_new_tokens
-        self._device, self._share = torch.device(placement.device), placement.learner_gpus
+        self._device = torch.device(placement.device)
+        self._share = 1.0 if placement.sleep else placement.learner_gpus  # in its turn it has the GPU to itself
         os.environ |= {"DS_ACCELERATOR": placement.device, "TOKENIZERS_PARALLELISM": "false"}
         if placement.threads:
             torch.set_num_threads(placement.threads)
