@@ -20,7 +20,7 @@ from rich.text import Text
 
 from launch.record.environment import PACKAGES, gpus, version_of
 from runtime.cluster import cpus
-from runtime.machine import requirements
+from runtime.machine import memory, requirements
 
 _ROOT = Path(__file__).resolve().parents[1]
 _GIB = 1 << 30
@@ -47,8 +47,7 @@ def examine() -> Iterator[Finding]:
         yield Finding("ok", one.subject, one.found) if one.found else Finding("fail", one.subject, one.cure)
     yield _enough("cpus", cpus(), 2, "", "lower placement.*_cpus and expect the demo to be slow")
     yield _gpus()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
-    yield _enough("memory", memory, _MEMORY_GIB, " GiB", "close other programs")
+    yield _enough("memory", memory() / _GIB, _MEMORY_GIB, " GiB", "close other programs")
     yield _free("shared memory", Path("/dev/shm"), _SHARED_MEMORY_GIB, "start the container with --shm-size=4g")
     yield _free("disk", Path.cwd(), _DISK_GIB, "make room, or set run.output to another disk")
     address = os.environ.get("RAY_ADDRESS")

@@ -3,7 +3,7 @@
 python -m launch.train recipe=quickstart learner.lr=2e-5
 python -m launch.train --multirun recipe=quickstart learner.lr=2e-5,5e-5
 python -m launch.train recipe=quickstart run.resume=quickstart
-ray job submit --working-dir . -- python -m launch.train recipe=quickstart
+ray job submit --working-dir . -- python -m launch.train recipe=quickstart run.output=/shared/runs
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from launch.record.summary import show
 from launch.report import write_report
 from launch.run.checks import check, toy_settings
 from launch.run.config import entry
+from launch.run.nodes import check_kept
 from launch.run.prepare import prepare
 from launch.run.session import Session
 from launch.run.state import RunState
@@ -33,6 +34,7 @@ async def train(run: Session) -> None:
 
 
 def run(config: Config) -> None:
+    check_kept(config.run.output)
     prepare(config, say=print)
     samples, held_out = check(config)
     for warning in toy_settings(config):
@@ -43,7 +45,7 @@ def run(config: Config) -> None:
         Recorder(config, resume_step=state.step if config.run.resume else None) as recorder,
         Progress(config.algorithm.steps) as progress,
     ):
-        session = Session(config, samples, held_out, state, System(config), recorder, progress)
+        session = Session(config, samples, held_out, state, System(config, recorder.run_dir), recorder, progress)
         asyncio.run(session.run(train))
     report = write_report(recorder.run_dir)
     show(recorder.run_dir)

@@ -1,4 +1,4 @@
-"""What a machine must have before anything is installed. Standard library only: `setup_env/install.sh` begins with it.
+"""What a machine has and must have. Standard library only: `setup_env/install.sh` begins with it.
 
 python3.11 -m runtime.machine cuda       # exit 2 and a line for each thing that is missing
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 _CUDA = 13000
 """What the pinned wheels are built for, as cuDriverGetVersion counts: 1000 * major + 10 * minor."""
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,13 @@ def requirements(kind: str) -> Iterator[Requirement]:
         driver = f"{_driver()}, for CUDA {cuda // 1000}.{cuda % 1000 // 10}"
         cure = f"NVIDIA driver {driver}: the CUDA 13 wheels need 580 or newer; install it on the host"
         yield Requirement("driver", driver if cuda >= _CUDA else None, cure)
+
+
+def memory() -> int:
+    """Bytes that the processes of this machine may use, or of its container where that has a limit."""
+    limits = [path.read_text(encoding="utf-8").strip() for path in _MEMORY_LIMITS if path.is_file()]
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([whole, *(int(limit) for limit in limits if limit.isdigit())])  # "max": none
 
 
 def _library(name: str) -> ctypes.CDLL | None:
