@@ -51,7 +51,8 @@ class LearnerRank:
         self._rank, self._world = rank, world
         self._spec, self._config, self._algorithm = policy, config, algorithm
         self._temperature, self._transport, self._max_new_tokens = temperature, placement.transport, max_new_tokens
-        self._device, self._share = torch.device(placement.device), placement.learner_gpus
+        self._device = torch.device(placement.device)
+        self._share = 1.0 if placement.sleep else placement.learner_gpus  # in its turn it has the GPU to itself
         os.environ |= {"DS_ACCELERATOR": placement.device, "TOKENIZERS_PARALLELISM": "false"}
         if placement.threads:
             torch.set_num_threads(placement.threads)
@@ -158,6 +159,14 @@ class LearnerRank:
     def load(self, folder: str) -> None:
         """Restore what `save` wrote. Collective."""
         checkpoint.load(self._stepper.zero, Path(folder))
+
+    def offload(self, weights: bool = False) -> None:
+        """Move what is not needed between steps to host memory (`Zero.offload`). Collective."""
+        self._stepper.zero.offload(weights)
+
+    def reload(self) -> None:
+        """Bring it back before the next step, checkpoint or export. Collective."""
+        self._stepper.zero.reload()
 
     def export(self, folder: str) -> None:
         """Write the policy in Hugging Face format, adapters merged. Collective; rank 0 writes."""

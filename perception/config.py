@@ -291,8 +291,10 @@ class PlacementConfig:
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's placement strategy, over the nodes of a cluster."""
     transport: Literal["store", "ipc", "nccl", "gloo"] = "store"
-    """Weights by Ray's object store (shared memory on a node), by CUDA IPC (engine and learner on one GPU), or
-    broadcast by learner rank 0 to every engine: nccl between GPUs, gloo between hosts."""
+    """Weights by Ray's object store (shared memory on a node), by CUDA IPC (engine i, learner rank i and a share of the
+    reward workers on GPU i), or broadcast by learner rank 0 to every engine: nccl between GPUs, gloo between hosts."""
+    sleep: bool = False
+    """With ipc: engines leave the GPU while the learner works, and the learner's states while they sample."""
     threads: Natural = 0
     """Intra-op threads of each worker process; 0: on CUDA the cores of its node, shared with the other workers there;
     on the CPU those it claims."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from PIL import Image
 
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.logprobs import FlatLogprobs
 
+EnginePart = Literal["weights", "kv_cache"]
+"""A part of the engine that may be away from the GPU."""
 _DECODED_IMAGES = 32
 _SHUTDOWN_TIMEOUT_S = 1.0
 _NEXT_TO_NOTHING = 0.01
@@ -70,10 +72,10 @@ def environment(device: str, threads: int) -> dict[str, str]:
     }
 
 
-def engine_args(policy: PolicySpec, config: RolloutConfig) -> AsyncEngineArgs:
+def engine_args(policy: PolicySpec, config: RolloutConfig, sleeps: bool = False) -> AsyncEngineArgs:
     """Exactly what the engine is built with; the benchmark's bare engine takes the same.
 
-    `config` is one of `by_placement`.
+    `config` is one of `by_placement`. `sleeps`: it can leave the GPU for a while.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -90,6 +92,7 @@ def engine_args(policy: PolicySpec, config: RolloutConfig) -> AsyncEngineArgs:
         # vLLM does not start where less than this share is free, not even with a KV cache of a given size.
         gpu_memory_utilization=_NEXT_TO_NOTHING if config.kv_cache_mb else config.gpu_memory,
         enforce_eager=bool(config.enforce_eager),
+        enable_sleep_mode=sleeps,
         quantization="fp8_per_channel" if config.quantization else None,
         quantization_config={"ignore": list(_VISION_TOWERS)} if config.quantization else None,
         logprobs_mode="processed_logprobs",
@@ -137,10 +140,12 @@ def sampling_params(policy: PolicySpec, sampling: SamplingSpec, seed: int) -> Sa
 class RolloutEngine:
     """Call `start` first. All methods may run concurrently, except that updates must not overlap one another."""
 
-    def __init__(self, policy: PolicySpec, config: RolloutConfig, device: str, threads: int) -> None:
+    def __init__(
+        self, policy: PolicySpec, config: RolloutConfig, device: str, threads: int, sleeps: bool = False
+    ) -> None:
         self._created = time.monotonic()
         self._policy = policy
-        self._config = config
+        self._config, self._sleeps = config, sleeps
         os.environ.update(environment(device, threads))  # the actor owns its process
         self._images = ImageCache(fetch=fetch, capacity=_DECODED_IMAGES)
         self._decoder = ThreadPoolExecutor(max_workers=1)  # one, so that no image is decoded twice at once
@@ -158,7 +163,7 @@ class RolloutEngine:
         if self._config.quantization:
             check_fp8()
         self._tokenizer = AutoTokenizer.from_pretrained(self._policy.path)
-        self._engine = AsyncLLM.from_engine_args(engine_args(self._policy, self._config))
+        self._engine = AsyncLLM.from_engine_args(engine_args(self._policy, self._config, self._sleeps))
         self._watch = DeathWatch(self._engine)
         self._updates = WeightUpdates(self._engine, self._watch, self._config)
         await self._watch.or_death(self._updates.label(0), "starting")
@@ -214,6 +219,14 @@ class RolloutEngine:
         too long, EngineDead, and what vLLM raises for a parameter the model does not have.
         """
         return await self._updates.end(version, checksum)
+
+    async def sleep(self) -> None:
+        """Leave the GPU: the weights go to host memory, the KV cache is dropped. Nothing may be in flight."""
+        await self._watch.or_death(self._engine.sleep(level=1), "going to sleep")
+
+    async def wake(self, tags: Sequence[EnginePart]) -> None:
+        """Come back to the GPU with these parts; with the last of them sampling goes on."""
+        await self._watch.or_death(self._engine.wake_up(list(tags)), "waking up")
 
     async def shutdown(self) -> None:
         self._decoder.shutdown()

@@ -149,21 +149,14 @@ def test_buckets_arrive_by_broadcast_and_a_new_group_replaces_the_old() -> None:
     for scale in (1, 2):
         parameters = {name: parameter * scale for name, parameter in PARAMETERS.items()}
         store = open_store("127.0.0.1", 3, 20.0)
-        sender = Broadcast("gloo", lambda store=store: store, 0, 3, 20.0)  # type: ignore[misc]
+        sender = Broadcast(lambda store=store: store, 0, 3, 20.0, None)  # type: ignore[misc]
         for plan, flat in buckets(parameters, "gloo"):
             for receiver, inbox in enumerate(inboxes, start=1):
                 inbox.take("gloo", ("127.0.0.1", store.port, 3, receiver, 20.0), plan.nbytes, plan.slots)
             assert not inbox.all_arrived()
-            sender.send(flat).result(timeout=20)
+            sender.send(flat)()
         for inbox in inboxes:
             assert_holds(inbox, parameters)
             assert inbox.all_arrived()
             inbox.clear()
         sender.close()
-
-
-def test_a_receiver_that_does_not_join_a_broadcast_is_reported() -> None:
-    store = open_store("127.0.0.1", 2, 0.5)
-    sender = Broadcast("gloo", lambda: store, 0, 2, 0.5)
-    with pytest.raises(TimeoutError, match=r"not all of 1 engines joined the weight broadcast in 0.5 s"):
-        sender.send(torch.zeros(4, dtype=torch.uint8)).result(timeout=20)
