@@ -21,6 +21,7 @@ from perception.types import (
     UpdateReport,
     WeightBucket,
 )
+from rollout.defaults import by_placement
 from rollout.engine import EngineDead, RolloutEngine, failed_group, failed_trajectory
 from runtime.actors import ActorPool, Late, Limit, Slot, call, idlest
 from runtime.placement import Seat
@@ -48,6 +49,7 @@ class RolloutPool:
         resync: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         """One engine per seat."""
+        config = by_placement(config, placement)
         self._config, self._resync, self._resyncing, self._version = config, resync, asyncio.Lock(), 0
         self._limit = Limit(config.request_timeout_s, "rollout.request_timeout_s")
         self._patient = Limit(config.request_timeout_s + _GRACE_S, "rollout.request_timeout_s")
@@ -100,15 +102,17 @@ class RolloutPool:
         return other if own.revival is not None or queued else own
 
     def begin_update(self) -> tuple[str, ...]:
-        """The engines that will take the new weights, named so that a restarted one has a new name."""
+        """The workers that will take the new weights, engine by engine, those of a restarted one under new names."""
         self._updating, self._staged = self.actors.running(), []
-        return tuple(f"{slot.number}.{slot.restarts}" for slot in self._updating)
+        workers = range(self._config.tensor_parallel)
+        return tuple(f"{slot.number}.{slot.restarts}.{rank}" for slot in self._updating for rank in workers)
 
     async def stage(self, bucket: WeightBucket) -> None:
         """Give a bucket to the engines of `begin_update`, to hold while they sample. Its bytes are stored once."""
         shared = ray.put(bucket)
         self._staged.append(bucket.checksum)
-        calls = [call(RolloutEngine.stage, shared, receiver) for receiver in range(1, len(self._updating) + 1)]
+        workers = self._config.tensor_parallel
+        calls = [call(RolloutEngine.stage, shared, 1 + workers * number) for number in range(len(self._updating))]
         await self.actors.each(calls, self._patient, self._updating, f"staging weight bucket {len(self._staged)}")
 
     async def end_update(self, version: int) -> list[UpdateReport]:

@@ -51,14 +51,15 @@ class Reservation:
         remove_placement_group(self.placement_group)
 
 
-def share(placement: PlacementConfig, role: Role) -> Resources:
-    """CPUs and GPUs that one actor of this role claims."""
-    return {"CPU": getattr(placement, f"{role}_cpus"), "GPU": getattr(placement, f"{role}_gpus")}
+def share(placement: PlacementConfig, role: Role, tensor_parallel: int = 1) -> Resources:
+    """CPUs and GPUs that one actor of this role claims: an engine for each of its `rollout.tensor_parallel` workers."""
+    workers = tensor_parallel if role == "engine" else 1
+    return {"CPU": getattr(placement, f"{role}_cpus") * workers, "GPU": getattr(placement, f"{role}_gpus") * workers}
 
 
-def anywhere(placement: PlacementConfig, role: Role, count: int) -> list[Seat]:
+def anywhere(placement: PlacementConfig, role: Role, count: int, tensor_parallel: int = 1) -> list[Seat]:
     """Seats outside any reservation."""
-    own = share(placement, role)
+    own = share(placement, role, tensor_parallel)
     return [Seat(own["CPU"], own["GPU"]) for _ in range(count)]
 
 
@@ -75,6 +76,11 @@ def check_resources(config: Config) -> None:
     for role in ROLES:
         if not any(share(placement, role).values()):
             raise UserError(f"placement.{role}_cpus and placement.{role}_gpus are both 0: give one of them a share")
+    workers = config.rollout.tensor_parallel
+    whole = placement.device == "cpu" or (placement.engine_gpus == 1 and placement.transport != "ipc")
+    if workers > 1 and not whole:
+        cure = "set placement.engine_gpus=1 and placement.transport=nccl or store"
+        raise UserError(f"rollout.tensor_parallel={workers} needs a whole GPU for each worker and no CUDA IPC: {cure}")
     asked = _asked(config)
     if placement.transport == "ipc" and asked["GPU"] > 1:
         raise UserError(
@@ -96,7 +102,7 @@ def reserve(config: Config) -> Reservation:
     Raises UserError if the cluster has not granted them within `placement.start_timeout_s`.
     """
     placement, asked = config.placement, _asked(config)
-    claims = [(role, share(placement, role)) for role, count in _counts(config).items() for _ in range(count)]
+    claims = [(role, claim) for role, claim, count in _claims(config) for _ in range(count)]
     shared = placement.transport == "ipc"
     bundles = [asked] if shared else [claim for _, claim in claims]
     granted = placement_group([{k: v for k, v in b.items() if v} for b in bundles], strategy=placement.strategy)
@@ -120,16 +126,16 @@ def _await_grant(wanted: PlacementGroup, placement: PlacementConfig, asked: Reso
             warned = True
 
 
-def _counts(config: Config) -> dict[Role, int]:
-    return {"engine": config.rollout.engines, "reward": config.reward.workers, "learner": config.learner.ranks}
+def _claims(config: Config) -> list[tuple[Role, Resources, int]]:
+    """By role: the share of one actor, and how many there are."""
+    counts = {"engine": config.rollout.engines, "reward": config.reward.workers, "learner": config.learner.ranks}
+    return [(role, share(config.placement, role, config.rollout.tensor_parallel), counts[role]) for role in ROLES]
 
 
 def _asked(config: Config) -> Resources:
     """Everything together, rounded to Ray's own resolution, so that 0.1 + 0.2 does not ask for more than 0.3."""
-    return {
-        kind: round(sum(share(config.placement, role)[kind] * count for role, count in _counts(config).items()), 4)
-        for kind in ("CPU", "GPU")
-    }
+    claims = _claims(config)
+    return {kind: round(sum(claim[kind] * count for _, claim, count in claims), 4) for kind in ("CPU", "GPU")}
 
 
 def _shortage(

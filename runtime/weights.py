@@ -4,6 +4,7 @@ The learner's end (`learner.weights`) plans buckets, fills them and hands them o
 (`rollout.worker_extension`) takes them into an `Inbox`. Both ends sum up what they hold with `checksum`.
 """
 
+import math
 import pickle
 import re
 import shutil
@@ -74,7 +75,24 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
     al., 2014, "Fast splittable pseudorandom number generators"), so that errors cannot be expected to cancel. Rows of
     zeros count nothing: an engine may pad with them.
     """
-    return total(_weighted_sum(name, tensor.detach()) for name, tensor in tensors)
+    return total(shard_sum(name, tensor) for name, tensor in tensors)
+
+
+def shard_sum(name: str, shard: Tensor, *, column: int = 0, copy: int = 0, copies: int = 1) -> int:
+    """What a shard of a tensor adds to the `checksum` of the whole, mod 2**64.
+
+    `column`: the number of its first column. Where `copies` workers hold the same shard it counts `copies` times in
+    copy 0 and -1 times in the others: equal copies add up to one, and one that differs shows.
+    """
+    rows = shard.detach().reshape(len(shard) if shard.ndim > 1 else -1, math.prod(shard.shape[1:]))
+    columns = rows.view(_INTEGERS[shard.element_size()]).sum(0, dtype=torch.int64).cpu().numpy()
+    seed = zlib.crc32(" ".join(re.findall(r"\d+", name)).encode())
+    numbers = np.arange(column + 1, column + len(columns) + 1, dtype=np.uint64)
+    mixed = (numbers + np.uint64(seed << 32)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    weights = (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
+    return int((columns.astype(np.uint64) * weights).sum()) * (-1 if copy else copies)
 
 
 def total(sums: Iterable[int]) -> int:
@@ -215,17 +233,6 @@ class Inbox:
             store = partial(join_store, host, port, world, timeout_s)
             self._broadcasts = {membership: Broadcast(transport, store, receiver, world, timeout_s)}
         return self._broadcasts[membership]
-
-
-def _weighted_sum(name: str, tensor: Tensor) -> int:
-    rows = tensor.reshape(len(tensor), -1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
-    columns = rows.view(_INTEGERS[tensor.element_size()]).sum(0, dtype=torch.int64).cpu().numpy()
-    seed = zlib.crc32(" ".join(re.findall(r"\d+", name)).encode())
-    mixed = (np.arange(1, len(columns) + 1, dtype=np.uint64) + np.uint64(seed << 32)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    weights = (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
-    return int((columns.astype(np.uint64) * weights).sum())
 
 
 def _aligned(offset: int) -> int:

@@ -111,11 +111,25 @@ def check_settings(config: Config) -> None:
         raise UserError(f"{lengths}; raise max_model_len")
     if config.model.shape not in (None, *(shapes := sorted(path.stem for path in CONF.glob("shape/*.yaml")))):
         raise UserError(f"model.shape={config.model.shape}: unknown; there are {', '.join(shapes)}")
+    if rollout.quantization:
+        check_quantization(config)
     if not config.reward.components and not config.reward.ranked:
         raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
     check_registered(config)
     if config.wandb.mode == "online" and not logged_in():
         raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use wandb.mode=auto")
+
+
+def check_quantization(config: Config) -> None:
+    """Nothing is asked of an engine in fp8 that it cannot do."""
+    dtype, rank = config.model.dtype, config.learner.lora.rank
+    refused = {
+        f"model.dtype={dtype}, where vLLM wants bfloat16": dtype != "bfloat16",
+        f"learner.lora.rank={rank}, which sends parts of a layer where vLLM wants all of it": rank > 0,
+        "learner.checksum=true: rounded weights have another sum": config.learner.checksum,
+    }
+    if found := [what for what, is_so in refused.items() if is_so]:
+        raise UserError(f"rollout.quantization={config.rollout.quantization} with {found[0]}; change one of the two")
 
 
 def check_registered(config: Config) -> None:
@@ -190,6 +204,10 @@ def check_family(config: Config) -> None:
         raise UserError(f"look=relook: {kind} sees one image otherwise than two; take look=none or look=inline")
     if config.learner.checksum and engine_renames(kind, tower):
         raise UserError(f"learner.checksum=true: the engine leaves weights out that {kind} does not use; take false")
+    heads = settings.get("text_config", settings).get("num_attention_heads", 0)
+    if heads % config.rollout.tensor_parallel:
+        workers = f"rollout.tensor_parallel={config.rollout.tensor_parallel}"
+        raise UserError(f"{workers} does not divide the {heads} attention heads of model.path={config.model.path}")
     if config.model.answer_frame == "resized" and not family.native:
         raise UserError(f"model.answer_frame=resized: {kind} has no such frame; take model.answer_frame=thousand")
 

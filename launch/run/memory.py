@@ -27,8 +27,9 @@ from learner.head import CHUNK_LOGITS
 from learner.policy import choose_trained
 from learner.weights import weights
 from perception.config import Config, LearnerConfig, ModelConfig
+from rollout.defaults import by_placement
 from runtime.cluster import cluster_address, local_gpus
-from runtime.placement import share
+from runtime.placement import Role, share
 
 GIB = 1 << 30
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
@@ -62,6 +63,8 @@ class Layers:
     """Numbers of a token between two layers."""
     width: int
     """Inputs and outputs of a layer's linear maps, all together."""
+    weights: int
+    """Of a layer's linear maps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +124,7 @@ def table(places: Sequence[Room]) -> str:
     for room in places:
         has = "?" if room.has is None else f"{room.has:.1f}"
         lines.append(f"{room.total:7.1f} of {has:>6}  {room.name}")
-        for actor, terms in room.needs.items() if len(room.parts) > 1 else ():
+        for actor, terms in room.needs.items() if room.name.startswith(("GPU", "host")) else ():
             said = ", ".join(
                 f"{name} {value:.1f}".replace(" ", "\xa0") for name, value in terms.items() if value >= 0.05
             )
@@ -206,8 +209,9 @@ def measure(model: ModelConfig, learner: LearnerConfig) -> Size:
 def _layers(modules: list[nn.Module]) -> Layers:
     linears = [[one for one in module.modules() if isinstance(one, nn.Linear)] for module in modules]
     widths = [sum(one.in_features + one.out_features for one in layer) for layer in linears]
+    products = [sum(one.in_features * one.out_features for one in layer) for layer in linears]
     hidden = max((layer[0].in_features for layer in linears if layer), default=0)
-    return Layers(count=len(modules), hidden=hidden, width=max(widths, default=0))
+    return Layers(count=len(modules), hidden=hidden, width=max(widths, default=0), weights=max(products, default=0))
 
 
 def learner(size: Size, config: Config) -> Terms:
@@ -234,9 +238,10 @@ def learner(size: Size, config: Config) -> Terms:
 def _activations(size: Size, config: Config) -> float:
     """Bytes kept for the backward pass of a micro-batch, at most; answers are taken for half of `max_new_tokens`."""
     settings, rollout = config.learner, config.rollout
+    tokens = max(settings.micro_tokens, rollout.max_model_len)  # no trajectory is cut
     answers = config.algorithm.group_size if settings.rows == "packed" else 1
     prompt = rollout.max_model_len - rollout.max_new_tokens
-    patches = 4 * settings.micro_tokens * prompt / (prompt + answers * rollout.max_new_tokens / 2)
+    patches = 4 * tokens * prompt / (prompt + answers * rollout.max_new_tokens / 2)
     whole = {"off": 1.0, "selective": 0.5, "on": 0.0}[settings.checkpointing]
 
     def kept(layers: Layers, count: int) -> float:
@@ -244,15 +249,22 @@ def _activations(size: Size, config: Config) -> float:
         return layers.hidden * count + KEPT * layers.width * (whole * count + 1)
 
     tower = 0 if settings.freeze_vision or settings.lora.rank else size.vision.count
-    numbers = settings.micro_tokens * kept(size.text, size.text.count) + patches * kept(size.vision, tower)
+    numbers = tokens * kept(size.text, size.text.count) + patches * kept(size.vision, tower)
     return numbers * _bytes(config)
 
 
 def engine(size: Size, config: Config, memory: float | None) -> Terms:
-    """`gpu_memory` is a share of all the `memory` of its device; `kv_cache_mb` comes on top of the rest."""
-    rollout, cuda = config.rollout, config.placement.device == "cuda"
-    work = (ENGINE_WORK + (0 if rollout.enforce_eager else GRAPHS)) * cuda
-    fixed = _gib(weights=size.parameters * _bytes(config), work=work * GIB, context=_context(config))
+    """On the GPU of each of its workers, or in its process on the CPU.
+
+    `gpu_memory` is a share of all the `memory` of its device; `kv_cache_mb` comes on top of the rest.
+    """
+    rollout, number, cuda = by_placement(config.rollout, config.placement), _bytes(config), _context(config) > 0
+    text = size.text.count * size.text.weights
+    weights = (size.parameters - text) * number + text * (
+        1 if rollout.quantization else number
+    ) / rollout.tensor_parallel
+    work = (ENGINE_WORK + (0 if rollout.enforce_eager else GRAPHS)) * GIB * cuda
+    fixed = _gib(weights=weights, work=work, context=_context(config))
     left = rollout.gpu_memory * (memory or 0.0) - sum(fixed.values())
     return fixed | {"KV cache": rollout.kv_cache_mb / 1024 or max(0.0, left)}
 
@@ -281,28 +293,30 @@ def host(size: Size, config: Config) -> Terms:
 
 
 def rooms(size: Size, config: Config, machine: Machine) -> list[Room]:
-    """Every kind of GPU, an engine's KV cache, the host and the disk, with what they must hold."""
-    cuda, counts = config.placement.device == "cuda", _counts(config)
-    actors = {
-        "learner": learner(size, config),
-        "engine": engine(size, config, machine.gpu if cuda else machine.host),
-        "reward": segmenter(config),
-    }
-    longest = _gib(trajectory=config.rollout.max_model_len * size.key_value * _bytes(config))
-    files = _gib(checkpoints=CHECKPOINTS * (size.parameters * _bytes(config) + 12 * size.trained))
-    gpus = [{role: _times(actors[role], n) for role, n in held.items()} for held in _gpus(config)]
-    on_host = {} if cuda else {role: _times(actors[role], n) for role, n in counts.items()}
+    """Every kind of GPU and the shares of it, an engine's KV cache, the host and the disk, with what they must hold."""
+    cuda, counts, number = config.placement.device == "cuda", _counts(config), _bytes(config)
+    memory = machine.gpu if cuda else machine.host
+    actors: dict[Role, Terms] = {"learner": learner(size, config), "engine": engine(size, config, memory)}
+    actors["reward"] = segmenter(config)
+    needs = [
+        {role: {term: n * value for term, value in actors[role].items()} for role, n in held.items()}
+        for held in (_gpus(config) if cuda else [counts])
+    ]
+    gpus = [Room(f"GPU of {' + '.join(own)}", own, memory) for own in needs if cuda]
+    for role in ("learner", "reward"):  # the engine's is `rollout.gpu_memory`
+        if 0 < (part := share(config.placement, role)["GPU"]) < 1:
+            gpus.append(Room(f"placement.{role}_gpus={part:g}", {role: actors[role]}, memory and part * memory))
+    one = _gib(trajectory=config.rollout.max_model_len * size.key_value * number)
+    files = _gib(checkpoints=CHECKPOINTS * (size.parameters * number + 12 * size.trained))
     return [
-        *(Room(f"GPU of {' + '.join(needs)}", needs, machine.gpu) for needs in gpus),
-        Room(
-            "KV cache of an engine", {"one": longest}, actors["engine"]["KV cache"] if machine.gpu or not cuda else None
-        ),
-        Room("host", on_host | {"run": host(size, config)}, machine.host),
+        *gpus,
+        Room("KV cache", {"one": one}, memory and actors["engine"]["KV cache"]),
+        Room("host", {"run": host(size, config)} | ({} if cuda else needs[0]), machine.host),
         Room("disk", {"run": files}, machine.disk),
     ]
 
 
-def _gpus(config: Config) -> Iterator[dict[str, int]]:
+def _gpus(config: Config) -> Iterator[dict[Role, int]]:
     """Actors of each kind of GPU: with a whole one, an actor has it to itself; the others fill theirs evenly."""
     counts = _counts(config)
     shares = {role: share(config.placement, role)["GPU"] for role in counts}
@@ -313,12 +327,8 @@ def _gpus(config: Config) -> Iterator[dict[str, int]]:
         yield {role: math.ceil(counts[role] / gpus) for role in parts}
 
 
-def _counts(config: Config) -> dict[Any, int]:
+def _counts(config: Config) -> dict[Role, int]:
     return {"learner": config.learner.ranks, "engine": config.rollout.engines, "reward": config.reward.workers}
-
-
-def _times(terms: Terms, count: int) -> Terms:
-    return {name: count * value for name, value in terms.items()}
 
 
 def _bytes(config: Config) -> int:

@@ -21,7 +21,9 @@ from runtime.weights import (
     fill,
     open_store,
     plan_buckets,
+    shard_sum,
     shared_file,
+    total,
     view,
 )
 
@@ -90,6 +92,27 @@ def test_the_checksum_tells_elements_columns_layers_and_every_bit_apart() -> Non
             sums.add(checksum([("layers.0.w", bits.view(torch.bfloat16))]))
     # Flips of one bit up and the same bit down in another row and column must not meet either.
     assert len(sums) == 3 + 2 * 15
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.data())
+def test_the_shards_of_all_workers_add_up_to_the_checksum_and_no_copy_may_differ(
+    workers: int, height: int, copies: int, data: st.DataObject
+) -> None:
+    """A grid of shards by rows or by columns, each of them held by as many workers as there are copies."""
+    whole = torch.randn(height * workers, 2 * workers)
+    by_columns = data.draw(st.booleans())
+    shards = [shard.clone() for shard in whole.chunk(workers, dim=int(by_columns)) for _ in range(copies)]
+
+    def added() -> int:
+        places = [(2 * (i // copies) if by_columns else 0, i % copies) for i in range(len(shards))]
+        sums = zip(shards, places, strict=True)
+        return total(
+            shard_sum("l.1.w", shard, column=column, copy=copy, copies=copies) for shard, (column, copy) in sums
+        )
+
+    assert added() == checksum([("l.1.w", whole)])
+    shards[data.draw(st.integers(0, len(shards) - 1))][-1, -1] += 1
+    assert added() != checksum([("l.1.w", whole)])
 
 
 def buckets(parameters: dict[str, Tensor], transport: str) -> Iterator[tuple[WeightBucket, Tensor]]:
