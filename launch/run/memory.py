@@ -27,8 +27,8 @@ from learner.policy import choose_trained
 from learner.weights import weights
 from perception.config import Config, LearnerConfig, ModelConfig
 from rollout.defaults import by_placement
-from runtime import machine
 from runtime.cluster import cluster_address, local_gpus
+from runtime.machine import memory as usable_memory
 from runtime.placement import Role, share
 
 GIB = 1 << 30
@@ -172,7 +172,7 @@ def this_machine(config: Config) -> Machine:
     output = Path(config.run.output).absolute()
     return Machine(
         gpu=min(gpus) / GIB if gpus else None,
-        host=machine.memory() / GIB if cluster_address() is None else None,
+        host=usable_memory() / GIB if cluster_address() is None else None,
         disk=shutil.disk_usage(next(path for path in (output, *output.parents) if path.exists())).free / GIB,
     )
 
