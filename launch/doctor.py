@@ -20,6 +20,7 @@ from rich.text import Text
 
 from launch.record.environment import PACKAGES, gpus, version_of
 from runtime.cluster import cpus
+from runtime.machine import memory, requirements
 
 _ROOT = Path(__file__).resolve().parents[1]
 _GIB = 1 << 30
@@ -42,10 +43,11 @@ def examine() -> Iterator[Finding]:
     """Every finding, cheapest first."""
     yield _python()
     yield from _versions()
+    for one in requirements(_kind()):
+        yield Finding("ok", one.subject, one.found) if one.found else Finding("fail", one.subject, one.cure)
     yield _enough("cpus", cpus(), 2, "", "lower placement.*_cpus and expect the demo to be slow")
     yield _gpus()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
-    yield _enough("memory", memory, _MEMORY_GIB, " GiB", "close other programs")
+    yield _enough("memory", memory() / _GIB, _MEMORY_GIB, " GiB", "close other programs")
     yield _free("shared memory", Path("/dev/shm"), _SHARED_MEMORY_GIB, "start the container with --shm-size=4g")
     yield _free("disk", Path.cwd(), _DISK_GIB, "make room, or set run.output to another disk")
     address = os.environ.get("RAY_ADDRESS")
@@ -55,10 +57,14 @@ def examine() -> Iterator[Finding]:
 
 def tested_versions() -> dict[str, str]:
     """The set this program was tested with, as `constraints/` pins it: CUDA's where vLLM for CUDA is installed."""
-    flavour = "cuda" if version_of("vllm") else "cpu"
-    lines = (_ROOT / "constraints" / f"{flavour}.txt").read_text(encoding="utf-8").splitlines()
+    lines = (_ROOT / "constraints" / f"{_kind()}.txt").read_text(encoding="utf-8").splitlines()
     pins = (line.partition("#")[0].strip().partition("==") for line in lines)
     return {name: version for name, _, version in pins if version}
+
+
+def _kind() -> str:
+    """The set that is installed: `cpu` or `cuda`."""
+    return "cuda" if version_of("vllm") else "cpu"
 
 
 def _python() -> Finding:

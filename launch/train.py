@@ -3,7 +3,7 @@
 python -m launch.train recipe=quickstart learner.lr=2e-5
 python -m launch.train --multirun recipe=quickstart learner.lr=2e-5,5e-5
 python -m launch.train recipe=quickstart run.resume=quickstart
-ray job submit --working-dir . -- python -m launch.train recipe=quickstart
+ray job submit --working-dir . -- python -m launch.train recipe=quickstart run.output=/shared/runs
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from launch.record.progress import Progress
 from launch.record.recorder import Recorder
 from launch.record.summary import show
 from launch.report import write_report
-from launch.run.checks import check, toy_settings
+from launch.run.checks import check_files, check_machine, toy_settings
 from launch.run.config import entry
 from launch.run.prepare import prepare
 from launch.run.session import Session
@@ -33,8 +33,9 @@ async def train(run: Session) -> None:
 
 
 def run(config: Config) -> None:
+    check_machine(config, say=print)
     prepare(config, say=print)
-    samples, held_out = check(config)
+    samples, held_out = check_files(config)
     for warning in toy_settings(config):
         print(f"warning: {warning}")
     state = RunState.resume(config, samples) if config.run.resume else RunState.fresh(config, samples)
@@ -43,7 +44,7 @@ def run(config: Config) -> None:
         Recorder(config, resume_step=state.step if config.run.resume else None) as recorder,
         Progress(config.algorithm.steps) as progress,
     ):
-        session = Session(config, samples, held_out, state, System(config), recorder, progress)
+        session = Session(config, samples, held_out, state, System(config, recorder.run_dir), recorder, progress)
         asyncio.run(session.run(train))
     report = write_report(recorder.run_dir)
     show(recorder.run_dir)

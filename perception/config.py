@@ -296,7 +296,8 @@ class PlacementConfig:
     sleep: bool = False
     """With ipc: engines leave the GPU while the learner works, and the learner's states while they sample."""
     threads: Natural = 0
-    """Intra-op threads of each worker process; 0: the library's default."""
+    """Intra-op threads of each worker process; 0: on CUDA the cores of its node, shared with the other workers there;
+    on the CPU those it claims."""
     start_timeout_s: Rate = 300.0
     """How long to wait for the cluster to grant the placement, and for a reward worker to be ready."""
 
@@ -313,7 +314,7 @@ class WandbConfig:
 class RunConfig:
     name: str = "run"
     output: str = "runs"
-    """The run's directory is `<output>/<name>/`. On a cluster: a path every node's driver can reach."""
+    """The run's directory is `<output>/<name>/`. On a cluster: an absolute path that every node shares."""
     seed: int = 42
     """Seed of data order, sampling and everything else that is drawn."""
     resume: str | None = None

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import warnings
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ import ray
 from perception.config import PlacementConfig
 from perception.errors import UserError
 from perception.registry import PLUGINS, find_plugins
+from runtime.machine import memory
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCAL_OBJECT_STORE_BYTES = 1 << 30
+_SMALLEST_STORE = 1 << 30
 CONNECT_TIMEOUT_S = 10.0
 
 KEEP_FREED_MEMORY = {
@@ -44,7 +46,9 @@ def connect(placement: PlacementConfig, plugins: Sequence[str] = ()) -> None:
     workers: dict[str, Any] = {"env_vars": _worker_env(placement, files)}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": workers}
     if address is None:
-        options |= {"num_cpus": cpus(), "object_store_memory": LOCAL_OBJECT_STORE_BYTES, "include_dashboard": False}
+        shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+        store = object_store_bytes(memory(), shared)
+        options |= {"num_cpus": cpus(), "object_store_memory": store, "include_dashboard": False}
         workers["worker_process_setup_hook"] = f"{__name__}.{leave_terminal.__name__}"
     else:
         _require_listener(address)
@@ -59,6 +63,15 @@ def connect(placement: PlacementConfig, plugins: Sequence[str] = ()) -> None:
             raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there; unset it to run locally") from error
 
 
+def object_store_bytes(memory: int, shared: int) -> int:
+    """Size of Ray's object store: 30 % of the memory, as Ray's own default, but no more than half of what is free in
+    /dev/shm, where weights on their way to an engine stand too.
+
+    1 GiB at least, four weight buckets; where /dev/shm is smaller, Ray takes a folder on disk.
+    """
+    return max(_SMALLEST_STORE, min(memory * 3 // 10, shared // 2))
+
+
 def leave_terminal() -> None:
     """Run in every local worker: Ctrl-C is for the controller, which ends the run after its step."""
     os.setpgrp()
@@ -67,6 +80,11 @@ def leave_terminal() -> None:
 def cluster_address() -> str | None:
     """Address of the cluster to join; None: the run starts a Ray of its own."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+def submitted() -> dict[str, Any]:
+    """The runtime environment with which this program was submitted as a job; empty where it was not."""
+    return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
 
 
 def _require_listener(address: str) -> None:
@@ -91,7 +109,6 @@ def local_gpus() -> int:
 
 def _worker_env(placement: PlacementConfig, plugins: Sequence[Path]) -> dict[str, str]:
     """Environment of every worker process. What the job was submitted with stays: Ray refuses to merge a clash."""
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
     env = {
         PLUGINS: os.environ[PLUGINS],
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
@@ -101,7 +118,7 @@ def _worker_env(placement: PlacementConfig, plugins: Sequence[Path]) -> dict[str
         env["OMP_NUM_THREADS"] = str(placement.threads)
     if placement.device == "cpu":
         env |= KEEP_FREED_MEMORY
-    if "working_dir" not in submitted:
+    if "working_dir" not in submitted():
         folders = (ROOT, *(plugin.parent for plugin in plugins), os.environ.get("PYTHONPATH"))
         env["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in folders if folder)
-    return {name: value for name, value in env.items() if name not in submitted.get("env_vars", {})}
+    return {name: value for name, value in env.items() if name not in submitted().get("env_vars", {})}

@@ -3,12 +3,18 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from perception.config import Config, PlacementConfig
@@ -32,12 +38,16 @@ class Seat:
     gpus: float
     placement_group: PlacementGroup | None = None
     bundle: int = -1
+    threads: int = 0
+    """Intra-op threads of its process; 0: as the cluster is set up."""
 
     def options(self) -> dict[str, Any]:
         """Options as `ray.remote(...).options` takes them."""
         options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         if self.placement_group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.placement_group, self.bundle)
+        if self.threads:  # else Ray sets it to the actor's CPUs
+            options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(self.threads)}}
         return options
 
 
@@ -47,7 +57,9 @@ class Reservation:
 
     placement_group: PlacementGroup
     seats: dict[Role, list[Seat]]
-    """One for each actor of the role."""
+    """One for each actor of the role; learner ranks follow one another by node."""
+    nodes: frozenset[str]
+    """Ids of the nodes that the seats are on."""
 
     def free(self) -> None:
         """Give everything back; actors still sitting in the bundles are killed by Ray."""
@@ -140,11 +152,48 @@ def reserve(config: Config) -> Reservation:
     placement, asked = config.placement, _asked(config)
     granted = placement_group([{k: v for k, v in one.items() if v} for one in asked], strategy=placement.strategy)
     _await_grant(granted, placement, _total(asked))
+    on = placement_group_table(granted)["bundles_to_node_id"]
+    nodes, planned = [on[number] for number in range(len(asked))], _bundles(config)
+    ranks = [number for number, claims in enumerate(planned) if "learner" in dict(claims)]
+    places = gathered(asked, ranks, nodes)
+    seated = [(role, claim, place) for claims, place in zip(planned, places, strict=True) for role, claim in claims]
+    threads = [0] * len(seated)
+    if placement.device == "cuda" and not placement.threads:
+        threads = fair_threads([nodes[place] for *_, place in seated], _cores())
     seats: dict[Role, list[Seat]] = {role: [] for role in ROLES}
-    for number, bundle in enumerate(_bundles(config)):
-        for role, claim in bundle:
-            seats[role].append(Seat(claim["CPU"], claim["GPU"], granted, number))
-    return Reservation(granted, seats)
+    for (role, claim, place), own in zip(seated, threads, strict=True):
+        seats[role].append(Seat(claim["CPU"], claim["GPU"], granted, place, own))
+    return Reservation(granted, seats, frozenset(nodes))
+
+
+def gathered(planned: Sequence[Resources], ranks: Sequence[int], nodes: Sequence[str]) -> list[int]:
+    """The granted bundle for each planned one: learner ranks sit on as few nodes as can be, in order of node.
+
+    Ray says only which bundle it put on which of the `nodes`; bundles that hold as much may change places.
+    ranks: the planned bundles of learner ranks, by rank.
+    """
+    place = list(range(len(planned)))
+    for size in (one for number, one in enumerate(planned) if one not in planned[:number]):
+        alike = [number for number, one in enumerate(planned) if one == size]
+        first = [number for number in ranks if planned[number] == size]
+        there = Counter(nodes[bundle] for bundle in alike)
+        by_node = sorted(alike, key=lambda bundle: (-there[nodes[bundle]], nodes.index(nodes[bundle])))
+        taken, left = by_node[: len(first)], sorted(by_node[len(first) :])
+        others = [number for number in alike if number not in first]
+        for number, bundle in zip([*first, *others], [*taken, *left], strict=True):
+            place[number] = bundle
+    return place
+
+
+def fair_threads(nodes: Sequence[str], cores: Mapping[str, float]) -> list[int]:
+    """Threads for each actor, by the node it is on: the node's cores shared among its actors, at least one."""
+    actors = Counter(nodes)
+    return [max(1, int(cores[node]) // actors[node]) for node in nodes]
+
+
+def _cores() -> dict[str, float]:
+    """CPUs of every node of the cluster."""
+    return {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes()}
 
 
 def _await_grant(wanted: PlacementGroup, placement: PlacementConfig, asked: Resources) -> None:

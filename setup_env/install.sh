@@ -4,7 +4,10 @@ set -euo pipefail
 python=$1 kind=$2
 pins=constraints/$kind.txt
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-export SAM2_BUILD_CUDA=0 DS_BUILD_OPS=0 # neither then compiles anything
+# Neither then compiles anything, and deepspeed asks no GPU it may find for a CUDA toolkit.
+export SAM2_BUILD_CUDA=0 DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1
+
+"$python" -m runtime.machine "$kind"
 
 # An environment of the other kind, or one left half made, is no start.
 if [ "$(cat .venv/kind 2>/dev/null || echo "$kind")" != "$kind" ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
@@ -21,7 +24,3 @@ install --no-deps --no-build-isolation -r <(grep -E '^(deepspeed|sam2)==' "$pins
 cp setup_env/torchvision_cpu_ops.{py,pth} "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 install --no-deps --no-build-isolation --editable .
 .venv/bin/python -c 'import torch, torchvision'
-if [ "$kind" = cpu ] && ! .venv/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
-  echo "make setup: vLLM on the CPU needs the system library libnuma.so.1 (Debian, Ubuntu: apt-get install libnuma1)" >&2
-  exit 2
-fi

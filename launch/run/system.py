@@ -11,6 +11,7 @@ import ray
 
 from launch.record.look_file import read_look, write_look
 from launch.run.looking import Asked, Looking
+from launch.run.nodes import check_nodes
 from launch.run.prompts import PromptMaker, prompt_seed, read_policy_spec
 from learner.pool import LearnerPool
 from perception.calibration import Calibrator
@@ -19,6 +20,7 @@ from perception.types import Group, LookState, Prompt, Sample, SamplingSpec
 from reward_workers.pool import RewardPool
 from rollout.pool import RolloutPool
 from runtime import placement
+from runtime.cluster import cluster_address
 from runtime.objects import ImageStore
 
 
@@ -35,7 +37,11 @@ class Sync:
 class System:
     """The workers of one run. `start` before anything else, `shutdown` at the end whatever happened."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, run_dir: Path | None = None) -> None:
+        """Reserves the seats. `run_dir` is where the learner will write; on a cluster every node must see it.
+
+        Raises UserError where the cluster has too little, or a node misses a file.
+        """
         self.config = config
         self.version = 0
         """Version of the weights that the engines sample from: the training step that made them."""
@@ -47,11 +53,17 @@ class System:
         self._prompts = PromptMaker(config.model, config.task)
         self._images = ImageStore()
         self._reservation = placement.reserve(config)
+        model, files = config.model, {"model.path": self.policy.path}
+        if not model.segmenter.startswith("random:"):
+            files["model.segmenter"] = str(Path(model.segmenter).resolve())
+            model = replace(model, segmenter=files["model.segmenter"])
+        if cluster_address() is not None:
+            check_nodes(self._reservation.nodes, files, run_dir, config.placement.start_timeout_s)
         seats, deterministic = self._reservation.seats, config.run.deterministic
         # What vLLM computes beside a sequence changes the last bits of its log-probs; alone, it always gets the same.
         rollout = replace(config.rollout, max_num_seqs=1) if deterministic else config.rollout
         self.engines = RolloutPool(self.policy, rollout, config.placement, seats["engine"], self.resync)
-        self.rewards = RewardPool(config.reward, config.look, config.model, config.placement, seats["reward"])
+        self.rewards = RewardPool(config.reward, config.look, model, config.placement, seats["reward"])
         self.looking = Looking(self.engines, self.rewards, self._prompts, config.look, at_once=int(deterministic))
         self.learner = LearnerPool(
             self.policy,

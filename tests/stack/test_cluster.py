@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import ray
 from safetensors.numpy import load_file
 
+from launch.run import nodes
 from perception.config import AlgorithmConfig, Config, LearnerConfig, PlacementConfig
 from perception.errors import UserError
 from runtime import cluster, placement
@@ -36,20 +38,20 @@ def settings(where: PlacementConfig = HALF, ranks: int = 2) -> Config:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[RayCluster]:
+def raylets() -> Iterator[RayCluster]:
     with two_nodes(cpus=(1, 1)) as running:
         yield running
 
 
 @pytest.fixture
-def joined(nodes: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+def joined(raylets: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RAY_ADDRESS", raylets.address)
     cluster.connect(HALF)
     yield
     ray.shutdown()
 
 
-def test_a_submitted_program_joins_the_cluster_with_the_repository_on_every_node(nodes: RayCluster) -> None:
+def test_a_submitted_program_joins_the_cluster_with_the_repository_on_every_node(raylets: RayCluster) -> None:
     program = "; ".join(  # in single quotes: the shell has the double ones
         [
             "import ray",
@@ -60,17 +62,17 @@ def test_a_submitted_program_joins_the_cluster_with_the_repository_on_every_node
             "task = ray.remote(num_cpus=1, scheduling_strategy='SPREAD')(where)",
             "seen = ray.get([task.remote() for _ in range(4)], timeout=60)",
             "print('nodes', len(ray.nodes()), 'cpus', ray.cluster_resources()['CPU'], 'uploaded', "
-            "all('working_dir_files' in path for path, _ in seen))",
+            "all('working_dir_files' in path for path, _ in seen), 'job', *cluster.submitted())",
         ]
     )
-    job = nodes.submit("python", "-c", program, timeout_s=120)
+    job = raylets.submit("python", "-c", program, timeout_s=120)
     assert job.returncode == 0, job.stdout + job.stderr
-    assert "nodes 2 cpus 2.0 uploaded True" in job.stdout
+    assert "nodes 2 cpus 2.0 uploaded True job working_dir" in job.stdout
 
 
-def test_a_run_with_a_package_from_elsewhere_is_submitted_as_a_job(nodes: RayCluster, tmp_path: Path) -> None:
+def test_a_run_with_a_package_from_elsewhere_is_submitted_as_a_job(raylets: RayCluster, tmp_path: Path) -> None:
     """It brings task, component, reader and loss, and writes where it was told; no file of this repository changes."""
-    job = nodes.submit("python", *plugin_run.arguments(tmp_path), timeout_s=400)
+    job = raylets.submit("python", *plugin_run.arguments(tmp_path), timeout_s=400)
     assert job.returncode == 0, job.stdout + job.stderr
     run = tmp_path / "runs" / "mine"
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -91,7 +93,7 @@ def test_a_run_with_a_package_from_elsewhere_is_submitted_as_a_job(nodes: RayClu
     assert np.mean([not np.array_equal(before[name], trained[name]) for name in before]) > 0.9
 
 
-def test_both_nodes_listen_on_loopback_only(nodes: RayCluster) -> None:
+def test_both_nodes_listen_on_loopback_only(raylets: RayCluster) -> None:
     found = listeners()
     assert sum("/raylet " in one[0] for one in found) >= 2
     assert outside(found) == set()
@@ -106,15 +108,63 @@ def bundles(reservation: placement.Reservation) -> tuple[list[int], ...]:
 
 def test_a_reservation_spreads_over_the_nodes_and_is_given_back(joined: None) -> None:
     reservation = placement.reserve(settings())
-    assert bundles(reservation) == ([0], [1], [2, 3])
+    engine, reward, learner = bundles(reservation)
+    assert sorted([*engine, *reward, *learner]) == [0, 1, 2, 3]
     assert all((seat.cpus, seat.gpus) == (0.5, 0.0) for seat in reservation.seats["engine"])
     placed = ray.util.placement_group_table(reservation.placement_group)["bundles_to_node_id"]
-    assert sorted(placed) == [0, 1, 2, 3]
-    assert len(set(placed.values())) == 2  # four halves do not fit on a node of one CPU
+    assert len(reservation.nodes) == 2  # four halves do not fit on a node of one CPU
+    assert {placed[bundle] for bundle in learner} | {
+        placed[bundle] for bundle in [*engine, *reward]
+    } == reservation.nodes
+    assert len({placed[bundle] for bundle in learner}) == 1
     with pytest.raises(UserError, match=r"asks for 2 CPUs, the cluster has 2 CPUs \(0 CPUs free\)"):
         placement.reserve(settings(dataclasses.replace(HALF, start_timeout_s=0.5)))
     reservation.free()
     placement.reserve(settings(dataclasses.replace(HALF, start_timeout_s=30.0))).free()
+
+
+def test_a_worker_on_cuda_has_its_share_of_the_cores_as_threads(joined: None) -> None:
+    """Ray would give it one thread, and a host's AdamW would run on that."""
+    reservation = placement.reserve(settings(dataclasses.replace(HALF, device="cuda"), ranks=1))
+    threads = [seat.threads for seats in reservation.seats.values() for seat in seats]
+    assert threads == [1, 1, 1]  # nodes of one core
+    seat = dataclasses.replace(reservation.seats["learner"][0], threads=3)
+    environment = ray.remote(lambda: dict(os.environ)).options(**seat.options()).remote()
+    seen = ray.get(environment, timeout=60)
+    assert seen["OMP_NUM_THREADS"] == "3"
+    assert seen["PYTHONPATH"].split(os.pathsep)[0] == str(cluster.ROOT)  # the rest of the environment is as it was
+    reservation.free()
+
+
+def test_every_node_must_see_the_files_of_a_run(joined: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [node["NodeID"] for node in ray.nodes()]
+    models = {
+        "model.path": str(cluster.ROOT / "assets/policy"),
+        "model.segmenter": str(cluster.ROOT / "assets/segmenter"),
+    }
+    nodes.check_nodes(both, models, tmp_path, 60.0)
+    assert not list(tmp_path.iterdir())
+    folder = os.open(tmp_path, os.O_RDONLY)
+    here_only = {"model.segmenter": f"/proc/self/fd/{folder}"}  # another file, or none, in any other process
+    assert Path(here_only["model.segmenter"]).exists()
+    with pytest.raises(
+        UserError, match=rf"node \S+ \(127\.0\.0\.1\) does not see model\.segmenter=/proc/self/fd/{folder}: "
+    ):
+        nodes.check_nodes(both, models | here_only, tmp_path, 60.0)
+    os.close(folder)
+
+    def on_one(wanted: dict[str, str]) -> list[str]:  # as a machine would that shares no file system
+        return [] if ray.get_runtime_context().get_node_id() == both[0] else [f"run.output={wanted['run.output']}"]
+
+    monkeypatch.setattr(nodes, "unseen", on_one)
+    nodes.check_nodes(both[:1], models, tmp_path, 60.0)
+    with pytest.raises(UserError, match=rf"does not see run\.output={tmp_path}/\.token-"):
+        nodes.check_nodes(both, models, tmp_path, 60.0)
+    monkeypatch.setattr(nodes, "unseen", lambda wanted: time.sleep(60))
+    with pytest.raises(
+        UserError, match=r"did not say within 0\.5 s \(placement\.start_timeout_s\) whether it sees model\.p"
+    ):
+        nodes.check_nodes(both, models, None, 0.5)
 
 
 def test_a_shared_bundle_seats_everyone_together(joined: None) -> None:
