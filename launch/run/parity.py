@@ -12,7 +12,7 @@ from rollout.defaults import FP8_PARITY_LIMIT
 
 LIMITS = {"float32": 0.02, "bfloat16": 0.05, "fp8": FP8_PARITY_LIMIT}
 """Mean |log-prob difference| by the coarser format of the two. Computed in two ways, a random policy in bfloat16
-differs by 0.028 at the 3B shape on a GPU; either way, one of 36 layers is 0.027 from float32. Stale weights differ by 0.7."""
+differs by 0.028 at the 3B shape on a GPU; one of 36 layers is 0.027 from float32. Stale weights: 0.7."""
 
 
 def parity_limit(config: Config) -> float:
