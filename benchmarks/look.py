@@ -23,7 +23,7 @@ from scipy import stats
 
 from benchmarks.common import options, print_result
 from launch.run.calibrate import calibrate
-from launch.run.checks import MAIN, check
+from launch.run.checks import MAIN, check_files, check_machine
 from launch.run.command_line import told
 from launch.run.config import compose
 from launch.run.prepare import prepare
@@ -121,8 +121,9 @@ def main() -> None:
     own = ["recipe=quickstart", "look=relook", f"data.eval_samples={arguments.samples}", "run.name=look"]
     with told():
         config = compose([*own, *arguments.overrides])
+        check_machine(config, say=lambda text: None)
         prepare(config, say=lambda text: None)
-        train, held_out = check(config)
+        train, held_out = check_files(config)
     cluster.connect(config.placement)
     modes, gains = asyncio.run(measure(config, train, held_out[MAIN], arguments.answers, arguments.rounds))
     figures: Mapping[str, dict[str, float]] = {name: mode.figures() for name, mode in modes.items()}

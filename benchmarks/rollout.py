@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from PIL import Image
@@ -27,12 +27,12 @@ from PIL import Image
 from benchmarks.common import parser, print_result
 from perception.config import ModelConfig, PlacementConfig, RolloutConfig
 from perception.types import PolicySpec, Prompt, SamplingSpec
+from rollout.defaults import by_placement
 from rollout.engine import engine_args, environment, sampling_params
 from rollout.pool import RolloutPool
 from runtime.placement import anywhere
 from tests import builders
 
-Device = Literal["cpu", "cuda"]
 QUESTION = "Find the small red circle left of the blue square."
 
 
@@ -62,9 +62,9 @@ async def timed(answer: Callable[[list[Any]], Awaitable[int]], requests: list[An
 
 
 class Ours:
-    def __init__(self, policy: PolicySpec, config: RolloutConfig, sampling: SamplingSpec, device: Device, threads: int):
-        gpus = 0.5 if device == "cuda" else 0.0
-        placement = PlacementConfig(name="benchmark", device=device, threads=threads, engine_gpus=gpus)
+    def __init__(
+        self, policy: PolicySpec, config: RolloutConfig, sampling: SamplingSpec, placement: PlacementConfig
+    ) -> None:
         self._pool = RolloutPool(policy, config, placement, anywhere(placement, "engine", 1))
         self._sampling = sampling
 
@@ -109,7 +109,10 @@ def bare_request(prompt: Prompt) -> tuple[dict[str, Any], int]:
 
 async def measure(arguments: argparse.Namespace, policy: PolicySpec, config: RolloutConfig) -> None:
     sampling = SamplingSpec(n=arguments.n, temperature=1.0, max_new_tokens=arguments.tokens)
-    ours = Ours(policy, config, sampling, arguments.device, arguments.threads)
+    gpus = 0.5 if arguments.device == "cuda" else 0.0
+    placement = PlacementConfig(name="benchmark", device=arguments.device, threads=arguments.threads, engine_gpus=gpus)
+    config = by_placement(config, placement)
+    ours = Ours(policy, config, sampling, placement)
     rival = BareVllm(policy, config, sampling)
     rounds: dict[str, list[dict[str, float]]] = {"ours": [], "rival": []}
     await ours.start()

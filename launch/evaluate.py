@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from launch.run.calibrate import calibrate
-from launch.run.checks import MAIN, check
+from launch.run.checks import MAIN, check_files, check_machine
 from launch.run.config import entry
 from launch.run.looking import sampled
 from launch.run.prepare import prepare
@@ -102,8 +102,9 @@ async def _evaluate_once(
 
 
 def run(config: Config) -> None:
+    check_machine(config, say=print)
     prepare(config, say=print)
-    train, held_out = check(config)
+    train, held_out = check_files(config)
     cluster.connect(config.placement, config.plugins)
     print(json.dumps(asyncio.run(_evaluate_once(config, train, held_out))))
 

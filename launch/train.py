@@ -12,9 +12,8 @@ from launch.record.progress import Progress
 from launch.record.recorder import Recorder
 from launch.record.summary import show
 from launch.report import write_report
-from launch.run.checks import check, toy_settings
+from launch.run.checks import check_files, check_machine, toy_settings
 from launch.run.config import entry
-from launch.run.nodes import check_kept
 from launch.run.prepare import prepare
 from launch.run.session import Session
 from launch.run.state import RunState
@@ -34,9 +33,9 @@ async def train(run: Session) -> None:
 
 
 def run(config: Config) -> None:
-    check_kept(config.run.output)
+    check_machine(config, say=print)
     prepare(config, say=print)
-    samples, held_out = check(config)
+    samples, held_out = check_files(config)
     for warning in toy_settings(config):
         print(f"warning: {warning}")
     state = RunState.resume(config, samples) if config.run.resume else RunState.fresh(config, samples)

@@ -43,10 +43,7 @@ class Policy(nn.Module, ABC):
             spec.path, dtype=getattr(torch, spec.dtype), attn_implementation=self.attention, local_files_only=True
         )
         self.vision_trained = not config.freeze_vision and not config.lora.rank
-        if config.freeze_vision:
-            family.vision_tower(self.model).requires_grad_(False)
-        if config.lora.rank:
-            _add_lora(self.model, config.lora, family.adapted)
+        choose_trained(self.model, family, config)
         self.train()
         _checkpoint_layers(self.model, config.checkpointing)
         banned = torch.tensor(spec.banned_token_ids, dtype=torch.int64)
@@ -88,6 +85,14 @@ def load_policy(
         why = f"{settings.model_type} ({spec.path}) is of no family that packs, or its attention has windows"
         log.warning(f"learner: rows are padded, not packed: {why}. Each answer costs its prompt and images again.")
     return kind(family, temperature, config, entropy_gradient)
+
+
+def choose_trained(model: nn.Module, family: Family | type[Family], config: LearnerConfig) -> None:
+    """Freeze what is not trained, and add the adapters that are."""
+    if config.freeze_vision:
+        family.vision_tower(model).requires_grad_(False)
+    if config.lora.rank:
+        _add_lora(model, config.lora, family.adapted)
 
 
 def _add_lora(model: nn.Module, config: LoraConfig, within: str) -> None:

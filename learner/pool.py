@@ -2,8 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
+from functools import reduce
 from itertools import chain, pairwise
+from operator import or_
 from typing import TypeVar
 
 import numpy as np
@@ -34,7 +37,10 @@ class LearnerPool:
         max_new_tokens: int,
         seed: int,
         deterministic: bool = False,
+        turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> None:
+        """`turn`: around what takes the whole of its GPUs, where it shares them in turns (`placement.sleep`)."""
+        self._turn = turn
         self._algorithm, self._limit = algorithm, Limit(config.timeout_s, "learner.timeout_s")
         settings = (policy, config, algorithm, placement, temperature, max_new_tokens, seed, deterministic)
         self.actors: ActorPool[LearnerRank] = ActorPool(
@@ -62,7 +68,8 @@ class LearnerPool:
         ranks = len(self.actors.slots)
         batches = [deal(batch, ranks) for batch in mini_batches([*map(_bare, groups)], self._algorithm.updates)]
         calls = [call(LearnerRank.update, [batch[rank] for batch in batches]) for rank in range(ranks)]
-        reports = await self.actors.each(calls, self._limit)
+        async with self._turn():
+            reports = await self.actors.each(calls, self._limit)
         return LearnerReport(metrics=reports[0].metrics, seconds=max(report.seconds for report in reports))
 
     async def parity(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -89,7 +96,8 @@ class LearnerPool:
         """The results of the ranks' method, one for each group, in the order of `groups`."""
         bare = [_bare(group) for group in groups]
         shares = deal(bare, len(self.actors.slots))
-        answers = await self.actors.each([call(method, share) for share in shares], self._limit)
+        async with self._turn():
+            answers = await self.actors.each([call(method, share) for share in shares], self._limit)
         found = dict(zip(map(id, chain(*shares)), chain(*answers), strict=True))
         return [found[id(group)] for group in bare]
 
@@ -102,24 +110,33 @@ class LearnerPool:
         count = await self._ask_sender(call(WeightSender.open, receivers), "opening the weight sync")
         pending = self._filled(0, count)
         for index in range(count):
-            bucket = (await pending)[0]
+            bucket = _as_one(await pending)
             if index + 1 < count:
                 pending = self._filled(index + 1, count)
-            assert bucket is not None, "rank 0 fills the buckets"
             yield bucket
         await self._ask_sender(call(WeightSender.flush), "sending the weight buckets")
 
     async def release_buckets(self) -> None:
         """Free the buffers of the last sync."""
-        await self._ask_sender(call(WeightSender.release), "releasing the weight buckets")
+        await self._all(call(LearnerRank.send, call(WeightSender.release)), "releasing the weight buckets")
 
     async def save(self, folder: str) -> None:
         """Write a checkpoint to a folder that all ranks reach."""
-        await self._all(call(LearnerRank.save, folder))
+        async with self._turn():
+            await self._all(call(LearnerRank.save, folder))
 
     async def load(self, folder: str) -> None:
         """Restore model, optimizer and random state."""
-        await self._all(call(LearnerRank.load, folder))
+        async with self._turn():
+            await self._all(call(LearnerRank.load, folder))
+
+    async def offload(self) -> None:
+        """Masters, moments and gradients to host memory; the weights stay, to be sent."""
+        await self._all(call(LearnerRank.offload))
+
+    async def reload(self) -> None:
+        """Bring back what `offload` moved."""
+        await self._all(call(LearnerRank.reload))
 
     async def export(self, folder: str) -> None:
         """Write the policy in Hugging Face format to a folder that rank 0's node can reach."""
@@ -139,6 +156,12 @@ class LearnerPool:
 
     async def _all(self, wanted: Call[LearnerRank, R], doing: str = "") -> list[R]:
         return await self.actors.each([wanted] * len(self.actors.slots), self._limit, doing=doing)
+
+
+def _as_one(filled: Sequence[WeightBucket | None]) -> WeightBucket:
+    """The bucket of the ranks that filled it: rank 0 or, by CUDA IPC, each with the handle for its own GPU."""
+    first, *others = (bucket for bucket in filled if bucket is not None)
+    return replace(first, payload=reduce(or_, (bucket.payload for bucket in others), first.payload))
 
 
 def mini_batches(groups: Sequence[Group], count: int) -> list[Sequence[Group]]:

@@ -52,6 +52,7 @@ class LearnerRank:
         self._spec, self._config, self._algorithm = policy, config, algorithm
         self._temperature, self._transport, self._max_new_tokens = temperature, placement.transport, max_new_tokens
         self._device = torch.device(placement.device)
+        self._share = 1.0 if placement.sleep else placement.learner_gpus  # in its turn it has the GPU to itself
         os.environ |= {"DS_ACCELERATOR": placement.device, "TOKENIZERS_PARALLELISM": "false"}
         if placement.threads:
             torch.set_num_threads(placement.threads)
@@ -69,6 +70,8 @@ class LearnerRank:
         """Join the process group and load the policy; returns seconds. Collective."""
         began = time.perf_counter()
         disable_progress_bar()
+        if self._shares_gpu:
+            torch.cuda.set_per_process_memory_fraction(self._share)
         self._join(address, port)
         algorithm, config = self._algorithm, self._config
         self._policy = load_policy(self._spec, self._temperature, config, fetch, algorithm.entropy_coef > 0)
@@ -95,6 +98,8 @@ class LearnerRank:
         """
         began = time.perf_counter()
         steps, sums = self._stepper.update(batches)
+        if self._shares_gpu:
+            torch.cuda.empty_cache()
         finite = [step for step in steps if np.isfinite(step.grad_norm)]
         metrics = self._metrics(sums, time.perf_counter() - began) | {
             catalog.LOSS: float(np.mean([step.loss for step in finite or steps])),
@@ -104,6 +109,11 @@ class LearnerRank:
             catalog.OPTIMIZER_STEPS: float(len(finite)),
         }
         return LearnerReport(metrics=metrics, seconds=time.perf_counter() - began)
+
+    @property
+    def _shares_gpu(self) -> bool:
+        """Its memory there is limited to its share, and what a step no longer needs is given back."""
+        return self._device.type == "cuda" and self._share < 1
 
     def _metrics(self, sums: Sums, seconds: float) -> dict[str, float]:
         images = {"images": self._policy.images, "known": self._policy.images_known}
@@ -149,6 +159,14 @@ class LearnerRank:
     def load(self, folder: str) -> None:
         """Restore what `save` wrote. Collective."""
         checkpoint.load(self._stepper.zero, Path(folder))
+
+    def offload(self, weights: bool = False) -> None:
+        """Move what is not needed between steps to host memory (`Zero.offload`). Collective."""
+        self._stepper.zero.offload(weights)
+
+    def reload(self) -> None:
+        """Bring it back before the next step, checkpoint or export. Collective."""
+        self._stepper.zero.reload()
 
     def export(self, folder: str) -> None:
         """Write the policy in Hugging Face format, adapters merged. Collective; rank 0 writes."""

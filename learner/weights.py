@@ -1,7 +1,6 @@
 """The learner's weights as the rollout engines take them, LoRA adapters merged, and their sending in buckets."""
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,18 @@ from torch import Tensor, nn
 from learner.zero import full_shape, gathered
 from perception.config import LearnerConfig
 from perception.types import WeightBucket
-from runtime.weights import Broadcast, checksum, fill, ipc_handle, open_store, plan_buckets, total, view
+from runtime.weights import (
+    Broadcast,
+    checksum,
+    fill,
+    ipc_handle,
+    open_store,
+    plan_buckets,
+    plan_storages,
+    storage,
+    total,
+    view,
+)
 
 _BROADCASTS = ("nccl", "gloo")
 _BASE, _UP, _DOWN = ".base_layer.", ".lora_B.", ".lora_A."
@@ -39,6 +49,11 @@ class Weight:
     @property
     def trained(self) -> bool:
         return any(p.requires_grad for p in self.parameters)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the base, as it lies in memory, is `value`."""
+        return self.down is None and self.base.shape == full_shape(self.base) and self.base.is_contiguous()
 
     @torch.no_grad()
     def value(self) -> Tensor:
@@ -71,6 +86,9 @@ class WeightSender:
     """The weights of one rank on their way to the engines; only what is trained is sent.
 
     A sync is `open`, every `fill_bucket` in order, `flush`, and `release` once the engines have loaded the weights.
+    Rank 0 sends them to all engines; by CUDA IPC every rank hands its own out to the engine on its GPU. There they are
+    the parameters themselves, in ZeRO's flat buffers, if they are whole and as the engine has them: under ZeRO-3 or
+    with LoRA a second copy is made of them.
     """
 
     def __init__(
@@ -79,9 +97,12 @@ class WeightSender:
         """`transport` as in `perception.config.PlacementConfig`."""
         self._weights, self._config = weights, config
         self._rank, self._device, self._transport = rank, device, transport
+        self._gives = rank == 0 or transport == "ipc"
+        self._in_place = transport == "ipc" and all(weight.in_place for weight in weights.values() if weight.trained)
         self._plans = self._plan(trained=True)
+        self._handles: dict[int, dict[str, bytes]] = {}
         self._buffers: dict[int, Tensor] = {}
-        self._sending: dict[int, Future[None]] = {}
+        self._sending: dict[int, Callable[[], None]] = {}
         self._broadcast: Broadcast | None = None
         self._receivers: tuple[str, ...] = ()
 
@@ -94,35 +115,40 @@ class WeightSender:
         if self._transport in _BROADCASTS and self._receivers != receivers:
             if self._broadcast is not None:
                 self._broadcast.close()
-            host, world, limit = ray.util.get_node_ip_address(), len(receivers) + 1, self._config.timeout_s
+            # Half of what the pool waits: the error of a broadcast that hangs says more, and comes first.
+            host, world, limit = ray.util.get_node_ip_address(), len(receivers) + 1, self._config.timeout_s / 2
             store = open_store(host, world, limit)
-            self._broadcast = Broadcast(self._transport, lambda: store, 0, world, limit)
+            device = self._device if self._transport == "nccl" else None
+            self._broadcast = Broadcast(lambda: store, 0, world, limit, device)
             self._receivers, self._address = receivers, (host, store.port, world)
         return len(self._plans)
 
     def fill_bucket(self, index: int) -> WeightBucket | None:
-        """Bucket `index` of the current weights, on rank 0, under way if it is broadcast; None elsewhere. Collective.
+        """Bucket `index` of the current weights, under way if it is broadcast; None on a rank that gives none.
+        Collective.
 
         With CUDA IPC all buckets stay valid until `release`. Else there are two buffers, and a bucket has left this
         process before its buffer is filled anew.
         """
         plan = self._plans[index]
         sums = [self._frozen_sum] if self._config.checksum and index == 0 else []
-        with self._values(plan) as values:
-            if self._rank > 0:
+        with self._values(plan, self._gives) as values:
+            if not self._gives:
                 return None
-            flat = fill(plan, values, self._buffer(index))
-        if self._config.checksum:
-            sums.append(checksum((slot.name, view(flat, slot)) for slot in plan.slots))
-        return replace(plan, payload=self._send(index, flat), checksum=total(sums) if sums else None)
+            flat = storage(values[plan.slots[0].name]) if self._in_place else fill(plan, values, self._buffer(index))
+        plan = replace(plan, payload=self._send(index, flat))
+        if not self._config.checksum or self._rank > 0:
+            return plan
+        sums.append(checksum((slot.name, view(flat, slot)) for slot in plan.slots))
+        return replace(plan, checksum=total(sums))
 
     def flush(self) -> None:
         """Wait until every bucket that is broadcast has left. Rank 0."""
         while self._sending:
-            self._sending.popitem()[1].result()
+            self._sending.popitem()[1]()
 
     def release(self) -> None:
-        """Free the buffers. Rank 0."""
+        """Free the buffers."""
         self._buffers.clear()
         if self._transport == "ipc":
             torch.cuda.ipc_collect()
@@ -131,35 +157,37 @@ class WeightSender:
         """Every weight by name on the CPU, also the frozen ones, adapters merged; {} on ranks > 0. Collective."""
         found: dict[str, Tensor] = {}
         for plan in self._plan(trained=True) + self._plan(trained=False):
-            with self._values(plan) as values:
+            with self._values(plan, self._rank == 0) as values:
                 found |= {name: value.to("cpu", copy=True) for name, value in values.items()}
         return found
 
     def _plan(self, *, trained: bool) -> list[WeightBucket]:
         chosen = {name: weight.base for name, weight in self._weights.items() if weight.trained is trained}
+        if self._in_place:
+            return plan_storages(chosen)
         shapes = {name: (full_shape(base), base.dtype) for name, base in chosen.items()}
         return plan_buckets(shapes, self._config.bucket_mb << 20, self._transport)
 
     @contextmanager
-    def _values(self, plan: WeightBucket) -> Iterator[dict[str, Tensor]]:
-        """The plan's weights by name, whole; {} on ranks > 0. Collective."""
+    def _values(self, plan: WeightBucket, wanted: bool) -> Iterator[dict[str, Tensor]]:
+        """The plan's weights by name, whole; {} where they are not wanted. Collective."""
         chosen = {slot.name: self._weights[slot.name] for slot in plan.slots}
         with gathered([parameter for weight in chosen.values() for parameter in weight.parameters]):
-            yield {name: weight.value() for name, weight in chosen.items()} if self._rank == 0 else {}
+            yield {name: weight.value() for name, weight in chosen.items()} if wanted else {}
 
     @cached_property
     def _frozen_sum(self) -> int:
         """Checksum of the weights that are not trained, which every engine has read from disk. Collective."""
         sums = []
         for plan in self._plan(trained=False):
-            with self._values(plan) as values:
+            with self._values(plan, self._rank == 0) as values:
                 sums.append(checksum(values.items()))
         return total(sums)
 
     def _buffer(self, index: int) -> Tensor:
         place = index if self._transport == "ipc" else index % 2
         if place in self._sending:
-            self._sending.pop(place).result()
+            self._sending.pop(place)()
         if place not in self._buffers:
             plans = self._plans[index : index + 1] if self._transport == "ipc" else self._plans
             size = max(plan.nbytes for plan in plans)
@@ -170,7 +198,9 @@ class WeightSender:
         """The payload of a bucket (see `WeightBucket`)."""
         torch.get_device_module(self._device).synchronize()
         if self._transport == "ipc":
-            return ipc_handle(flat)
+            if not self._in_place or index not in self._handles:  # torch keeps an event for each one ever made
+                self._handles[index] = ipc_handle(flat)
+            return self._handles[index]
         if self._broadcast is None:
             return ray.put(flat.cpu().numpy())
         self._sending[index % 2] = self._broadcast.send(flat)

@@ -77,6 +77,35 @@ class Zero:
         if path is None:
             raise FileNotFoundError(f"no learner checkpoint under {folder}/{tag}")
 
+    def flat_parameters(self) -> list[Tensor]:
+        """The (n,) buffers that the trained parameters are views of; [] under ZeRO-3, where there are none."""
+        return [*getattr(self._deepspeed.optimizer, "bit16_groups_flat", ())]
+
+    def offload(self, weights: bool = False) -> None:
+        """Move masters, moments and gradients to host memory until `reload`. Between steps.
+
+        `weights`: the trained weights too, which then have another address after `reload`; not under ZeRO-3.
+        """
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+
+        moved = [State.lp_grads, State.contiguous_grad_buffer]
+        if self._config.zero_stage < 3:
+            moved += [State.hp_params, State.optim_states, *[State.lp_params] * weights]
+        self._deepspeed.offload_states(include=moved)
+        self._move_shards(torch.device("cpu"))
+
+    def reload(self) -> None:
+        """Bring back what `offload` moved."""
+        self._deepspeed.reload_states()
+        self._move_shards(self._deepspeed.device)
+
+    def _move_shards(self, device: torch.device) -> None:
+        """ZeRO-3's masters and moments: DeepSpeed moves only those of an Adam that it compiles itself."""
+        masters = getattr(self._deepspeed.optimizer, "fp32_partitioned_groups_flat", ())
+        for master in () if self._config.offload_optimizer else masters:
+            for tensor in (master, *self._deepspeed.optimizer.optimizer.state[master].values()):
+                tensor.data = tensor.data.to(device)
+
 
 @contextmanager
 def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:

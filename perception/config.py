@@ -241,23 +241,29 @@ class LearnerConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig:
     engines: Positive = 1
-    """vLLM engines, each with a copy of the policy."""
+    tensor_parallel: Positive = 1
+    """vLLM engines, each with a copy of the policy, and the workers that share it, each on GPUs and CPUs of its own."""
     temperature: Annotated[float, Gt(0.0), Le(2.0)] = 1.0
     """Sampling temperature, in training and for the sampled held-out answers."""
     max_new_tokens: Positive = 256
     max_model_len: Positive = 4096
     """Tokens of one answer, and of a whole trajectory: prompts, images and answers."""
-    max_num_seqs: Positive = 64
-    """Sequences an engine decodes at a time."""
+    max_num_seqs: Natural = 0
+    max_batched_tokens: Natural = 0
+    """Sequences an engine decodes at a time and tokens, also of images, it computes in a step. 0: 256 and 8192 where
+    it has its GPU to itself, else 64 and vLLM's choice."""
     max_images: Positive = 2
     """Images of a trajectory; look=relook shows one a pass."""
     block_size: Positive = 32
     """Tokens of a KV cache block; whole blocks are shared by equal prefixes."""
     kv_cache_mb: Natural = 0
-    gpu_memory: Fraction = 0.3
-    """KV cache in MiB; 0: what is left of `gpu_memory`, the share of the GPU's memory that vLLM may take."""
-    enforce_eager: bool = True
-    """No CUDA graphs: a faster start, slower sampling."""
+    gpu_memory: Fraction = 0.0
+    """KV cache in MiB; 0: what is left of `gpu_memory`, vLLM's share of the GPU, from which it deducts what others take
+    there while it starts. 0: 0.9 where it has its GPU to itself, else 0.3."""
+    enforce_eager: bool | None = None
+    """No CUDA graphs: a faster start, slower sampling. None: only where it has no GPU to itself."""
+    quantization: Literal["fp8"] | None = None
+    """Linear layers of the language model in fp8, weights by channel and activations by token."""
     start_timeout_s: Rate = 600.0
     request_timeout_s: Rate = 600.0
     """Longest wait for an engine to be ready, and for one request's answers."""
@@ -285,8 +291,10 @@ class PlacementConfig:
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's placement strategy, over the nodes of a cluster."""
     transport: Literal["store", "ipc", "nccl", "gloo"] = "store"
-    """Weights by Ray's object store (shared memory on a node), by CUDA IPC (engine and learner on one GPU), or
-    broadcast by learner rank 0 to every engine: nccl between GPUs, gloo between hosts."""
+    """Weights by Ray's object store (shared memory on a node), by CUDA IPC (engine i, learner rank i and a share of the
+    reward workers on GPU i), or broadcast by learner rank 0 to every engine: nccl between GPUs, gloo between hosts."""
+    sleep: bool = False
+    """With ipc: engines leave the GPU while the learner works, and the learner's states while they sample."""
     threads: Natural = 0
     """Intra-op threads of each worker process; 0: on CUDA the cores of its node, shared with the other workers there;
     on the CPU those it claims."""

@@ -327,8 +327,9 @@ class WeightBucket:
     nbytes: int
     transport: str  # one of `perception.config.PlacementConfig`
     payload: Any = None
-    """store: a (nbytes,) uint8 array, or an ObjectRef to one. ipc: a CUDA IPC handle. nccl, gloo: (host, port, members)
-    of the process group in which the learner, member 0, broadcasts the buckets in order."""
+    """store: a (nbytes,) uint8 array, or an ObjectRef to one. ipc: CUDA IPC handles, by the UUID of the GPU that each
+    is on. nccl, gloo: (host, port, members) of the process group in which the learner, member 0, broadcasts the buckets
+    in order."""
     checksum: int | None = None  # of these parameters; the first bucket's counts the weights that are never sent, too
 
 

@@ -36,7 +36,7 @@ class RewardPool:
         self.actors: ActorPool[RewardWorker] = ActorPool(
             "reward worker",
             RewardWorker,
-            lambda number: (config, look, model, placement.device, placement.threads),
+            lambda number: (config, look, model, placement.device, placement.threads, placement.reward_gpus),
             seats,
             start=Limit(placement.start_timeout_s, "placement.start_timeout_s"),
             restarts=MAX_RESTARTS,

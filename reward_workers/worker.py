@@ -29,8 +29,17 @@ if TYPE_CHECKING:
 class RewardWorker:
     """SAM2 (and torch) is loaded only where a component or a caller asks for masks."""
 
-    def __init__(self, config: RewardConfig, look: LookConfig, model: ModelConfig, device: str, threads: int) -> None:
-        """`threads`: intra-op threads of torch, 0 for its own default."""
+    def __init__(
+        self,
+        config: RewardConfig,
+        look: LookConfig,
+        model: ModelConfig,
+        device: str,
+        threads: int,
+        gpu_share: float = 1.0,
+    ) -> None:
+        """`threads`: intra-op threads of torch, 0 for its own default. `gpu_share`: of the GPU's memory, its limit."""
+        self._gpu_share = gpu_share
         self._config, self._look, self._model, self._device, self._threads = config, look, model, device, threads
         self._images = ImageCache(fetch, config.image_cache)
         self._loaded: Segmenter | None = None
@@ -123,6 +132,8 @@ class RewardWorker:
 
             if self._threads:
                 torch.set_num_threads(self._threads)
+            if self._device == "cuda" and self._gpu_share < 1:
+                torch.cuda.set_per_process_memory_fraction(self._gpu_share)
             dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
             self._loaded = Segmenter.load(self._model.segmenter, self._device, dtype, self._config.image_cache)
         return self._loaded

@@ -13,11 +13,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from PIL import Image
 
 from perception.config import RolloutConfig
+from perception.errors import UserError
 from perception.families import engine_name
 from perception.images import ImageCache
 from perception.types import (
@@ -46,8 +47,13 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.logprobs import FlatLogprobs
 
+EnginePart = Literal["weights", "kv_cache"]
+"""A part of the engine that may be away from the GPU."""
 _DECODED_IMAGES = 32
 _SHUTDOWN_TIMEOUT_S = 1.0
+_NEXT_TO_NOTHING = 0.01
+_VISION_TOWERS = ("*visual*", "*vision_*")
+"""Layers that fp8 leaves as they are, by the names vLLM gives them."""
 _SEED_STRIDE, _LARGEST_SEED = 1_000_003, 0x7FFFFFFF
 """Later turns of a sample are drawn from seeds far from those of its group's first turns."""
 
@@ -66,8 +72,11 @@ def environment(device: str, threads: int) -> dict[str, str]:
     }
 
 
-def engine_args(policy: PolicySpec, config: RolloutConfig) -> AsyncEngineArgs:
-    """Exactly what the engine is built with; the benchmark's bare engine takes the same."""
+def engine_args(policy: PolicySpec, config: RolloutConfig, sleeps: bool = False) -> AsyncEngineArgs:
+    """Exactly what the engine is built with; the benchmark's bare engine takes the same.
+
+    `config` is one of `by_placement`. `sleeps`: it can leave the GPU for a while.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     return AsyncEngineArgs(
@@ -75,20 +84,38 @@ def engine_args(policy: PolicySpec, config: RolloutConfig) -> AsyncEngineArgs:
         dtype=cast("ModelDType", policy.dtype),
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_batched_tokens or None,
         limit_mm_per_prompt={"image": config.max_images, "video": 0},
         block_size=config.block_size,
         enable_prefix_caching=True,
         kv_cache_memory_bytes=config.kv_cache_mb << 20 or None,
-        gpu_memory_utilization=config.gpu_memory,
-        enforce_eager=config.enforce_eager,
+        # vLLM does not start where less than this share is free, not even with a KV cache of a given size.
+        gpu_memory_utilization=_NEXT_TO_NOTHING if config.kv_cache_mb else config.gpu_memory,
+        enforce_eager=bool(config.enforce_eager),
+        enable_sleep_mode=sleeps,
+        quantization="fp8_per_channel" if config.quantization else None,
+        quantization_config={"ignore": list(_VISION_TOWERS)} if config.quantization else None,
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
-        distributed_executor_backend="uni",
+        tensor_parallel_size=config.tensor_parallel,
+        # "uni" would hang with several workers, and left alone vLLM picks "ray" inside an actor.
+        distributed_executor_backend="mp" if config.tensor_parallel > 1 else "uni",
+        # Where the family can, each worker has the whole vision tower and its share of the images: a tower's heads need
+        # not be divisible.
+        mm_encoder_tp_mode="data" if config.tensor_parallel > 1 else "weights",
         worker_extension_cls="rollout.worker_extension.WeightReceiver",
         scheduler_cls="rollout.worker_extension.scheduler",
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
+
+
+def check_fp8() -> None:
+    """Raises UserError where the GPU has no fp8 arithmetic: vLLM would say so in its engine's process only."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda() and not current_platform.supports_fp8():
+        raise UserError("rollout.quantization=fp8 needs compute capability 8.9 (Ada, Hopper) or more: take null")
 
 
 def sampling_params(policy: PolicySpec, sampling: SamplingSpec, seed: int) -> SamplingParams:
@@ -113,23 +140,30 @@ def sampling_params(policy: PolicySpec, sampling: SamplingSpec, seed: int) -> Sa
 class RolloutEngine:
     """Call `start` first. All methods may run concurrently, except that updates must not overlap one another."""
 
-    def __init__(self, policy: PolicySpec, config: RolloutConfig, device: str, threads: int) -> None:
+    def __init__(
+        self, policy: PolicySpec, config: RolloutConfig, device: str, threads: int, sleeps: bool = False
+    ) -> None:
         self._created = time.monotonic()
         self._policy = policy
-        self._config = config
+        self._config, self._sleeps = config, sleeps
         os.environ.update(environment(device, threads))  # the actor owns its process
         self._images = ImageCache(fetch=fetch, capacity=_DECODED_IMAGES)
         self._decoder = ThreadPoolExecutor(max_workers=1)  # one, so that no image is decoded twice at once
         self._ids = itertools.count()
 
     async def start(self) -> EngineInfo:
-        """Build the engine with the weights at `policy.path`, which count as version 0."""
+        """Build the engine with the weights at `policy.path`, which count as version 0.
+
+        Raises UserError where the GPU has no fp8 and `rollout.quantization` asks for it.
+        """
         import vllm
         from transformers import AutoTokenizer
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if self._config.quantization:
+            check_fp8()
         self._tokenizer = AutoTokenizer.from_pretrained(self._policy.path)
-        self._engine = AsyncLLM.from_engine_args(engine_args(self._policy, self._config))
+        self._engine = AsyncLLM.from_engine_args(engine_args(self._policy, self._config, self._sleeps))
         self._watch = DeathWatch(self._engine)
         self._updates = WeightUpdates(self._engine, self._watch, self._config)
         await self._watch.or_death(self._updates.label(0), "starting")
@@ -172,7 +206,7 @@ class RolloutEngine:
     async def stage(self, bucket: WeightBucket, receiver: int) -> None:
         """Hold some of the new parameters until `end_update`; sampling goes on. Any order, each exactly once.
 
-        `receiver` is this engine's member number in a broadcast, from 1.
+        `receiver` is the member number of this engine's first worker in a broadcast, from 1; the others follow.
         """
         slots = tuple(replace(slot, name=engine_name(slot.name, self._policy.renames)) for slot in bucket.slots)
         await self._updates.stage(replace(bucket, slots=slots), receiver)
@@ -185,6 +219,14 @@ class RolloutEngine:
         too long, EngineDead, and what vLLM raises for a parameter the model does not have.
         """
         return await self._updates.end(version, checksum)
+
+    async def sleep(self) -> None:
+        """Leave the GPU: the weights go to host memory, the KV cache is dropped. Nothing may be in flight."""
+        await self._watch.or_death(self._engine.sleep(level=1), "going to sleep")
+
+    async def wake(self, tags: Sequence[EnginePart]) -> None:
+        """Come back to the GPU with these parts; with the last of them sampling goes on."""
+        await self._watch.or_death(self._engine.wake_up(list(tags)), "waking up")
 
     async def shutdown(self) -> None:
         self._decoder.shutdown()

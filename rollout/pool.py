@@ -21,8 +21,9 @@ from perception.types import (
     UpdateReport,
     WeightBucket,
 )
-from rollout.engine import EngineDead, RolloutEngine, failed_group, failed_trajectory
-from runtime.actors import ActorPool, Late, Limit, Slot, call, idlest
+from rollout.defaults import by_placement
+from rollout.engine import EngineDead, EnginePart, RolloutEngine, failed_group, failed_trajectory
+from runtime.actors import ActorPool, Call, Late, Limit, Slot, call, idlest
 from runtime.placement import Seat
 from runtime.weights import total
 
@@ -48,19 +49,22 @@ class RolloutPool:
         resync: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         """One engine per seat."""
+        config = by_placement(config, placement)
         self._config, self._resync, self._resyncing, self._version = config, resync, asyncio.Lock(), 0
         self._limit = Limit(config.request_timeout_s, "rollout.request_timeout_s")
         self._patient = Limit(config.request_timeout_s + _GRACE_S, "rollout.request_timeout_s")
         self.actors: ActorPool[RolloutEngine] = ActorPool(
             "rollout engine",
             RolloutEngine,
-            lambda number: (policy, config, placement.device, placement.threads),
+            lambda number: (policy, config, placement.device, placement.threads, placement.sleep),
             seats,
             start=Limit(config.start_timeout_s, "rollout.start_timeout_s"),
             restarts=MAX_RESTARTS,
             deaths=(EngineDead,),
             revived=self._give_weights,
         )
+        self._asleep: set[EnginePart] = set()
+        self._waking = asyncio.Lock()
         self._updating: list[Slot] = []
         self._staged: list[int | None] = []
 
@@ -74,6 +78,7 @@ class RolloutPool:
         A group that takes longer than `rollout.request_timeout_s` comes back marked. Raises ActorError when an engine
         has used up its restarts.
         """
+        await self._wake("weights", "kv_cache")
         try:
             return await self.actors.ask(call(RolloutEngine.generate, prompt, sampling), idlest, self._limit)
         except Late as late:
@@ -86,6 +91,7 @@ class RolloutPool:
 
         Deaths and timeouts as in `generate`; what comes back marked keeps the turns there were.
         """
+        await self._wake("weights", "kv_cache")
         wanted = call(RolloutEngine.sample, prompt, index, turns, feed, sampling)
         try:
             done = await self.actors.ask(wanted, partial(self._home, prompt), self._limit)
@@ -100,15 +106,18 @@ class RolloutPool:
         return other if own.revival is not None or queued else own
 
     def begin_update(self) -> tuple[str, ...]:
-        """The engines that will take the new weights, named so that a restarted one has a new name."""
+        """The workers that will take the new weights, engine by engine, those of a restarted one under new names."""
         self._updating, self._staged = self.actors.running(), []
-        return tuple(f"{slot.number}.{slot.restarts}" for slot in self._updating)
+        workers = range(self._config.tensor_parallel)
+        return tuple(f"{slot.number}.{slot.restarts}.{rank}" for slot in self._updating for rank in workers)
 
     async def stage(self, bucket: WeightBucket) -> None:
         """Give a bucket to the engines of `begin_update`, to hold while they sample. Its bytes are stored once."""
+        await self._wake("weights")
         shared = ray.put(bucket)
         self._staged.append(bucket.checksum)
-        calls = [call(RolloutEngine.stage, shared, receiver) for receiver in range(1, len(self._updating) + 1)]
+        workers = self._config.tensor_parallel
+        calls = [call(RolloutEngine.stage, shared, 1 + workers * number) for number in range(len(self._updating))]
         await self.actors.each(calls, self._patient, self._updating, f"staging weight bucket {len(self._staged)}")
 
     async def end_update(self, version: int) -> list[UpdateReport]:
@@ -126,6 +135,7 @@ class RolloutPool:
                     f"{version}: its checksum is {report.checksum:016x}, not {total(sums):016x}"
                 )
         self._version = version
+        await self._wake("kv_cache")
         return reports
 
     async def shutdown(self) -> None:
@@ -141,3 +151,20 @@ class RolloutPool:
             raise ActorError(stale)
         async with self._resyncing:
             await self._resync()
+
+    async def sleep(self) -> None:
+        """Leave the GPUs, once no engine is being restarted. What is asked of the engines next wakes them."""
+        await asyncio.gather(*(slot.revival for slot in self.actors.slots if slot.revival is not None))
+        if "weights" not in self._asleep:
+            await self._all(call(RolloutEngine.sleep), "going to sleep")
+            self._asleep = {"weights", "kv_cache"}
+
+    async def _wake(self, *parts: EnginePart) -> None:
+        """Bring back those parts that are asleep, for a call that needs them."""
+        async with self._waking:
+            if back := [part for part in parts if part in self._asleep]:
+                await self._all(call(RolloutEngine.wake, back), f"waking up with {' and '.join(back)}")
+                self._asleep -= set(back)
+
+    async def _all(self, wanted: Call[RolloutEngine, None], doing: str) -> None:
+        await self.actors.each([wanted] * len(self.actors.slots), self._limit, doing=doing)

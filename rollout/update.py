@@ -11,7 +11,7 @@ import ray
 from perception.config import RolloutConfig
 from perception.types import UpdateReport, VersionSpan, WeightBucket
 from rollout.death import DeathWatch
-from runtime.weights import shared_file
+from runtime.weights import shared_file, total
 
 _ARRIVAL_POLL_S = 0.005
 
@@ -92,7 +92,7 @@ class WeightUpdates:
             transfer_seconds=began - staging,
             pause_seconds=resumed - began,
             nbytes=nbytes,
-            checksum=(await self._rpc("summing up its weights", "sum_weights"))[0] if checksum else None,
+            checksum=total(await self._rpc("summing up its weights", "sum_weights")) if checksum else None,
         )
 
     async def _pause(self) -> Any:

@@ -13,14 +13,17 @@ from typing import Any, ClassVar
 import torch
 import vllm.model_executor.layers.utils as vllm_layers
 import vllm.v1.core.sched.output as vllm_requests
-from torch.nn import functional
+from torch import Tensor
+from torch.nn import Module, functional
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from perception.types import TensorSlot
-from runtime.weights import Inbox, checksum
+from runtime.weights import Inbox, shard_sum, total
 
 _PR_SET_PDEATHSIG = 1
 
@@ -65,10 +68,17 @@ def scheduler(vllm_config: VllmConfig, **arguments: Any) -> Scheduler:
 class WeightReceiver:
     model_runner: Any
     vllm_config: VllmConfig
+    rank: int
     _relook_inbox: ClassVar[Inbox] = Inbox()
 
     def hold(self, transport: str, payload: Any, nbytes: int, slots: Sequence[Mapping[str, Any]]) -> None:
-        """`Inbox.take`; `slots` are `TensorSlot`s as they leave vLLM's message channel."""
+        """`Inbox.take`; `slots` are `TensorSlot`s as they leave vLLM's message channel.
+
+        A broadcast's receiver is that of the engine's first worker.
+        """
+        if transport in ("nccl", "gloo"):
+            host, port, members, receiver, timeout_s = payload
+            payload = (host, port, members, receiver + self.rank, timeout_s)
         self._relook_inbox.take(transport, payload, nbytes, [TensorSlot(**slot) for slot in slots])
 
     def drop_held(self) -> None:
@@ -85,12 +95,35 @@ class WeightReceiver:
         """
         try:
             with torch.no_grad(), set_current_vllm_config(self.vllm_config):
-                self.model_runner.get_model().load_weights(self._relook_inbox.tensors())
+                if self.vllm_config.model_config.quantization:  # layer by layer, each quantised anew
+                    self.model_runner.reload_weights(weights_iterator=self._relook_inbox.tensors())
+                else:
+                    self.model_runner.get_model().load_weights(self._relook_inbox.tensors())
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         finally:
             self._relook_inbox.clear()
 
     def sum_weights(self) -> int:
-        """Checksum of all parameters, tied ones once."""
-        return checksum(self.model_runner.get_model().named_parameters())
+        """This worker's part of the checksum of all parameters, tied ones once; the workers' parts add up to it."""
+        model, workers = self.model_runner.get_model(), self.vllm_config.parallel_config.tensor_parallel_size
+        sums = []
+        for name, parameter in model.named_parameters():
+            layer = model.get_submodule(name.rpartition(".")[0])
+            shards = _shards(layer, parameter, self.rank, workers)
+            sums += [shard_sum(name, shard, **place) for shard, place in shards]
+        return total(sums)
+
+
+def _shards(layer: Module, parameter: Tensor, rank: int, workers: int) -> list[tuple[Tensor, dict[str, int]]]:
+    """A worker's parameter in parts, each with its place in the whole (see `shard_sum`)."""
+    split = getattr(layer, "tp_size", 1) > 1
+    if split and isinstance(layer, RowParallelLinear) and parameter.ndim > 1:
+        return [(parameter, {"column": rank * parameter.shape[1]})]
+    if split and isinstance(layer, QKVParallelLinear):
+        queries, copies = layer.num_heads * layer.head_size, layer.num_kv_head_replicas
+        keys_and_values = {"copy": rank % copies, "copies": copies}
+        return [(parameter[:queries], {}), (parameter[queries:], keys_and_values)]
+    loader = str(getattr(parameter, "weight_loader", ""))  # of the single vectors of Qwen3.5's linear attention
+    by_rows = isinstance(layer, (ColumnParallelLinear, VocabParallelEmbedding)) or "sharded_weight_loader" in loader
+    return [(parameter, {} if split and by_rows else {"copy": rank, "copies": workers})]

@@ -1,6 +1,7 @@
 """Placement: which actor runs on which CPUs and GPUs. One reservation for a run, granted whole or not at all."""
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 GRANT_POLL_S = 5.0
 Resources = dict[str, float]
 Role = Literal["engine", "reward", "learner"]
+Claim = tuple[Role, Resources]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
@@ -59,14 +61,15 @@ class Reservation:
         remove_placement_group(self.placement_group)
 
 
-def share(placement: PlacementConfig, role: Role) -> Resources:
-    """CPUs and GPUs that one actor of this role claims."""
-    return {"CPU": getattr(placement, f"{role}_cpus"), "GPU": getattr(placement, f"{role}_gpus")}
+def share(placement: PlacementConfig, role: Role, tensor_parallel: int = 1) -> Resources:
+    """CPUs and GPUs that one actor of this role claims: an engine for each of its `rollout.tensor_parallel` workers."""
+    workers = tensor_parallel if role == "engine" else 1
+    return {"CPU": getattr(placement, f"{role}_cpus") * workers, "GPU": getattr(placement, f"{role}_gpus") * workers}
 
 
-def anywhere(placement: PlacementConfig, role: Role, count: int) -> list[Seat]:
+def anywhere(placement: PlacementConfig, role: Role, count: int, tensor_parallel: int = 1) -> list[Seat]:
     """Seats outside any reservation."""
-    own = share(placement, role)
+    own = share(placement, role, tensor_parallel)
     return [Seat(own["CPU"], own["GPU"]) for _ in range(count)]
 
 
@@ -83,12 +86,14 @@ def check_resources(config: Config) -> None:
     for role in ROLES:
         if not any(share(placement, role).values()):
             raise UserError(f"placement.{role}_cpus and placement.{role}_gpus are both 0: give one of them a share")
-    asked = _asked(config)
-    if placement.transport == "ipc" and asked["GPU"] > 1:
-        raise UserError(
-            f"placement.transport=ipc puts everything on one GPU, but the shares add up to {asked['GPU']:g}: "
-            "lower placement.*_gpus or set placement.transport=store"
-        )
+    workers = config.rollout.tensor_parallel
+    whole = placement.device == "cpu" or (placement.engine_gpus == 1 and placement.transport != "ipc")
+    if workers > 1 and not whole:
+        cure = "set placement.engine_gpus=1 and placement.transport=nccl or store"
+        raise UserError(f"rollout.tensor_parallel={workers} needs a whole GPU for each worker and no CUDA IPC: {cure}")
+    check_sharing(config)
+    check_turns(config)
+    asked = _total(_asked(config))
     if placement.device == "cpu" and asked["GPU"]:
         raise UserError("placement.device=cpu asks for GPU shares: set placement.*_gpus=0 or placement.device=cuda")
     if local:
@@ -97,29 +102,63 @@ def check_resources(config: Config) -> None:
             raise UserError(_shortage(placement, asked, "this machine", have))
 
 
-def reserve(config: Config) -> Reservation:
-    """One bundle per actor, granted all together or not at all.
+def check_sharing(config: Config) -> None:
+    """Raises UserError where actors on one GPU could not work there together."""
+    placement, engines, ranks = config.placement, config.rollout.engines, config.learner.ranks
+    transport, engine, rank = placement.transport, placement.engine_gpus, placement.learner_gpus
+    if transport in ("ipc", "nccl") and placement.device == "cpu":
+        raise UserError(f"placement.transport={transport} needs placement.device=cuda: set it to store or gloo")
+    if transport == "ipc":
+        if engines != ranks:
+            pairs = f"with placement.transport=ipc learner rank i and engine i share GPU i, but {ranks=} and {engines=}"
+            raise UserError(f"{pairs}: make learner.ranks and rollout.engines equal, or set placement.transport=store")
+        fullest = max(_bundles(config), key=len)
+        if (share_of_gpu := _sum(fullest)["GPU"]) > 1:
+            who = f"an engine, a learner rank and {len(fullest) - 2} reward workers (placement.transport=ipc)"
+            raise UserError(f"{who} share a GPU and their shares add up to {share_of_gpu:g}: lower placement.*_gpus")
+        return
+    meetings = {
+        "an engine and learner rank 0": transport == "nccl" and engine + rank <= 1,
+        "two engines": transport == "nccl" and engines > 1 and 2 * engine <= 1,
+        "two learner ranks": placement.device == "cuda" and ranks > 1 and 2 * rank <= 1,
+    }
+    for who in (who for who, is_so in meetings.items() if is_so):
+        shares = f"placement.engine_gpus={engine:g} and placement.learner_gpus={rank:g} let {who} land on one GPU"
+        cure = "give each whole GPUs, or let engine i and learner rank i share one by placement.transport=ipc"
+        raise UserError(f"{shares}, where NCCL does not join them: {cure}")
 
-    With `transport=ipc` the actors share one bundle instead: CUDA IPC needs them on the same device.
+
+def check_turns(config: Config) -> None:
+    """Raises UserError where engine and learner cannot take turns on a GPU (`placement.sleep`)."""
+    needed = {
+        "placement.device=cuda": config.placement.device == "cuda",
+        "placement.transport=ipc": config.placement.transport == "ipc",
+        "pipeline.max_staleness=0": config.pipeline.max_staleness == 0,
+    }
+    if config.placement.sleep and (missing := [what for what, is_so in needed.items() if not is_so]):
+        raise UserError(f"placement.sleep=true has engine and learner take turns on a GPU: set {' and '.join(missing)}")
+
+
+def reserve(config: Config) -> Reservation:
+    """One bundle per actor, or with `transport=ipc` per GPU, granted all together or not at all.
+
     Raises UserError if the cluster has not granted them within `placement.start_timeout_s`.
     """
     placement, asked = config.placement, _asked(config)
-    claims = [(role, share(placement, role)) for role, count in _counts(config).items() for _ in range(count)]
-    shared = placement.transport == "ipc"
-    bundles = [asked] if shared else [claim for _, claim in claims]
-    granted = placement_group([{k: v for k, v in b.items() if v} for b in bundles], strategy=placement.strategy)
-    _await_grant(granted, placement, asked)
+    granted = placement_group([{k: v for k, v in one.items() if v} for one in asked], strategy=placement.strategy)
+    _await_grant(granted, placement, _total(asked))
     on = placement_group_table(granted)["bundles_to_node_id"]
-    nodes = [on[number] for number in range(len(bundles))]
-    ranks = [number for number, (role, _) in enumerate(claims) if role == "learner"]
-    place = [0] * len(claims) if shared else gathered(bundles, ranks, nodes)
-    threads = [0] * len(claims)
+    nodes, planned = [on[number] for number in range(len(asked))], _bundles(config)
+    ranks = [number for number, claims in enumerate(planned) if "learner" in dict(claims)]
+    places = gathered(asked, ranks, nodes)
+    seated = [(role, claim, place) for claims, place in zip(planned, places, strict=True) for role, claim in claims]
+    threads: dict[str, int] = {}
     if placement.device == "cuda" and not placement.threads:
         cores = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes()}
-        threads = fair_threads([nodes[bundle] for bundle in place], cores)
+        threads = fair_threads([nodes[place] for *_, place in seated], cores)
     seats: dict[Role, list[Seat]] = {role: [] for role in ROLES}
-    for (role, claim), bundle, own in zip(claims, place, threads, strict=True):
-        seats[role].append(Seat(claim["CPU"], claim["GPU"], granted, bundle, own))
+    for role, claim, place in seated:
+        seats[role].append(Seat(claim["CPU"], claim["GPU"], granted, place, threads.get(nodes[place], 0)))
     return Reservation(granted, seats, frozenset(nodes))
 
 
@@ -140,10 +179,9 @@ def gathered(planned: Sequence[Resources], ranks: Sequence[int], nodes: Sequence
     return place
 
 
-def fair_threads(nodes: Sequence[str], cores: Mapping[str, float]) -> list[int]:
-    """Threads for each actor, by the node it is on: the node's cores shared among its actors, at least one."""
-    actors = Counter(nodes)
-    return [max(1, int(cores[node]) // actors[node]) for node in nodes]
+def fair_threads(nodes: Sequence[str], cores: Mapping[str, float]) -> dict[str, int]:
+    """Threads of an actor by its node: the node's cores shared among its actors, at least one. nodes: of each actor."""
+    return {node: max(1, int(cores[node]) // actors) for node, actors in Counter(nodes).items()}
 
 
 def _await_grant(wanted: PlacementGroup, placement: PlacementConfig, asked: Resources) -> None:
@@ -159,16 +197,37 @@ def _await_grant(wanted: PlacementGroup, placement: PlacementConfig, asked: Reso
             warned = True
 
 
-def _counts(config: Config) -> dict[Role, int]:
-    return {"engine": config.rollout.engines, "reward": config.reward.workers, "learner": config.learner.ranks}
+def _claims(config: Config, role: Role, count: int) -> list[Claim]:
+    return [(role, share(config.placement, role, config.rollout.tensor_parallel))] * count
 
 
-def _asked(config: Config) -> Resources:
-    """Everything together, rounded to Ray's own resolution, so that 0.1 + 0.2 does not ask for more than 0.3."""
-    return {
-        kind: round(sum(share(config.placement, role)[kind] * count for role, count in _counts(config).items()), 4)
-        for kind in ("CPU", "GPU")
-    }
+def _bundles(config: Config) -> list[list[Claim]]:
+    """What each bundle seats: one actor; with `transport=ipc` an engine, its learner rank and every Nth reward worker,
+    which share a GPU."""
+    engines = _claims(config, "engine", config.rollout.engines)
+    rewards = _claims(config, "reward", config.reward.workers)
+    ranks = _claims(config, "learner", config.learner.ranks)
+    if config.placement.transport != "ipc":
+        return [[claim] for claim in engines + rewards + ranks]
+    pairs = enumerate(zip(engines, ranks, strict=True))
+    return [[engine, *rewards[gpu :: len(engines)], rank] for gpu, (engine, rank) in pairs]
+
+
+def _sum(claims: Sequence[Claim]) -> Resources:
+    """What they ask for together, rounded to Ray's own resolution, so that 0.1 + 0.2 does not ask for more than 0.3."""
+    return {kind: round(sum(claim[kind] for _, claim in claims), 4) for kind in ("CPU", "GPU")}
+
+
+def _asked(config: Config) -> list[Resources]:
+    """By bundle. A GPU that is shared is asked for whole: Ray may put two bundles with parts of one on the same GPU."""
+    asked = list(map(_sum, _bundles(config)))
+    if config.placement.transport == "ipc":
+        return [one | {"GPU": float(math.ceil(one["GPU"]))} for one in asked]
+    return asked
+
+
+def _total(asked: Sequence[Resources]) -> Resources:
+    return {kind: round(sum(one[kind] for one in asked), 4) for kind in ("CPU", "GPU")}
 
 
 def _shortage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from launch.record import run_directory
 from launch.record.wandb_sink import logged_in
+from launch.run.config import CONF
+from launch.run.nodes import check_kept
 from perception.config import Config, ModelConfig, TaskConfig
 from perception.datasets import load
 from perception.errors import UserError
@@ -41,24 +43,58 @@ REAL = 100_000_000
 """Parameters of a policy beyond which it is no toy."""
 
 
-def check(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
-    """Go through everything a run needs, cheapest first; returns its training samples and its held-out ones by set.
+def check_machine(config: Config, say: Callable[[str], None]) -> None:
+    """What is known before anything is prepared: the settings, and whether this machine can hold the run.
 
-    Raises UserError for what is missing or contradictory, `perception.errors.DataError` for a damaged data set.
+    Says where a GPU's memory goes. Raises UserError for what is missing, contradictory or too large.
     """
     find_plugins(config.plugins)
     check_settings(config)
     check_output(config)
+    check_kept(config.run.output)
+    check_resources(config)
+    if config.model.shape is None or Path(config.model.path).exists():
+        check_model(config.model)
+    check_memory(config, say)
+
+
+def check_files(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
+    """Models and data, cheapest first; returns the run's training samples and its held-out ones by set.
+
+    Raises UserError for what is missing or does not fit, `perception.errors.DataError` for a damaged data set.
+    """
     check_model(config.model)
     check_family(config)
     check_segmenter(config.model)
-    check_resources(config)
     train = load(config.data, "train")
     held_out = {MAIN: load(config.data, "eval")}
     held_out |= {name: load(config.data, "eval", path) for name, path in config.data.also.items()}
     check_data(config, train, held_out)
     check_lengths(config, [*train, *(sample for samples in held_out.values() for sample in samples)])
     return train, held_out
+
+
+def check_memory(config: Config, say: Callable[[str], None]) -> None:
+    """Every GPU, the host and the disk hold what the memory model puts there."""
+    from launch.run import memory  # imports transformers: seconds
+
+    machine, size = memory.this_machine(config), memory.measure(config.model, config.learner)
+    places = memory.rooms(size, config, machine)
+    short = [room for room in places if room.short]
+    if short or config.placement.device == "cuda":
+        say(memory.table(places))
+    if short:
+        cure = memory.cure(config, machine, _possible)
+        raise UserError(f"placement={config.placement.name}: {short[0]}; {cure}")
+
+
+def _possible(config: Config) -> bool:
+    try:
+        check_settings(config)
+        check_resources(config)
+    except UserError:
+        return False
+    return True
 
 
 def check_settings(config: Config) -> None:
@@ -75,11 +111,27 @@ def check_settings(config: Config) -> None:
     if rollout.max_new_tokens >= rollout.max_model_len:
         lengths = f"{rollout.max_new_tokens=} leaves no room for the prompt in {rollout.max_model_len=}"
         raise UserError(f"{lengths}; raise max_model_len")
+    if config.model.shape not in (None, *(shapes := sorted(path.stem for path in CONF.glob("shape/*.yaml")))):
+        raise UserError(f"model.shape={config.model.shape}: unknown; there are {', '.join(shapes)}")
+    if rollout.quantization:
+        check_quantization(config)
     if not config.reward.components and not config.reward.ranked:
         raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
     check_registered(config)
     if config.wandb.mode == "online" and not logged_in():
         raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use wandb.mode=auto")
+
+
+def check_quantization(config: Config) -> None:
+    """Nothing is asked of an engine in fp8 that it cannot do."""
+    dtype, rank = config.model.dtype, config.learner.lora.rank
+    refused = {
+        f"model.dtype={dtype}, where vLLM wants bfloat16": dtype != "bfloat16",
+        f"learner.lora.rank={rank}, which sends parts of a layer where vLLM wants all of it": rank > 0,
+        "learner.checksum=true: rounded weights have another sum": config.learner.checksum,
+    }
+    if found := [what for what, is_so in refused.items() if is_so]:
+        raise UserError(f"rollout.quantization={config.rollout.quantization} with {found[0]}; change one of the two")
 
 
 def check_registered(config: Config) -> None:
@@ -154,6 +206,10 @@ def check_family(config: Config) -> None:
         raise UserError(f"look=relook: {kind} sees one image otherwise than two; take look=none or look=inline")
     if config.learner.checksum and engine_renames(kind, tower):
         raise UserError(f"learner.checksum=true: the engine leaves weights out that {kind} does not use; take false")
+    heads = settings.get("text_config", settings).get("num_attention_heads", 0)
+    if heads % config.rollout.tensor_parallel:
+        workers = f"rollout.tensor_parallel={config.rollout.tensor_parallel}"
+        raise UserError(f"{workers} does not divide the {heads} attention heads of model.path={config.model.path}")
     if config.model.answer_frame == "resized" and not family.native:
         raise UserError(f"model.answer_frame=resized: {kind} has no such frame; take model.answer_frame=thousand")
 

@@ -7,12 +7,15 @@ from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.errors import UserError
 from perception.types import Group
+from rollout.defaults import FP8_PARITY_LIMIT
 
 
 async def parity_gate(system: System, groups: Sequence[Group], progress: Progress) -> None:
-    """Print mean importance ratio and mismatch. Raises UserError beyond `learner.parity_limit`."""
+    """Print mean importance ratio and mismatch. Raises UserError beyond `learner.parity_limit`, which is at least
+    `FP8_PARITY_LIMIT` with `rollout.quantization`."""
     measured = await system.learner.parity(groups)
-    limit = system.config.learner.parity_limit
+    limit, fp8 = system.config.learner.parity_limit, system.config.rollout.quantization
+    limit = max(limit, FP8_PARITY_LIMIT) if fp8 else limit
     mismatch, ratio = measured[catalog.LOGPROB_MISMATCH], measured[catalog.RATIO]
     progress.say(
         f"parity: mean importance ratio {ratio:.6f}, mean |log-prob difference| {mismatch:.2e} "

@@ -10,7 +10,7 @@ from perception.files import replacing
 
 
 def prepare(config: Config, say: Callable[[str], None]) -> None:
-    """Raises UserError for an unknown shape or a world that would stand in two folders."""
+    """Raises UserError for a world that would stand in two folders."""
     if config.data.world_side is not None and not Path(config.data.train).exists():
         _world(config.data, config.data.world_side, say)
     if config.model.shape is not None and not Path(config.model.path).exists():
@@ -34,8 +34,6 @@ def _random_policy(model: ModelConfig, shape: str, say: Callable[[str], None]) -
     from launch.warm_start.policy import corpus
     from perception.scenes import SceneStyle
 
-    if shape not in policies.SHAPES:
-        raise UserError(f"model.shape={shape}: unknown; there are {', '.join(policies.SHAPES)}")
     say(f"writing a random-weight policy of shape {shape} to {model.path}")
     tokenizer = policies.make_tokenizer(corpus(SceneStyle(), read_tasks("brief")))
     random = policies.make_model(policies.SHAPES[shape], tokenizer, seed=0)

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,15 +75,41 @@ class System:
             max_new_tokens=config.rollout.max_new_tokens,
             seed=config.run.seed,
             deterministic=deterministic,
+            turn=self.learners_turn,
         )
 
     async def start(self) -> str:
-        """Everything at once; returns a line that says how long each took to be ready."""
-        engines, rewards, learner = await asyncio.gather(
-            self.engines.start(), self.rewards.start(), self.learner.start()
-        )
+        """Everything at once, but engines first where they share GPUs: vLLM charges what comes there meanwhile to
+        itself. Returns a line that says how long each took to be ready."""
+        starting = asyncio.create_task(self.engines.start())
+        if self.config.placement.transport == "ipc":
+            await starting
+        engines, rewards, learner = await asyncio.gather(starting, self.rewards.start(), self._start_learner())
         slowest = max(engine.seconds for engine in engines)
         return f"ready: vLLM {engines[0].version} {slowest:.0f} s, SAM2 {rewards:.0f} s, learner {learner:.0f} s"
+
+    async def _start_learner(self) -> float:
+        if not self.config.placement.sleep:
+            return await self.learner.start()
+        await self.engines.sleep()
+        seconds = await self.learner.start()
+        await self.learner.offload()
+        return seconds
+
+    @asynccontextmanager
+    async def learners_turn(self) -> AsyncIterator[None]:
+        """Inside, the learner has the GPUs that it shares with the engines in turns (`placement.sleep`): they sleep,
+        its states are there. Afterwards these are in host memory, and engines wake when something is asked of them.
+
+        A failure inside ends the run: nothing is put back.
+        """
+        if not self.config.placement.sleep:
+            yield
+            return
+        await self.engines.sleep()
+        await self.learner.reload()
+        yield
+        await self.learner.offload()
 
     async def shutdown(self) -> None:
         try:

@@ -6,7 +6,7 @@ released models' shapes, for real-size steps where no weights can be had. Digits
 tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,10 @@ class Shape:
 SHAPES = {path.stem: Shape(**yaml.safe_load(path.read_text())) for path in sorted((CONF / "shape").glob("*.yaml"))}
 
 
-def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """A model of this shape with random weights."""
-    ids = tokenizer.added_tokens_encoder
+def configuration(shape: Shape, ids: Mapping[str, int]) -> Qwen2_5_VLConfig:
+    """Of a model of this shape, with a tokenizer's `ids` of the special tokens."""
     ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config=shape.text | ends | {"bos_token_id": ids["<|endoftext|>"], "tie_word_embeddings": shape.tied},
         vision_config=shape.vision | {"patch_size": PATCH, "window_size": 112},
         tie_word_embeddings=shape.tied,
@@ -118,9 +117,15 @@ def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Q
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
     )
+
+
+def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+    """A model of this shape with random weights."""
+    config = configuration(shape, tokenizer.added_tokens_encoder)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=shape.dtype)
-    model.generation_config.update(**ends)
+    text = config.text_config
+    model.generation_config.update(eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id)
     return model
 
 

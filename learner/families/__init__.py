@@ -64,7 +64,8 @@ class Family:
         inputs = {name: value for name, value in made.items() if name not in of_text}
         return Picture(key=key, tokens=made["input_ids"][0], inputs=inputs)
 
-    def vision_tower(self, model: Any) -> nn.Module:
+    @staticmethod
+    def vision_tower(model: Any) -> nn.Module:
         """The module that `learner.freeze_vision` freezes. Raises ValueError where it has none of the usual names."""
         for name in ("visual", "vision_tower", "vision_model"):
             if isinstance(tower := getattr(model.model, name, None), nn.Module):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import ray
 
+from perception.config import PlacementConfig, RolloutConfig
+from perception.errors import UserError
 from perception.types import FailureKind, Feed, Group, Prompt, SamplingSpec, Trajectory, Turn
+from rollout.defaults import by_placement
+from rollout.engine import check_fp8, engine_args
 from tests import builders
 from tests.builders import noise_image
 from tests.hf_reference import Reference
@@ -188,3 +194,58 @@ def test_more_prompt_tokens_than_one_batch_takes_leave_the_engine_alive(engine: 
     groups = generate(engine, [reference.prompt(seed) for seed in range(64)], few)
     failures = {t.failure.kind for group in groups for t in group.trajectories if t.failure is not None}
     assert failures <= {FailureKind.TRUNCATED}
+
+
+def in_its_process(engine: Any, function: Any, *arguments: Any) -> Any:
+    """There vLLM has been imported."""
+    return ray.get(engine.__ray_call__.remote(function, *arguments), timeout=60)
+
+
+def starting(self: Any, config: RolloutConfig, engine_gpus: float, free_gib: int) -> str:
+    """What vLLM says about a start on a GPU of 80 GiB of which so much is free; "" where it starts."""
+    from vllm.v1.worker.utils import request_memory
+
+    where = PlacementConfig(name="test", device="cuda", engine_gpus=engine_gpus)
+    wanted = engine_args(self._policy, by_placement(config, where))
+    gpu = SimpleNamespace(total_memory=80 << 30, free_memory=free_gib << 30, device_="cuda:0")
+    try:
+        request_memory(gpu, SimpleNamespace(gpu_memory_utilization=wanted.gpu_memory_utilization))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "free_gib", "starts"),
+    [
+        ({}, 0.4, 25, True),  # 0.3 of 80
+        ({}, 0.4, 20, False),
+        ({}, 1.0, 75, True),  # 0.9 of 80
+        ({}, 1.0, 70, False),
+        ({"kv_cache_mb": 4096}, 0.4, 10, True),  # beside a learner at work
+        ({"kv_cache_mb": 4096, "gpu_memory": 0.8}, 0.4, 10, True),
+    ],
+)
+def test_a_kv_cache_of_a_given_size_lets_an_engine_start_on_a_busy_gpu(
+    engine: Any, settings: dict[str, Any], gpus: float, free_gib: int, starts: bool
+) -> None:
+    said = in_its_process(engine, starting, RolloutConfig(**settings), gpus, free_gib)
+    assert (said == "") == starts
+    assert starts or "less than desired GPU memory utilization" in said
+
+
+@pytest.mark.parametrize(("cuda", "fp8", "refused"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_fp8_is_refused_on_a_gpu_without_it(engine: Any, cuda: bool, fp8: bool, refused: bool) -> None:
+    def checked(self: Any) -> str:
+        card = SimpleNamespace(is_cuda=lambda: cuda, supports_fp8=lambda: fp8)
+        with patch("vllm.platforms.current_platform", card):
+            try:
+                check_fp8()
+            except UserError as error:
+                return str(error)
+        return ""
+
+    said = in_its_process(engine, checked)
+    assert said == (
+        "rollout.quantization=fp8 needs compute capability 8.9 (Ada, Hopper) or more: take null" if refused else ""
+    )

@@ -23,12 +23,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from learner.loss import policy_loss
 from learner.policy import load_policy
 from learner.pool import LearnerPool, deal, mini_batches
+from learner.rank import LearnerRank
 from learner.rows import pieces
 from learner.zero import learning_rate
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, LearnerReport, PolicySpec
-from runtime.actors import Late
+from runtime.actors import Late, Limit, call
 from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
@@ -98,6 +99,15 @@ async def resume(spec: PolicySpec, stage: int, groups: list[Group], checkpoint: 
     return weights
 
 
+async def away_and_back(pool: LearnerPool, weights: dict[str, Tensor]) -> None:
+    """States leave the device and return; the step that follows is held against the one after loading."""
+    for also_weights in (False, True):
+        for wanted in (call(LearnerRank.offload, also_weights), call(LearnerRank.reload)):
+            await pool.actors.each([wanted] * len(pool.actors.slots), Limit(60.0, "test"))
+            if not also_weights:
+                assert all(torch.equal(weights[name], one) for name, one in (await receive(pool)).items())
+
+
 async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group], folder: Path) -> Outcome:
     pool = make_pool(spec, stage, ranks=ranks)
     await pool.start()
@@ -106,6 +116,7 @@ async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group]
     weights = await receive(pool)
     await pool.export(str(folder / "policy"))
     await pool.save(str(folder / "checkpoint"))
+    await away_and_back(pool, weights)
     await pool.update(groups)
     next_weights = await receive(pool)
     await pool.load(str(folder / "checkpoint"))
