@@ -74,9 +74,16 @@ def test_all_buckets_are_read_in_another_process_without_a_copy() -> None:
             "model.dtype=bfloat16",
             "learner.parity_limit=0.05",
         ),
+        (
+            "recipe=quickstart",
+            "placement=one_gpu",
+            "learner.ranks=1",
+            "model.dtype=bfloat16",
+            "rollout.quantization=fp8",
+        ),
         ("recipe=shape_3b", "algorithm.prompts_per_step=4", "data.eval_samples=2"),
     ],
-    ids=["mini", "3b"],
+    ids=["mini", "fp8", "3b"],
 )
 @pytest.mark.timeout(600)
 def test_two_steps_on_one_gpu(overrides: tuple[str, ...], tmp_path: Path) -> None:
