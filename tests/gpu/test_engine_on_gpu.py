@@ -74,8 +74,15 @@ def test_all_parameters_are_read_in_another_process_without_a_copy() -> None:
             "model.dtype=bfloat16",
             "learner.parity_limit=0.05",
         ),
+        (
+            "recipe=quickstart",
+            "placement=one_gpu",
+            "learner.ranks=1",
+            "model.dtype=bfloat16",
+            "rollout.quantization=fp8",
+        ),
     ],
-    ids=["mini"],
+    ids=["mini", "fp8"],
 )
 @pytest.mark.timeout(150)
 def test_two_steps_on_one_gpu(overrides: tuple[str, ...], tmp_path: Path) -> None:
