@@ -232,8 +232,9 @@ class LearnerConfig:
     """Size of a weight-sync bucket (MiB)."""
     checksum: bool = False
     """After each sync, prove that every parameter landed in the engine."""
-    parity_limit: Rate = 0.02
-    """Mean |log-prob difference| engine vs learner beyond which the run refuses to start."""
+    parity_limit: Rate | None = None
+    """Mean |log-prob difference| engine vs learner beyond which the run refuses to start. None: 0.02 in float32, 0.05
+    in bfloat16, 0.2 where the engine computes in fp8."""
     timeout_s: Rate = 1800.0
     """Longest wait for one call to the learner, and for one collective among its ranks."""
 

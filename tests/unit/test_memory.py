@@ -1,4 +1,4 @@
-"""Guards that the memory model adds up as hand-made tables do, and that what it suggests and what recipes ask for fits."""
+"""Guards that the memory model adds up as hand-made tables do, and that its suggestions and the recipes fit."""
 
 from __future__ import annotations
 
