@@ -4,10 +4,11 @@
 
 Real training steps of `launch.train`, all with the same workers: blocks of look=none and look=relook, each with
 `pipeline.max_staleness` 0 and 1, take turns in every round. A step's seconds are from the end of the one before to its
-own, recording included; the first step of a block, which fills the pipeline, and the last one, which finds it empty, are
-left out. The learning rate is tiny, so that all sides sample from the same policy. `ratio` is the median over the rounds of relook's mean step over none's in the same round, with the rounds'
-95 % t-interval; `token_ratio` is the same of all tokens that the samples' rows hold. CPU seconds are of all processes of
-a worker, per step: they say what a ratio is made of, and suffer less from a busy machine.
+own, recording included; a block's first step, which fills the pipeline, and its last, which finds it empty, are left
+out. The learning rate is tiny, so that all sides sample from the same policy. `step_ratio` is the median over the
+rounds of relook's mean step over none's in the same round, `interval` the 95 % t-interval of the rounds' mean,
+`token_ratio` that of all tokens that the samples' rows hold. CPU seconds are of all processes of a role, per step: what
+a ratio is made of. They suffer less from a busy machine.
 """
 
 from __future__ import annotations
@@ -108,7 +109,13 @@ async def measure(config: Config, train_on: Sequence[Sample], steps: int, rounds
 
 
 async def _block(
-    system: System, state: RunState, side: tuple[LookMode, int], steps: int, prompts: PromptMaker, clock: Clock, into: Side
+    system: System,
+    state: RunState,
+    side: tuple[LookMode, int],
+    steps: int,
+    prompts: PromptMaker,
+    clock: Clock,
+    into: Side,
 ) -> None:
     config, (mode, staleness) = system.config, side
     system.config = replace(
