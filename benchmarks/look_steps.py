@@ -7,7 +7,8 @@ Real training steps of `launch.train`, all with the same workers: blocks of look
 own, recording included; a block's first step, which fills the pipeline, and its last, which finds it empty, are left
 out. The learning rate is tiny, so that all sides sample from the same policy. `step_ratio` is the median over the
 rounds of relook's mean step over none's in the same round, `interval` the 95 % t-interval of the rounds' mean,
-`token_ratio` that of all tokens that the samples' rows hold. CPU seconds are of all processes of a role, per step: what
+`token_ratio` that of all tokens that the samples' rows hold, `computed_ratio` that of those with each prompt once per
+group, as engine and learner compute them. CPU seconds are of all processes of a role, per step: what
 a ratio is made of. They suffer less from a busy machine.
 """
 
@@ -30,7 +31,7 @@ from rich.console import Console
 from scipy import stats
 
 from benchmarks.common import options, print_result
-from benchmarks.look import row_tokens
+from benchmarks.look import prompt_tokens, row_tokens
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
 from launch.run.calibrate import calibrate
@@ -46,6 +47,7 @@ from launch.train import train
 from perception.config import Config, LookMode
 from perception.types import Group, Sample
 from runtime import cluster
+from runtime.actors import ActorPool
 
 SIDES: tuple[tuple[LookMode, int], ...] = tuple(product(("none", "relook"), (0, 1)))
 
@@ -65,17 +67,21 @@ class Clock(Progress):
 
 
 class Tokens(Recorder):
-    """Counts the tokens of every step's rows."""
+    """Counts the tokens of every step's rows, and those with each prompt once per group. Per sample."""
 
     def __init__(self, config: Config, prompts: PromptMaker) -> None:
         super().__init__(config)
         self._prompts = prompts
-        self.of_steps: list[float] = []
+        self.of_steps: list[tuple[float, float]] = []
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         super().step(step, metrics, groups)
-        rows = [row_tokens(one, self._prompts) for group in groups for one in group.trajectories]
-        self.of_steps.append(float(np.mean(rows)))
+        rows, again = 0, 0
+        for group in groups:
+            rows += sum(row_tokens(one, self._prompts) for one in group.trajectories)
+            again += (len(group.trajectories) - 1) * prompt_tokens(group.prompt, self._prompts)
+        samples = sum(len(group.trajectories) for group in groups)
+        self.of_steps.append((rows / samples, (rows - again) / samples))
 
 
 @dataclass(slots=True)
@@ -83,12 +89,15 @@ class Side:
     """One entry per round: means over its steps."""
 
     seconds: list[float] = field(default_factory=list)
-    tokens: list[float] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)
+    """All, computed."""
     cpu: list[dict[str, float]] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
         roles = {role: round(median(one[role] for one in self.cpu), 2) for role in self.cpu[0]}
-        return {"step_s": round(median(self.seconds), 3), "tokens": round(median(self.tokens), 1), "cpu_s": roles}
+        every, computed = np.median(self.tokens, axis=0).round(1).tolist()
+        seconds = round(median(self.seconds), 3)
+        return {"step_s": seconds, "tokens": every, "computed_tokens": computed, "cpu_s": roles}
 
 
 async def measure(config: Config, train_on: Sequence[Sample], steps: int, rounds: int) -> dict[Any, Side]:
@@ -127,17 +136,21 @@ async def _block(
     with Tokens(system.config, prompts) as recorder:
         await train(Session(system.config, (), {}, state, system, recorder, clock, checked=True))
     into.seconds.append((clock.ended[-2] - clock.ended[0]) / (steps - 2))
-    into.tokens.append(float(np.mean(recorder.of_steps[1:-1])))
+    into.tokens.append(np.mean(recorder.of_steps[1:-1], axis=0))
     first, last = clock.cpu[0], clock.cpu[-2]
     into.cpu.append({role: (last[role] - first[role]) / (steps - 2) for role in first})
 
 
 async def _processes(system: System) -> dict[str, list[psutil.Process]]:
     """The processes of every role."""
-    pools = {"engine": system.engines, "reward": system.rewards, "learner": system.learner}
+    pools: dict[str, ActorPool[Any]] = {
+        "engine": system.engines.actors,
+        "reward": system.rewards.actors,
+        "learner": system.learner.actors,
+    }
     found = {"controller": [psutil.Process()]}
     for role, pool in pools.items():
-        own = [slot.actor.__ray_call__.remote(lambda actor: os.getpid()) for slot in pool.actors.slots]
+        own = [slot.actor.__ray_call__.remote(lambda actor: os.getpid()) for slot in pool.slots]
         actors = [psutil.Process(pid) for pid in await asyncio.gather(*own)]
         found[role] = [one for actor in actors for one in (actor, *actor.children(recursive=True))]
     return found
@@ -153,12 +166,13 @@ def compared(sides: Mapping[Any, Side], staleness: int) -> dict[str, float]:
     ours, rival = sides["relook", staleness], sides["none", staleness]
     ratios = np.array(ours.seconds) / np.array(rival.seconds)
     spread = float(stats.sem(ratios) * stats.t.ppf(0.975, len(ratios) - 1)) if len(ratios) > 1 else float("inf")
-    tokens = np.array(ours.tokens) / np.array(rival.tokens)
+    every, computed = np.median(np.array(ours.tokens) / np.array(rival.tokens), axis=0).round(3).tolist()
     cpu = [sum(one.values()) / sum(other.values()) for one, other in zip(ours.cpu, rival.cpu, strict=True)]
     return {
         "step_ratio": round(float(np.median(ratios)), 3),
         "interval": round(spread, 3),
-        "token_ratio": round(float(np.median(tokens)), 3),
+        "token_ratio": every,
+        "computed_ratio": computed,
         "cpu_ratio": round(median(cpu), 3),
     }
 
