@@ -148,6 +148,8 @@ class RewardConfig:
     workers: Positive = 1
     image_cache: Positive = 64
     """Reward workers, each with its own SAM2, and the image embeddings each of them keeps."""
+    mask_cache: Natural = 512
+    """Answers that look=relook has examined whose masks a worker keeps until they are scored; 0: decoded again."""
     timeout_s: Rate = 120.0
     """Longest wait for a group's score."""
     max_failure_rate: Fraction = 0.5
