@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import ray
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from perception.config import Config, PlacementConfig
@@ -157,12 +152,13 @@ def reserve(config: Config) -> Reservation:
     ranks = [number for number, claims in enumerate(planned) if "learner" in dict(claims)]
     places = gathered(asked, ranks, nodes)
     seated = [(role, claim, place) for claims, place in zip(planned, places, strict=True) for role, claim in claims]
-    threads = [0] * len(seated)
+    threads: dict[str, int] = {}
     if placement.device == "cuda" and not placement.threads:
-        threads = fair_threads([nodes[place] for *_, place in seated], _cores())
+        cores = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes()}
+        threads = fair_threads([nodes[place] for *_, place in seated], cores)
     seats: dict[Role, list[Seat]] = {role: [] for role in ROLES}
-    for (role, claim, place), own in zip(seated, threads, strict=True):
-        seats[role].append(Seat(claim["CPU"], claim["GPU"], granted, place, own))
+    for role, claim, place in seated:
+        seats[role].append(Seat(claim["CPU"], claim["GPU"], granted, place, threads.get(nodes[place], 0)))
     return Reservation(granted, seats, frozenset(nodes))
 
 
@@ -170,30 +166,22 @@ def gathered(planned: Sequence[Resources], ranks: Sequence[int], nodes: Sequence
     """The granted bundle for each planned one: learner ranks sit on as few nodes as can be, in order of node.
 
     Ray says only which bundle it put on which of the `nodes`; bundles that hold as much may change places.
-    ranks: the planned bundles of learner ranks, by rank.
+    ranks: which of the planned bundles hold a learner rank, ascending.
     """
     place = list(range(len(planned)))
     for size in (one for number, one in enumerate(planned) if one not in planned[:number]):
         alike = [number for number, one in enumerate(planned) if one == size]
-        first = [number for number in ranks if planned[number] == size]
         there = Counter(nodes[bundle] for bundle in alike)
-        by_node = sorted(alike, key=lambda bundle: (-there[nodes[bundle]], nodes.index(nodes[bundle])))
-        taken, left = by_node[: len(first)], sorted(by_node[len(first) :])
-        others = [number for number in alike if number not in first]
-        for number, bundle in zip([*first, *others], [*taken, *left], strict=True):
+        fullest_first = sorted(alike, key=lambda bundle: (-there[nodes[bundle]], nodes.index(nodes[bundle])))
+        ranks_first = sorted(alike, key=lambda number: number not in ranks)
+        for number, bundle in zip(ranks_first, fullest_first, strict=True):
             place[number] = bundle
     return place
 
 
-def fair_threads(nodes: Sequence[str], cores: Mapping[str, float]) -> list[int]:
-    """Threads for each actor, by the node it is on: the node's cores shared among its actors, at least one."""
-    actors = Counter(nodes)
-    return [max(1, int(cores[node]) // actors[node]) for node in nodes]
-
-
-def _cores() -> dict[str, float]:
-    """CPUs of every node of the cluster."""
-    return {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes()}
+def fair_threads(nodes: Sequence[str], cores: Mapping[str, float]) -> dict[str, int]:
+    """Threads of an actor by its node: the node's cores shared among its actors, at least one. nodes: of each actor."""
+    return {node: max(1, int(cores[node]) // actors) for node, actors in Counter(nodes).items()}
 
 
 def _await_grant(wanted: PlacementGroup, placement: PlacementConfig, asked: Resources) -> None:

@@ -1,4 +1,5 @@
-"""What only a CUDA device can show: the varlen kernel, weights by CUDA IPC, and the whole path on one GPU."""
+"""What only a CUDA device can show: the varlen kernel, weights by CUDA IPC, and the whole path on one GPU, of a
+toy; `benchmarks/gpu_hour.sh` takes it at the size of 3B."""
 
 from __future__ import annotations
 
@@ -63,25 +64,13 @@ def test_all_parameters_are_read_in_another_process_without_a_copy() -> None:
         ray.shutdown()
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        (
-            "recipe=quickstart",
-            "placement=one_gpu",
-            "learner.ranks=1",
-            "model.dtype=bfloat16",
-            "learner.parity_limit=0.05",
-        ),
-        ("recipe=shape_3b", "algorithm.prompts_per_step=4", "data.eval_samples=2"),
-    ],
-    ids=["mini", "3b"],
-)
-@pytest.mark.timeout(600)
+@pytest.mark.parametrize("overrides", [(), ("rollout.quantization=fp8",)], ids=["mini", "fp8"])
+@pytest.mark.timeout(150)
 def test_two_steps_on_one_gpu(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    settings = (*overrides, "algorithm.steps=2", f"run.output={tmp_path}", "run.name=gpu")
+    fixed = ("recipe=quickstart", "placement=one_gpu", "algorithm.steps=2", "data.eval_samples=8", "run.name=gpu")
+    settings = (*fixed, *overrides, f"run.output={tmp_path}")
     command = [sys.executable, "-m", "launch.train", *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=140, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "gpu" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
