@@ -41,7 +41,7 @@ class Seated:
         return list(map(int, ray.get_gpu_ids()))
 
 
-@pytest.mark.parametrize(("engine", "learner"), [(0.45, 0.45), (0.25, 0.2)], ids=["nearly-whole", "half"])
+@pytest.mark.parametrize(("engine", "learner"), [(0.4, 0.4), (0.25, 0.2)], ids=["whole", "half"])
 def test_engine_rank_and_their_reward_workers_get_one_gpu_that_no_other_pair_has(
     invented_gpus: None, engine: float, learner: float
 ) -> None:
