@@ -57,8 +57,10 @@ class PaddedPolicy(Policy):
                 rows.append(torch.cat([prompt.ids, *tail.ids])[: len(prompt.ids) + tail.length])
                 predictors.append(torch.cat(tail.sampled) + len(prompt.ids) - 1)
                 pictures += [picture for _, picture in (*prompt.pictures, *tail.pictures)]
-        if not rows:
-            rows, predictors, pictures = [self.blank.tokens], [torch.tensor([0])], [self.blank]
+        if not pictures:  # every rank runs the vision tower, so that all gather and reduce the same weights
+            pictures.append(self.blank)
+            rows.append(self.blank.tokens)
+            predictors.append(torch.arange(0 if pieces else 1))
         tails = [tail for piece in pieces for tail in piece.tails]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=self.layout.filler_id)
         attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)

@@ -19,7 +19,7 @@ from launch.run.prompts import PromptMaker, read_policy_spec
 from learner.families import Family
 from learner.families.generic import PaddedPolicy
 from learner.policy import load_policy
-from learner.rows import Picture
+from learner.rows import Picture, pieces
 from perception.config import LearnerConfig, LoraConfig, ModelConfig, TaskConfig
 from perception.errors import UserError
 from perception.families import engine_name, engine_renames, family_of
@@ -132,13 +132,18 @@ def test_logprobs_of_rows_with_images_of_different_sizes_are_those_of_transforme
     assert any("vision_tower" in name and value.norm() > 0 for name, value in gradient.items())
 
 
-def test_a_rank_without_work_runs_the_vision_tower_and_teaches_nothing(spec: PolicySpec) -> None:
+@pytest.mark.parametrize("count", [0, 1], ids=["no work", "text alone"])
+def test_without_an_image_the_vision_tower_runs_and_learns_nothing(spec: PolicySpec, count: int) -> None:
     policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda handle: handle.ref)
     ran: list[str] = []
     policy.model.model.vision_tower.register_forward_hook(lambda *_: ran.append("vision"))
-    batch = policy.collate([])
-    (policy(batch)[0] * batch.tokens.loss_mask).sum().backward()
-    assert ran and all(p.grad is None or not p.grad.any() for p in policy.parameters())
+    text = [sampled_group(spec, np.random.default_rng(0), n=2, images=0)] * count
+    batch = policy.collate(list(pieces(text, policy.layout, 1 << 20, padded=True)))
+    logprobs, _ = policy(batch)
+    assert len(logprobs) == max(1, sum(one.sampled_tokens for group in text for one in group.trajectories))
+    (logprobs * batch.tokens.loss_mask).sum().backward()
+    taught = {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
+    assert ran and bool(taught) == bool(count) and not any("vision_tower" in name for name in taught)
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "llava"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 import learner.head
 
@@ -12,19 +13,30 @@ def test_the_heads_memory_does_not_grow_with_the_tokens(monkeypatch: pytest.Monk
     """Bytes that autograd keeps for the backward pass, and the largest tensor of logits: the same for 8x the tokens."""
     vocabulary, width = 4096, 8
     monkeypatch.setattr(learner.head, "CHUNK_LOGITS", 32 * vocabulary)
-    linear = torch.nn.Linear(width, vocabulary)
-    head = learner.head.VocabularyHead(linear, torch.tensor([0]), 1.0, entropy_gradient=False, compiled=False)
-    largest: list[int] = []
-    linear.register_forward_hook(lambda *call: largest.append(call[2].numel()))
+    product, largest = functional.linear, []
+
+    def linear(*inputs: torch.Tensor) -> torch.Tensor:
+        logits = product(*inputs)
+        largest.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(functional, "linear", linear)
+    weights = torch.nn.Linear(width, vocabulary)
+    head = learner.head.VocabularyHead(weights, torch.tensor([0]), 1.0, entropy_gradient=False, compiled=False)
 
     def kept(tokens: int) -> int:
-        saved: list[int] = []
+        saved: dict[int, int] = {}  # the weight, once
         hidden = torch.randn(tokens, width, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.nbytes), x)[1], lambda x: x):
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             logprobs, _ = head(hidden, torch.zeros(tokens, dtype=torch.int64), vocabulary)
         logprobs.sum().backward()
         assert hidden.grad is not None and hidden.grad.abs().sum() > 0
-        return sum(saved)
+        return sum(saved.values())
 
     small, large = kept(64), kept(512)
     assert max(largest) == 32 * vocabulary
