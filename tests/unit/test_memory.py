@@ -294,11 +294,17 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "learner.checkpointing=on",
         ),
         (
-            ("recipe=shape_3b", "placement=cluster", "learner.offload_optimizer=false", "learner.ranks=2"),
+            (
+                "recipe=shape_3b",
+                "placement=cluster",
+                "learner.offload_optimizer=false",
+                "learner.ranks=3",
+                "learner.zero_stage=1",
+            ),
             5,
             Machine(gpu=GPU_40, host=128.0, disk=900.0),
             "GPU of learner needs 4",
-            "learner.zero_stage=3",
+            "learner.zero_stage=2",
         ),
         (
             ("recipe=shape_3b", "rollout.kv_cache_mb=64"),
