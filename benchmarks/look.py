@@ -32,7 +32,7 @@ from launch.run.step_metrics import look_metrics
 from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.config import Config, LookMode
-from perception.types import Group, Sample, SamplingSpec, Trajectory
+from perception.types import Group, ImageHandle, Prompt, Sample, SamplingSpec, Trajectory
 from runtime import cluster
 
 MODES: tuple[LookMode, ...] = get_args(LookMode)
@@ -97,7 +97,7 @@ async def _round(
     into.seconds.append(time.perf_counter() - began)
     into.ious.append(np.array([_giou(group) for group in groups]))
     trajectories = [one for group in groups for one in group.trajectories]
-    into.tokens.append(float(np.mean([_row_tokens(t, prompts) for t in trajectories])))
+    into.tokens.append(float(np.mean([row_tokens(t, prompts) for t in trajectories])))
     into.sampled.append(float(np.mean([t.sampled_tokens for t in trajectories])))
     if mode == "relook":
         looks = look_metrics(groups)
@@ -109,10 +109,19 @@ def _giou(group: Group) -> float:
     return float(np.mean([one.score.metrics["mask_iou"] if one.score else 0.0 for one in group.trajectories]))
 
 
-def _row_tokens(trajectory: Trajectory, prompts: PromptMaker) -> int:
+def row_tokens(trajectory: Trajectory, prompts: PromptMaker) -> int:
+    """Tokens of a row: prompt, image tokens and answers of every pass."""
     images = [image for turn in trajectory.turns for image in turn.images]
-    shown = sum(prompts.image_tokens(image.height, image.width) - 1 for image in images)
-    return shown + sum(len(turn.input_ids) + len(turn.token_ids) for turn in trajectory.turns)
+    return _shown(images, prompts) + sum(len(turn.input_ids) + len(turn.token_ids) for turn in trajectory.turns)
+
+
+def prompt_tokens(prompt: Prompt, prompts: PromptMaker) -> int:
+    return _shown(prompt.images, prompts) + len(prompt.token_ids)
+
+
+def _shown(images: Sequence[ImageHandle], prompts: PromptMaker) -> int:
+    """Tokens that the images have beyond their placeholders."""
+    return sum(prompts.image_tokens(image.height, image.width) - 1 for image in images)
 
 
 def main() -> None:

@@ -111,7 +111,8 @@ async def measure(config: Config, repeats: int) -> dict[str, float]:
     """Median of every figure of both sides."""
     policy = read_policy_spec(config.model)
     rollout = config.rollout
-    engines = RolloutPool(policy, rollout, config.placement, anywhere(config.placement, "engine", 1))
+    seats = anywhere(config.placement, "engine", 1, rollout.tensor_parallel)
+    engines = RolloutPool(policy, rollout, config.placement, seats)
     learner = LearnerPool(
         policy,
         config.learner,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from learner.transfer import to_device
 from perception.types import BANNED_LOGIT
 
 CHUNK_LOGITS = 1 << 26
@@ -33,7 +34,7 @@ class VocabularyHead:
 
     def _logprobs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._linear(hidden).float()
-        logits = logits.index_fill_(1, self._banned.to(logits.device), BANNED_LOGIT)
+        logits = logits.index_fill_(1, to_device(self._banned, logits.device), BANNED_LOGIT)
         if self._temperature != 1.0:
             logits = logits / self._temperature
         normaliser = logits.logsumexp(-1)

@@ -12,7 +12,7 @@ secretly brings you off-policy RL training"). The KL is to a fourth, the referen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -37,16 +37,12 @@ class TokenBatch:
     loss_mask: Tensor
     """float32: 1 for a real token, 0 for a filler that only keeps the ranks in step."""
     sequence: Tensor
-    """int64, ascending: which trajectory the token belongs to; all its tokens are in this micro-batch."""
+    """int64, ascending from 0 without a gap: which trajectory the token belongs to; all its tokens are in this
+    micro-batch."""
     old_logprobs: Tensor | None = None
     """float32, the old policy's; None in the only step over a batch, where the current policy is the old one."""
     reference_logprobs: Tensor | None = None
     """float32, the starting policy's, where a KL to it is wanted."""
-
-    def to(self, device: torch.device) -> TokenBatch:
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in given.items() if value is not None}
-        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,5 +180,5 @@ def _lengths(batch: TokenBatch) -> Tensor:
 
 def over_trajectory(values: Tensor, batch: TokenBatch) -> Tensor:
     """(N,) sum of `values` over the real tokens of the token's trajectory."""
-    index = torch.unique_consecutive(batch.sequence, return_inverse=True)[1]
-    return torch.zeros_like(values).index_add(0, index, values * batch.loss_mask)[index]
+    sums = torch.zeros_like(values).index_add(0, batch.sequence, values * batch.loss_mask)
+    return sums.index_select(0, batch.sequence)

@@ -18,14 +18,16 @@ The prompt 7 8 9 with the answers 4 5 6 and 3, padded to a multiple of four toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from learner.loss import TokenBatch
 from learner.rows import Layout, Picture, Piece, Segment, token_batch
+from learner.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +70,7 @@ class PackedBatch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        names = ("input_ids", "position_ids", "image_slots", "image_source", "predictors", "targets")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, tokens=self.tokens.to(device), **moved)
+        return to_device(self, device)
 
 
 def pack(pieces: Sequence[Piece], layout: Layout, multiple: int = 1) -> PackedBatch:
@@ -110,11 +110,9 @@ def pack(pieces: Sequence[Piece], layout: Layout, multiple: int = 1) -> PackedBa
     )
 
 
-def token_parts(lengths: Sequence[PieceLengths], row: int) -> tuple[Tensor, Tensor]:
-    """For each token of a row of `row` tokens: its part's number, and the number of the prompt its part goes on from.
-
-    Both (T,) int32. Token q may attend to token k <= q where part[k] is part[q] or prompt[q]. Padding is a part.
-    """
+def part_sizes(lengths: Sequence[PieceLengths], row: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each part of a row of `row` tokens, its padding the last: its tokens, and the number of the prompt that it
+    goes on from; of a prompt and the padding, their own number. Both (parts,) int64."""
     sizes: list[int] = []
     prompts: list[int] = []
     for piece in lengths:
@@ -122,9 +120,16 @@ def token_parts(lengths: Sequence[PieceLengths], row: int) -> tuple[Tensor, Tens
         sizes += [piece.prompt, *piece.tails]
     prompts.append(len(sizes))
     sizes.append(row - sum(sizes))
-    numbers = torch.tensor([range(len(sizes)), prompts], dtype=torch.int32)
-    part, prompt = numbers.repeat_interleave(torch.tensor(sizes), dim=1)
-    return part, prompt
+    return np.array(sizes), np.array(prompts)
+
+
+def token_parts(lengths: Sequence[PieceLengths], row: int) -> Tensor:
+    """(2, T) int32: the number of each token's part in a row, and that of the prompt which the part goes on from.
+
+    Token q may attend to token k <= q where part[k] is part[q] or prompt[q].
+    """
+    sizes, prompts = part_sizes(lengths, row)
+    return torch.from_numpy(np.repeat([np.arange(len(sizes)), prompts], sizes, axis=1).astype(np.int32))
 
 
 def _filler(layout: Layout) -> Piece:

@@ -104,7 +104,7 @@ class LearnerPool:
     async def buckets(self, receivers: tuple[str, ...] = ()) -> AsyncIterator[WeightBucket]:
         """The current weights, bucket by bucket. The next one is filled while the caller is busy with this one.
 
-        `receivers` are the engines that will take them (`RolloutPool.begin_update`). When the last bucket has been
+        `receivers` are the workers that will take them (`RolloutPool.begin_update`). When the last bucket has been
         asked for, all have left the learner; `release_buckets` once the engines have loaded them.
         """
         count = await self._ask_sender(call(WeightSender.open, receivers), "opening the weight sync")

@@ -6,20 +6,26 @@ tails is ever computed.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from learner.packing import PieceLengths, token_parts
+from learner.packing import PieceLengths, part_sizes, token_parts
+from learner.transfer import to_device
 
 NAME = "relook_packed"
-_flex: Any = torch.compile(flex_attention, dynamic=False)
-"""Compiled once per length of row; inside a compiled layer it is part of that."""
+BLOCK = 128
+"""Tokens of a side of FlexAttention's blocks; rows on CUDA are a multiple of it."""
+COMPILE: dict[str, Any] = {"fullgraph": True, "recompile_limit": 128}
+"""How the kernel, or whole layers, are compiled: at most 3 times (no gradient, one, one of weights only) for each of
+the row's lengths, of which `row_multiple` makes 40 up to 8 times `micro_tokens`. Beyond Dynamo's own limit, 8,
+FlexAttention would silently compute a row's whole score matrix; beyond this one the call fails."""
 Packed = BlockMask | tuple[PieceLengths, ...]
 """The attention mask of a packed row, in the form that the device's kernel takes."""
 
@@ -40,7 +46,8 @@ def attend(
     `packed` comes from `packed_mask` through the language model's keyword arguments.
     """
     if isinstance(packed, BlockMask):
-        out = _flex(query, key, value, block_mask=packed, scale=scaling, enable_gqa=True)
+        kernel = flex_attention if torch.compiler.is_compiling() else _fused()  # part of a compiled layer
+        out = kernel(query, key, value, block_mask=packed, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
     sizes = [lengths.total for lengths in packed]
     padded = query.shape[2] - sum(sizes)
@@ -53,14 +60,50 @@ def attend(
 
 def packed_mask(lengths: Sequence[PieceLengths], row: int, device: torch.device) -> Packed:
     """The mask of a row of `row` tokens on this device."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return tuple(lengths)
-    part, prompt = (x.to(device) for x in token_parts(lengths, row))
+    return block_mask(lengths, row, device)
+
+
+def block_mask(lengths: Sequence[PieceLengths], row: int, device: torch.device) -> BlockMask:
+    """FlexAttention's mask, from the spans of the row's parts: no T x T table is made.
+
+    With o (parts, blocks) tokens of a part in a block and p the same of the prompt that the part goes on from, the
+    pairs that attend are p for every token of o, o for every token of an earlier block's o, and a triangle in o's own.
+    """
+    part, prompt = to_device(token_parts(lengths, row), device)
 
     def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & ((part[k] == part[q]) | (part[k] == prompt[q]))
 
-    return create_block_mask(visible, None, None, row, row, device=device)
+    sizes, prompts = part_sizes(lengths, row)
+    ends = sizes.cumsum()[:, None]
+    edges = np.arange(-(-row // BLOCK) + 1) * BLOCK
+    own = np.diff(edges.clip(ends - sizes[:, None], ends)).astype(np.float32)
+    shared = own[prompts] * (prompts != np.arange(len(prompts)))[:, None]
+    pairs = own.T @ shared + np.tril(own.T @ own, -1) + np.diag((own * (own + 1) / 2).sum(0))
+    full = pairs == BLOCK**2
+    return BlockMask.from_kv_blocks(
+        *_blocks((pairs > 0) & ~full, device),
+        *_blocks(full, device),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(row, row),
+    )
+
+
+def _blocks(wanted: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(blocks, blocks) bool -> (1, 1, blocks) their number in each row, (1, 1, blocks, blocks) theirs first."""
+    order = np.argsort(~wanted, axis=1, kind="stable")
+    made = (torch.from_numpy(x.astype(np.int32))[None, None] for x in (wanted.sum(1), order))
+    number, indices = (to_device(x, device) for x in made)
+    return number, indices
+
+
+@cache
+def _fused() -> Any:
+    """FlexAttention as one kernel. Made when first called: Inductor is seconds of import that only CUDA needs."""
+    return torch.compile(flex_attention, dynamic=False, **COMPILE)
 
 
 def _piece(query: Tensor, key: Tensor, value: Tensor, lengths: PieceLengths, scaling: float) -> Tensor:

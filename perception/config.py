@@ -148,6 +148,8 @@ class RewardConfig:
     workers: Positive = 1
     image_cache: Positive = 64
     """Reward workers, each with its own SAM2, and the image embeddings each of them keeps."""
+    mask_cache: Natural = 512
+    """Answers that look=relook has examined whose masks a worker keeps until they are scored; 0: decoded again."""
     timeout_s: Rate = 120.0
     """Longest wait for a group's score."""
     max_failure_rate: Fraction = 0.5
@@ -232,8 +234,9 @@ class LearnerConfig:
     """Size of a weight-sync bucket (MiB)."""
     checksum: bool = False
     """After each sync, prove that every parameter landed in the engine."""
-    parity_limit: Rate = 0.02
-    """Mean |log-prob difference| engine vs learner beyond which the run refuses to start."""
+    parity_limit: Rate | None = None
+    """Mean |log-prob difference| engine vs learner beyond which the run refuses to start. None: 0.02 in float32, 0.05
+    in bfloat16, 0.2 where the engine computes in fp8."""
     timeout_s: Rate = 1800.0
     """Longest wait for one call to the learner, and for one collective among its ranks."""
 
@@ -242,7 +245,7 @@ class LearnerConfig:
 class RolloutConfig:
     engines: Positive = 1
     tensor_parallel: Positive = 1
-    """vLLM engines, each with a copy of the policy, and the workers that share it, each on GPUs and CPUs of its own."""
+    """vLLM engines, each with a copy of the policy, and the workers that share it; each claims `placement.engine_*`."""
     temperature: Annotated[float, Gt(0.0), Le(2.0)] = 1.0
     """Sampling temperature, in training and for the sampled held-out answers."""
     max_new_tokens: Positive = 256
@@ -258,8 +261,8 @@ class RolloutConfig:
     """Tokens of a KV cache block; whole blocks are shared by equal prefixes."""
     kv_cache_mb: Natural = 0
     gpu_memory: Fraction = 0.0
-    """KV cache in MiB; 0: what is left of `gpu_memory`, vLLM's share of the GPU, from which it deducts what others take
-    there while it starts. 0: 0.9 where it has its GPU to itself, else 0.3."""
+    """KV cache of a worker in MiB. 0: what is left of `gpu_memory`, its share of the GPU, from which vLLM deducts also
+    what others take there while it starts; 0: 0.9 where it has its GPU to itself, else 0.3."""
     enforce_eager: bool | None = None
     """No CUDA graphs: a faster start, slower sampling. None: only where it has no GPU to itself."""
     quantization: Literal["fp8"] | None = None

@@ -1,5 +1,6 @@
 """Pool of reward workers: an image goes to the worker that has its embedding, and a failure marks its trajectories."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -18,6 +19,9 @@ MAX_RESTARTS = 2
 """Per worker and run."""
 _IMBALANCE = 2
 """An image leaves its own worker when that has so many more groups waiting than the idlest one."""
+_SCORES_AT_ONCE = 2
+"""Per worker: one that is being scored and the next one. All others wait here, where examinations overtake them: an
+answer that is examined holds up its sampling, a score nothing before the end of the step."""
 
 
 class RewardPool:
@@ -33,6 +37,7 @@ class RewardPool:
     ) -> None:
         """One worker per seat."""
         self._limit = Limit(config.timeout_s, "reward.timeout_s")
+        self._scoring = asyncio.Semaphore(_SCORES_AT_ONCE * len(seats))
         self.actors: ActorPool[RewardWorker] = ActorPool(
             "reward worker",
             RewardWorker,
@@ -54,7 +59,8 @@ class RewardPool:
         A group whose worker died is tried again. Raises ActorError when a worker has used up its restarts.
         """
         wanted = call(RewardWorker.score, group, want_masks, held_out, look)
-        return await self._guarded(group, wanted, partial(failed_group, group))
+        async with self._scoring:
+            return await self._guarded(group, wanted, partial(failed_group, group))
 
     async def examine(self, group: Group, look: LookState) -> list[Finding]:
         """Findings about a group's answers (see `RewardWorker.examine`); failures as in `score`."""

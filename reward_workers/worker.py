@@ -71,7 +71,7 @@ class RewardWorker:
         truth = _true_mask(prompt) if compares or judges else None
         segmentation, cached = None, False
         if compares or want_masks or look is not None:
-            segmentation, cached = self._segment(prompt, passes)
+            segmentation, cached = self._segment(prompt, passes, look, last=True)
         judged = judge(passes, segmentation, truth, look, want_masks)
 
         def arrays(first: int, kept: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +93,7 @@ class RewardWorker:
         prompt = group.prompt
         image = self._images.get(prompt.images[0])
         last = [read_passes(trajectory, prompt)[-1] for trajectory in group.trajectories]
-        segmentation, _ = self._segment(prompt, last)
+        segmentation, _ = self._segment(prompt, last, look)
         sure = confidence(look.weights, confidence_features(last, segmentation.features)).tolist()
         findings = []
         for row, (trajectory, one) in enumerate(zip(group.trajectories, last, strict=True)):
@@ -117,17 +117,24 @@ class RewardWorker:
             return None
         return views.closer_look(one.answer.objects, *size, config.margin, config.smallest, config.min_zoom)
 
-    def _segment(self, prompt: Prompt, passes: Sequence[Pass]) -> tuple[Segmentation, bool]:
-        """The passes' masks, and whether the image's embedding was already there."""
+    def _segment(
+        self, prompt: Prompt, passes: Sequence[Pass], look: LookState | None, last: bool = False
+    ) -> tuple[Segmentation, bool]:
+        """The passes' masks, and whether the image's embedding was already there. Where answers are examined (`look`),
+        their masks are kept until they are wanted for the `last` time."""
         segmenter, handle = self._segmenter(), prompt.images[0]
         embedding, cached = segmenter.embed(handle.key, lambda: self._images.get(handle))
         prompts, owners = mask_prompts(passes, prompt.task, embedding.height, embedding.width)
-        return segmenter.segment(embedding, prompts, owners, len(passes), self._config.multimask), cached
+        decode = partial(segmenter.segment, embedding, multimask=self._config.multimask)
+        if look is None or self._masks is None or not passes:
+            return decode(prompts, owners, len(passes)), cached
+        return self._masks.segment(handle.key, prompts, owners, len(passes), decode, last), cached
 
     def _segmenter(self) -> Segmenter:
         if self._loaded is None:
             import torch
 
+            from reward_workers.mask_cache import MaskCache
             from reward_workers.segmenter import Segmenter
 
             if self._threads:
@@ -135,6 +142,7 @@ class RewardWorker:
             if self._device == "cuda" and self._gpu_share < 1:
                 torch.cuda.set_per_process_memory_fraction(self._gpu_share)
             dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
+            self._masks = MaskCache(self._config.mask_cache) if self._config.mask_cache else None
             self._loaded = Segmenter.load(self._model.segmenter, self._device, dtype, self._config.image_cache)
         return self._loaded
 

@@ -60,7 +60,7 @@ def plan_storages(parameters: Mapping[str, Tensor]) -> list[WeightBucket]:
     plans: dict[int, WeightBucket] = {}
     for name, parameter in parameters.items():
         whole, dtype = parameter.untyped_storage(), str(parameter.dtype).removeprefix("torch.")
-        offset = parameter.storage_offset() * parameter.element_size()
+        offset = int(parameter.storage_offset()) * parameter.element_size()
         slot = TensorSlot(name=name, dtype=dtype, shape=tuple(parameter.shape), offset=offset)
         plan = plans.get(whole.data_ptr(), WeightBucket(slots=(), nbytes=whole.nbytes(), transport="ipc"))
         plans[whole.data_ptr()] = replace(plan, slots=(*plan.slots, slot))

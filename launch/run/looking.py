@@ -28,6 +28,9 @@ from reward_workers.pool import RewardPool
 from rollout.look import look
 from rollout.pool import RolloutPool
 
+_BY_VALUE = 1 << 16
+"""Bytes of a picture that travels inside its messages: to put less into the object store costs more than it saves."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
@@ -49,10 +52,20 @@ class Looking:
     """Makes scored groups of prompts: sampling, further looks, scoring."""
 
     def __init__(
-        self, engines: RolloutPool, rewards: RewardPool, prompts: PromptMaker, config: LookConfig, at_once: int
+        self,
+        engines: RolloutPool,
+        rewards: RewardPool,
+        prompts: PromptMaker,
+        config: LookConfig,
+        *,
+        at_once: int,
+        ahead: bool,
     ) -> None:
-        """`at_once`: prompts sampled together; 0: as many as there are."""
+        """`at_once`: prompts sampled together; 0: as many as there are. `ahead`: rollouts of further steps fill the
+        engines, so that a group may wait for its first answers and ask for them in one request, which costs less; else
+        each is a request of its own, and is looked at again while its siblings are still sampled."""
         self._engines, self._rewards, self._prompts, self._config = engines, rewards, prompts, config
+        self._ahead = ahead
         self._gate = asyncio.Semaphore(at_once) if at_once else nullcontext()
 
     async def rollout(self, prompt: Prompt, asked: Asked, want_masks: bool = False) -> Group:
@@ -70,7 +83,11 @@ class Looking:
         return replace(group, sampling=Span(began=began, ended=time.monotonic()))
 
     async def _look(self, prompt: Prompt, sampling: SamplingSpec, state: LookState) -> Group:
+        first = asyncio.ensure_future(self._engines.generate(prompt, sampling)) if self._ahead else None
+
         async def sample(prompt: Prompt, index: int, turns: tuple[Turn, ...], feed: Feed | None) -> Trajectory:
+            if first is not None and feed is None:
+                return (await first).trajectories[index]
             return await self._engines.sample(prompt, index, turns, feed, sampling)
 
         async def examine(group: Group) -> Sequence[Finding]:
@@ -82,6 +99,7 @@ class Looking:
         """The closer view as the policy's next turn."""
         assert finding.view is not None
         size, picture = picture_size(finding.view, self._config.pixels), finding.picture
-        handle = ImageHandle(key=content_key(picture), height=size[0], width=size[1], ref=ray.put(picture))
+        ref = ray.put(picture) if len(picture) > _BY_VALUE else picture
+        handle = ImageHandle(key=content_key(picture), height=size[0], width=size[1], ref=ref)
         view = self._prompts.view(finding.view, *size)
         return Feed(input_ids=self._prompts.again(prompt.sample.task), images=(handle,), view=view)

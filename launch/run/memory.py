@@ -295,21 +295,27 @@ def rooms(size: Size, config: Config, machine: Machine) -> list[Room]:
     memory = machine.gpu if cuda else machine.host
     actors: dict[Role, Terms] = {"learner": learner(size, config), "engine": engine(size, config, memory)}
     actors["reward"] = segmenter(config)
-    needs = [
+    needs: list[dict[str, Terms]] = [
         {role: {term: n * value for term, value in actors[role].items()} for role, n in held.items()}
         for held in (_gpus(config) if cuda else [counts])
     ]
     gpus = [Room(f"GPU of {' + '.join(own)}", own, memory) for own in needs if cuda]
     for role in ("learner", "reward"):  # the engine's is `rollout.gpu_memory`
         if 0 < (part := share(config.placement, role)["GPU"]) < 1:
-            gpus.append(Room(f"placement.{role}_gpus={part:g}", {role: actors[role]}, memory and part * memory))
+            gpus.append(
+                Room(
+                    f"share of the {role}, placement.{role}_gpus={part:g}",
+                    {role: actors[role]},
+                    memory and part * memory,
+                )
+            )
     one = _gib(trajectory=config.rollout.max_model_len * size.key_value * number)
     files = _gib(checkpoints=CHECKPOINTS * (size.parameters * number + 12 * size.trained))
     return [
         *gpus,
-        Room("KV cache", {"one": one}, memory and actors["engine"]["KV cache"]),
+        Room("KV cache for one trajectory", {"of": one}, memory and actors["engine"]["KV cache"]),
         Room("host", {"run": host(size, config)} | ({} if cuda else needs[0]), machine.host),
-        Room("disk", {"run": files}, machine.disk),
+        Room("disk of run.output", {"run": files}, machine.disk),
     ]
 
 

@@ -62,9 +62,14 @@ class System:
         seats, deterministic = self._reservation.seats, config.run.deterministic
         # What vLLM computes beside a sequence changes the last bits of its log-probs; alone, it always gets the same.
         rollout = replace(config.rollout, max_num_seqs=1) if deterministic else config.rollout
+        # So does SAM2 with masks decoded beside one: there a score decodes its whole group, whatever was examined when.
+        reward = replace(config.reward, mask_cache=0) if deterministic else config.reward
         self.engines = RolloutPool(self.policy, rollout, config.placement, seats["engine"], self.resync)
-        self.rewards = RewardPool(config.reward, config.look, model, config.placement, seats["reward"])
-        self.looking = Looking(self.engines, self.rewards, self._prompts, config.look, at_once=int(deterministic))
+        self.rewards = RewardPool(reward, config.look, model, config.placement, seats["reward"])
+        ahead = config.pipeline.max_staleness > 0
+        self.looking = Looking(
+            self.engines, self.rewards, self._prompts, config.look, at_once=int(deterministic), ahead=ahead
+        )
         self.learner = LearnerPool(
             self.policy,
             config.learner,

@@ -6,7 +6,7 @@ For any image-text model; packed rows are tested against them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 
 import torch
@@ -17,6 +17,7 @@ from learner.families import TOKEN_TYPES
 from learner.loss import TokenBatch
 from learner.policy import Policy
 from learner.rows import Picture, Piece, token_batch
+from learner.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +39,7 @@ class PaddedBatch:
         return self.inputs["input_ids"].numel()
 
     def to(self, device: torch.device) -> PaddedBatch:
-        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        predictors, targets = self.predictors.to(device), self.targets.to(device)
-        return replace(self, inputs=inputs, predictors=predictors, targets=targets, tokens=self.tokens.to(device))
+        return to_device(self, device)
 
 
 class PaddedPolicy(Policy):

@@ -64,22 +64,11 @@ def test_all_parameters_are_read_in_another_process_without_a_copy() -> None:
         ray.shutdown()
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        (
-            "recipe=quickstart",
-            "placement=one_gpu",
-            "learner.ranks=1",
-            "model.dtype=bfloat16",
-            "learner.parity_limit=0.05",
-        ),
-    ],
-    ids=["mini"],
-)
+@pytest.mark.parametrize("overrides", [(), ("rollout.quantization=fp8",)], ids=["mini", "fp8"])
 @pytest.mark.timeout(150)
 def test_two_steps_on_one_gpu(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    settings = (*overrides, "algorithm.steps=2", "data.eval_samples=8", f"run.output={tmp_path}", "run.name=gpu")
+    fixed = ("recipe=quickstart", "placement=one_gpu", "algorithm.steps=2", "data.eval_samples=8", "run.name=gpu")
+    settings = (*fixed, *overrides, f"run.output={tmp_path}")
     command = [sys.executable, "-m", "launch.train", *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=140, check=False)
     assert done.returncode == 0, done.stderr

@@ -75,7 +75,7 @@ def test_compilations_are_bounded_whatever_the_lengths(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     batches = [[sampled_group(spec, rng, answer_tokens=int(rng.integers(4, 200)))] for _ in range(12)]
     lengths = {policy.collate(list(pieces(groups, policy.layout, BUDGET))).computed for groups in batches}
-    assert len(lengths) <= ROW_BUCKETS and all(length % row_multiple(BUDGET) == 0 for length in lengths)
+    assert len(lengths) <= ROW_BUCKETS and all(length % row_multiple(length, BUDGET) == 0 for length in lengths)
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
     plain = load(spec)

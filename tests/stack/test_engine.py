@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
-from unittest.mock import patch
+from typing import Any, get_args
+from unittest.mock import create_autospec, patch
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from perception.config import PlacementConfig, RolloutConfig
 from perception.errors import UserError
 from perception.types import FailureKind, Feed, Group, Prompt, SamplingSpec, Trajectory, Turn
 from rollout.defaults import by_placement
-from rollout.engine import check_fp8, engine_args
+from rollout.engine import EnginePart, check_fp8, engine_args
 from tests import builders
 from tests.builders import noise_image
 from tests.hf_reference import Reference
@@ -249,3 +250,29 @@ def test_fp8_is_refused_on_a_gpu_without_it(engine: Any, cuda: bool, fp8: bool, 
     assert said == (
         "rollout.quantization=fp8 needs compute capability 8.9 (Ada, Hopper) or more: take null" if refused else ""
     )
+
+
+def test_sleep_and_waking_are_vllms_own_of_an_engine_that_was_built_for_them(engine: Any) -> None:
+    """vLLM's CPU build cannot sleep: its class is asked, not an engine."""
+
+    def played(self: Any) -> list[Any]:
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor.abstract import SLEEP_TAGS
+
+        built = [engine_args(self._policy, CONFIG, sleeps).enable_sleep_mode for sleeps in (False, True)]
+        asked = create_autospec(AsyncLLM, instance=True)
+        with patch.multiple(self, _engine=asked, _watch=SimpleNamespace(or_death=lambda call, doing: call)):
+            for call in (self.sleep(), self.wake(["weights"]), self.wake(["kv_cache"])):
+                with suppress(StopIteration):
+                    call.send(None)
+        return [
+            built,
+            set(get_args(EnginePart)) == SLEEP_TAGS,
+            [(name, kw, args) for name, args, kw in asked.method_calls],
+        ]
+
+    assert in_its_process(engine, played) == [
+        [False, True],
+        True,
+        [("sleep", (), {"level": 1}), ("wake_up", (["weights"],), {}), ("wake_up", (["kv_cache"],), {})],
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from tests.tiny_policy import build
 from tests.trainer import CONFIG, PLACEMENT
 
 SAMPLED = SamplingSpec(n=8, temperature=1.0, max_new_tokens=48)
+LONG = replace(SAMPLED, max_new_tokens=400)
 BFLOAT16_MISMATCH = 0.02
 """Unquantised, this policy is off by half of it."""
 
@@ -76,5 +78,9 @@ async def test_new_weights_are_quantised_anew(
         weights(model), LearnerConfig(bucket_mb=1), rank=0, device=torch.device("cpu"), transport="store"
     )
     assert await mismatch(engine, reference) > FP8_PARITY_LIMIT
+    running = asyncio.create_task(engine.generate(reference.prompt(9), LONG))
+    await asyncio.sleep(0.3)
     await sync(out, engine, version)
+    spans = [[span.version for span in one.turns[0].versions] for one in (await running).trajectories]
+    assert [version - 1, version] in spans, "no sample was in flight during the update"
     assert BFLOAT16_MISMATCH < await mismatch(engine, reference) < FP8_PARITY_LIMIT

@@ -25,6 +25,7 @@ from learner.policy import load_policy
 from learner.pool import LearnerPool, deal, mini_batches
 from learner.rank import LearnerRank
 from learner.rows import pieces
+from learner.weights import WeightSender, weights
 from learner.zero import learning_rate
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
@@ -34,6 +35,7 @@ from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
 from tests.builders import sampled_group
+from tests.fake_gpu import opened, play_ipc
 
 STEPS = 5
 CONFIG = LearnerConfig(
@@ -56,6 +58,9 @@ class Outcome:
     """One step later."""
     again: dict[str, Tensor]
     """After the same step again, from the checkpoint."""
+    colocated: tuple[bool, int, list[dict[str, Tensor]]]
+    """The same as engines on the ranks' own GPUs get it."""
+    stage: int
     fresh: dict[str, Tensor]
     """The same from new processes; ZeRO-2 only, to save time."""
 
@@ -87,6 +92,29 @@ async def receive(pool: LearnerPool) -> dict[str, Tensor]:
         assert flat.shape == (bucket.nbytes,)
         received |= {slot.name: view(flat, slot) for slot in bucket.slots}
     return received
+
+
+async def receive_by_ipc(pool: LearnerPool) -> tuple[bool, int, list[dict[str, Tensor]]]:
+    """Whether the ranks hand out their parameters themselves, in how many buckets, and what each rank's engine gets."""
+
+    def colocate(rank: LearnerRank) -> bool:
+        play_ipc(f"GPU-{rank._rank}")
+        rank._sender = WeightSender(
+            weights(rank._policy.model), rank._config, rank=rank._rank, device=rank._device, transport="ipc"
+        )
+        return rank._sender._in_place
+
+    in_place = {await slot.actor.__ray_call__.remote(colocate) for slot in pool.actors.slots}
+    buckets = [bucket async for bucket in pool.buckets(())]
+    received: list[dict[str, Tensor]] = [{} for _ in pool.actors.slots]
+    for bucket in buckets:
+        assert set(bucket.payload) == {f"GPU-{rank}" for rank in range(len(received))}
+        for rank, own in enumerate(received):
+            flat = opened(bucket.payload[f"GPU-{rank}"])
+            assert flat.shape == (bucket.nbytes,)
+            own |= {slot.name: view(flat, slot) for slot in bucket.slots}
+    await pool.release_buckets()
+    return *in_place, len(buckets), received
 
 
 async def resume(spec: PolicySpec, stage: int, groups: list[Group], checkpoint: Path) -> dict[str, Tensor]:
@@ -122,6 +150,7 @@ async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group]
     await pool.load(str(folder / "checkpoint"))
     await pool.update(groups)
     again = await receive(pool)
+    colocated = await receive_by_ipc(pool)
     await pool.shutdown()
     fresh = await resume(spec, stage, groups, folder / "checkpoint") if (stage, ranks) == (2, 2) else {}
     return Outcome(
@@ -131,6 +160,8 @@ async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group]
         exported=folder / "policy",
         next_weights=next_weights,
         again=again,
+        colocated=colocated,
+        stage=stage,
         fresh=fresh,
     )
 
@@ -255,3 +286,14 @@ def test_learning_rate_by_hand() -> None:
     config = LearnerConfig(lr=1.0, warmup_steps=2, schedule="linear")
     assert [learning_rate(config, step, 6) for step in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert learning_rate(LearnerConfig(lr=0.3), 1000, 10) == 0.3
+
+
+def test_every_rank_hands_its_weights_to_the_engine_on_its_gpu_without_a_copy_where_they_are_whole(
+    outcome: Outcome,
+) -> None:
+    in_place, buckets, received = outcome.colocated
+    assert in_place is (outcome.stage < 3)
+    assert buckets == 1 or outcome.stage == 3  # ZeRO-1 and 2 keep all of them in one flat buffer
+    for own in received:
+        assert set(own) == set(outcome.again)
+        assert all(torch.equal(value, outcome.again[name]) for name, value in own.items())

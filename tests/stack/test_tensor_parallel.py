@@ -21,12 +21,13 @@ from rollout.pool import RolloutPool
 from runtime.actors import ActorError
 from runtime.placement import anywhere
 from tests.hf_reference import Reference
+from tests.listeners import listeners, outside
 from tests.stack.test_sync import sender, sync
 from tests.tiny_policy import build
 from tests.trainer import CONFIG, PLACEMENT
 
 SAMPLED = SamplingSpec(n=4, temperature=1.0, max_new_tokens=48)
-LONG = replace(SAMPLED, max_new_tokens=900)
+LONG = replace(SAMPLED, max_new_tokens=400)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -58,6 +59,7 @@ def assert_is(policy: Reference, group: Group, versions: list[int], part: slice 
 
 async def test_answers_have_the_log_probs_of_transformers(engine: RolloutPool, reference: Reference) -> None:
     assert_is(reference, await engine.generate(reference.prompt(1), SAMPLED), [0])
+    assert outside(listeners()) == set()  # nor is what the workers say to one another heard elsewhere
 
 
 @pytest.mark.parametrize(("transport", "version"), [("store", 1), ("gloo", 2), ("gloo", 3)])

@@ -24,9 +24,9 @@ from perception.config import Config, EcdfConfig, Positive, TaskConfig
 from perception.errors import UserError
 
 GROUPS = ("model", "data", "task", "look", "reward", "algorithm", "placement")
-RECIPES = ("dr_seg", "quickstart", "shape_3b")
+RECIPES = ("dr_seg", "dr_seg_3b", "dr_seg_3b_lora", "quickstart", "shape_3b")
 OWN = ("model.path=policy", "model.segmenter=sam2", "data.train=train.jsonl", "data.eval=eval.jsonl")
-"""What recipe=dr_seg leaves to the user."""
+"""What the recipes of Dr. Seg leave to the user."""
 
 
 @cache
@@ -44,7 +44,7 @@ def choices(group: str) -> list[str]:
 def test_every_recipe_is_valid_and_names_its_run() -> None:
     assert choices("recipe") == list(RECIPES)
     for recipe in RECIPES:
-        own = OWN if recipe == "dr_seg" else ()
+        own = OWN if recipe.startswith("dr_seg") else ()
         assert compose([f"recipe={recipe}", *own]).run.name == recipe
 
 
@@ -83,36 +83,47 @@ def written(group: str, choice: str) -> tuple[dict[str, Any], list[Any]]:
     return tree, tree.pop("defaults", [])
 
 
-def beneath(group: str, choice: str) -> dict[str, Any]:
+def is_global(group: str) -> bool:
+    """Whether the files of this group name whole rooms, as recipes do."""
+    return group in ("recipe", "placement")
+
+
+def laid(group: str, choice: str) -> dict[str, Any]:
+    """A file of conf/ alone, where it is put."""
+    own = written(group, choice)[0]
+    return own if is_global(group) else {group: own}
+
+
+def beneath(group: str, choice: str, base: Any = None) -> Any:
     """What a file of conf/ is laid over: typed defaults, and the files that it names."""
-    base = OmegaConf.create(defaults(Config))
+    base = OmegaConf.create(defaults(Config)) if base is None else base
     for line in written(group, choice)[1]:
         if isinstance(line, dict):  # override /GROUP: CHOICE
             ((where, other),) = line.items()
-            room = where.removeprefix("override /")
-            base.merge_with({room: written(room, other)[0]})
+            base.merge_with(laid(where.removeprefix("override /"), other))
         elif line != "_self_":
-            base.merge_with({group: written(group, line)[0]})
-    return OmegaConf.to_container(base)
+            beneath(group, line, base).merge_with(laid(group, line))
+    return base
 
 
 @pytest.mark.parametrize("group", [*GROUPS, "recipe"])
 def test_no_yaml_key_repeats_what_it_is_laid_over(group: str) -> None:
     for choice in choices(group):
-        own = written(group, choice)[0]
-        known = dict(leaves(beneath(group, choice)))
+        known = dict(leaves(OmegaConf.to_container(beneath(group, choice))))
         repeated = [
             f"{group}/{choice}: {key}={value}"
-            for key, value in leaves(own if group == "recipe" else {group: own})
+            for key, value in leaves(laid(group, choice))
             if key in known and OmegaConf.create([value]) == OmegaConf.create([known[key]])
         ]
         assert repeated == []
 
 
 def test_the_test_above_sees_a_repetition() -> None:
-    known = dict(leaves(beneath("reward", "dr_seg_paper")))
+    known = dict(leaves(OmegaConf.to_container(beneath("reward", "dr_seg_paper"))))
     assert known["reward.ecdf.aggregate"] == "sum" and known["reward.ecdf.digits"] == 1  # typed; of reward=dr_seg
-    assert dict(leaves(beneath("recipe", "shape_3b")))["placement.transport"] == "ipc"
+    known = dict(leaves(OmegaConf.to_container(beneath("recipe", "dr_seg_3b_lora"))))
+    assert known["placement.transport"] == "ipc" and known["model.dtype"] == "bfloat16"  # of placement=one_gpu
+    assert known["run.name"] == "dr_seg_3b" and known["algorithm.steps"] == 500  # of the two recipes below it
 
 
 def test_every_setting_has_a_sentence_and_the_reference_is_current() -> None:
@@ -135,6 +146,17 @@ def test_the_reference_tells_type_bounds_default_and_sentence() -> None:
 
 
 # ---------------------------------------------------------------- composing
+
+
+def test_a_placement_says_how_many_ranks_and_which_dtype_suit_it() -> None:
+    def chosen(*overrides: str) -> tuple[int, str]:
+        return config(*overrides).learner.ranks, config(*overrides).model.dtype
+
+    assert chosen() == chosen("placement=cpu") == (2, "float32")
+    assert chosen("placement=one_gpu") == chosen("placement=cluster") == (1, "bfloat16")
+    assert chosen("placement=one_gpu", "learner.ranks=3", "model.dtype=float32") == (3, "float32")
+    four = compose(["recipe=dr_seg", "placement=one_gpu", *OWN]).learner.ranks
+    assert four == 4, "what a recipe says of itself wins"
 
 
 def test_the_command_line_has_the_last_word() -> None:
@@ -230,7 +252,7 @@ def test_without_a_recipe_all_are_listed_with_a_line_each() -> None:
         compose(["learner.lr=1e-5"])
     head, *lines = str(error.value).splitlines()
     assert "recipe=NAME" in head and [line.split()[0] for line in lines] == list(RECIPES)
-    assert lines[1].endswith("  The demo: minutes on two CPU cores. `make demo` runs it.")
+    assert lines[3].endswith("  The demo: minutes on two CPU cores. `make demo` runs it.")
 
 
 @pytest.fixture
@@ -258,7 +280,7 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
     ("words", "status", "said"),
     [
         (["recipe=quickstart", "learner.lrr=1"], 2, "error: unknown key 'learner.lrr'; did you mean 'learner.lr'?\n"),
-        (["recipe=nope"], 2, "error: recipe=nope: no such choice; there are dr_seg, quickstart, shape_3b\n"),
+        (["recipe=nope"], 2, "error: recipe=nope: no such choice; there are " + ", ".join(RECIPES) + "\n"),
         (["recipe=quickstart", "algorithm.steps=0"], 2, "error: algorithm.steps=0: Input should be greater than 0\n"),
         (["recipe=quickstart", "algorithm.steps=3"], 0, ""),
     ],

@@ -13,7 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from launch.run.parity import LIMITS
 from learner.families.generic import PaddedPolicy
 from learner.families.qwen_vl import PackedPolicy, multiply_patches
 from learner.policy import Policy, load_policy
@@ -126,3 +128,21 @@ def test_in_double_precision_nothing_is_left_of_the_difference(
     finally:
         packed.float(), padded.float()
     assert distance(*gradients) < 1e-7  # what is left is float32: rotary angles and the head's softmax
+
+
+def test_in_bfloat16_they_differ_by_less_than_the_parity_gate_allows_and_other_weights_by_more(
+    spec: PolicySpec,
+) -> None:
+    half, rng = replace(spec, dtype="bfloat16"), np.random.default_rng(3)
+    groups = [sampled_group(spec, rng, answer_tokens=40) for _ in range(4)]
+    ours, theirs = load(half, "packed"), load(half, "padded")
+
+    def mismatch() -> float:
+        one, other = (evaluate(policy, groups, 2048)[0] for policy in (ours, theirs))
+        return float(torch.cat([(one[place] - other[place]).abs() for place in one]).mean())
+
+    assert 1e-5 < mismatch() < LIMITS["bfloat16"] / 2
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(1.2)
+    assert mismatch() > LIMITS["bfloat16"]

@@ -25,12 +25,12 @@ from launch.world import records
 from learner.advantages import with_advantages
 from perception import masks
 from perception import metric_catalog as catalog
-from perception.config import ModelConfig, TaskConfig
+from perception.config import Config, ModelConfig, TaskConfig
 from perception.errors import UserError
 from perception.scenes import SceneStyle
 from perception.types import FailureKind, Group, ImageHandle, LearnerReport
 from tests import builders
-from tests.builders import candidate, group, lost, measured, sample, target, trajectory, turn, unparsed
+from tests.builders import candidate, changed, group, lost, measured, sample, target, trajectory, turn, unparsed
 from tests.tiny_policy import build
 
 FORM = TaskConfig(system="Be brief.", template='Find "{question}".', inline='Look for "{question}".', again="Again.")
@@ -96,24 +96,33 @@ def test_a_second_look_goes_on_where_the_answer_ended(tmp_path: Path) -> None:
     assert maker.tokenizer.decode(row) == whole
 
 
-def test_the_parity_gate_stops_a_run_whose_engine_and_learner_disagree() -> None:
-    async def gate(mismatch: float) -> None:
-        async def parity(groups: Any) -> dict[str, float]:
-            return {
-                catalog.LOGPROB_MISMATCH: mismatch,
-                catalog.LOGPROB_MISMATCH_MAX: mismatch,
-                catalog.RATIO: 1.0,
-            }
+def parity_gate_of(mismatch: float, settings: Config) -> None:
+    async def parity(groups: Any) -> dict[str, float]:
+        return {catalog.LOGPROB_MISMATCH: mismatch, catalog.LOGPROB_MISMATCH_MAX: mismatch, catalog.RATIO: 1.0}
 
-        learner = SimpleNamespace(parity=parity)
-        config = SimpleNamespace(learner=SimpleNamespace(parity_limit=0.02))
-        system: Any = SimpleNamespace(learner=learner, config=config)
-        await parity_gate(system, [group(measured())], Progress(1, console=Console(file=io.StringIO())))
+    system: Any = SimpleNamespace(learner=SimpleNamespace(parity=parity), config=settings)
+    asyncio.run(parity_gate(system, [group(measured())], Progress(1, console=Console(file=io.StringIO()))))
 
-    asyncio.run(gate(0.01))
-    for mismatch in (0.03, float("nan")):
-        with pytest.raises(UserError, match=r"engine and learner disagree.*parity_limit=0\.02"):
-            asyncio.run(gate(mismatch))
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "given", "limit"),
+    [
+        ("float32", None, None, 0.02),
+        ("bfloat16", None, None, 0.05),
+        ("bfloat16", "fp8", None, 0.2),
+        ("float32", None, 0.3, 0.3),
+        ("bfloat16", "fp8", 0.01, 0.01),
+    ],
+)
+def test_the_parity_gate_stops_a_run_whose_engine_and_learner_disagree(
+    dtype: str, quantization: str | None, given: float | None, limit: float
+) -> None:
+    settings = changed(changed(builders.config(), "model", dtype=dtype), "rollout", quantization=quantization)
+    settings = changed(settings, "learner", parity_limit=given)
+    parity_gate_of(limit * 0.99, settings)
+    for mismatch in (limit * 1.01, float("nan")):
+        with pytest.raises(UserError, match=rf"engine and learner disagree.*parity_limit={limit:g}\."):
+            parity_gate_of(mismatch, settings)
 
 
 def test_failures_of_the_infrastructure_stop_a_run_beyond_the_limit() -> None:

@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from launch import doctor
+from launch import doctor, evaluate, train
 from launch.run import checks as preflight
+from launch.run import memory
+from launch.run.config import compose
 from perception.config import Config, DataConfig, LoraConfig, ModelConfig
 from perception.errors import DataError, UserError
 from perception.types import Sample
@@ -313,11 +316,41 @@ def test_held_out_segments_need_masks_and_the_sample_is_named(tasks: Config) -> 
 
 
 def test_check_stops_at_missing_data(model: ModelConfig, tmp_path: Path) -> None:
-    settings = changed(replace(config(tmp_path), model=model), "reward", components={"mask_iou": 1.0}, ranked={})
+    settings = replace(config(tmp_path), model=model)
     absent = DataConfig(format="jsonl", train=str(tmp_path / "absent.jsonl"), eval=str(tmp_path / "absent.jsonl"))
-    small = {"engine_cpus": 0.1, "reward_cpus": 0.1, "learner_cpus": 0.1}
     with pytest.raises(DataError, match=r"absent\.jsonl"):
-        preflight.check(changed(replace(settings, data=absent), "placement", **small))
+        preflight.check_files(replace(settings, data=absent))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "words"),
+    [
+        (["recipe=shape_3b"], 0, "placement=one_gpu needs a CUDA GPU and this machine shows none"),
+        (["recipe=shape_3b"], 1, "GPU of learner .* needs .* would fit|no one or two settings"),
+        (["recipe=quickstart", "learner.ranks=33"], 0, r"learner\.ranks=33"),
+        (["recipe=quickstart", "model.shape=4b"], 0, r"model\.shape=4b: unknown; there are 3b, 7b, mini"),
+        (["recipe=quickstart", "model.path=absent"], 0, "no such directory"),
+        (["recipe=quickstart", "placement.engine_cpus=900"], 0, "placement=cpu asks for"),
+    ],
+)
+@pytest.mark.parametrize("program", [train, evaluate])
+def test_what_this_machine_cannot_hold_is_refused_before_anything_is_prepared(
+    program: ModuleType, overrides: list[str], gpus: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*_: object, **__: object) -> None:
+        raise AssertionError("prepared")
+
+    monkeypatch.setattr(program, "prepare", prepare)
+    monkeypatch.setattr("runtime.placement.local_gpus", lambda: gpus)
+    monkeypatch.setattr("runtime.placement.cpus", lambda: 8)
+    monkeypatch.setattr(memory, "this_machine", lambda _: memory.Machine(gpu=24.0, host=64.0, disk=100.0))
+    world = ["data.train=absent/train.json", "data.eval=absent/eval.json", f"run.output={tmp_path}"]
+    with pytest.raises(UserError, match=words) as refused:
+        program.run(compose([*overrides, *world]))
+    assert "\n" not in str(refused.value)
+    if not gpus:
+        with pytest.raises(AssertionError, match="prepared"):
+            program.run(compose(["recipe=quickstart", *world]))
 
 
 def test_doctor_compares_with_the_pinned_set(monkeypatch: pytest.MonkeyPatch) -> None:
