@@ -101,6 +101,7 @@ class WeightSender:
         self._in_place = transport == "ipc" and all(weight.in_place for weight in weights.values() if weight.trained)
         self._plans = self._plan(trained=True)
         self._handles: dict[int, dict[str, bytes]] = {}
+        """By address."""
         self._buffers: dict[int, Tensor] = {}
         self._sending: dict[int, Callable[[], None]] = {}
         self._broadcast: Broadcast | None = None
@@ -198,9 +199,10 @@ class WeightSender:
         """The payload of a bucket (see `WeightBucket`)."""
         torch.get_device_module(self._device).synchronize()
         if self._transport == "ipc":
-            if not self._in_place or index not in self._handles:  # torch keeps an event for each one ever made
-                self._handles[index] = ipc_handle(flat)
-            return self._handles[index]
+            place = flat.data_ptr()
+            if not self._in_place or place not in self._handles:  # torch keeps an event for each one ever made
+                self._handles[place] = ipc_handle(flat)
+            return self._handles[place]
         if self._broadcast is None:
             return ray.put(flat.cpu().numpy())
         self._sending[index % 2] = self._broadcast.send(flat)

@@ -77,6 +77,7 @@ def check_files(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
 def check_memory(config: Config, say: Callable[[str], None]) -> None:
     """Every GPU, the host and the disk hold what the memory model puts there."""
     from launch.run import memory  # imports transformers: seconds
+    from launch.run.cure import cure
 
     machine, size = memory.this_machine(config), memory.measure(config.model, config.learner)
     places = memory.rooms(size, config, machine)
@@ -84,8 +85,7 @@ def check_memory(config: Config, say: Callable[[str], None]) -> None:
     if short or config.placement.device == "cuda":
         say(memory.table(places))
     if short:
-        cure = memory.cure(config, machine, _possible)
-        raise UserError(f"placement={config.placement.name}: {short[0]}; {cure}")
+        raise UserError(f"placement={config.placement.name}: {short[0]}; {cure(config, machine, _possible)}")
 
 
 def _possible(config: Config) -> bool:

@@ -8,10 +8,8 @@ import math
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,45 +123,10 @@ def table(places: Sequence[Room]) -> str:
         has = "?" if room.has is None else f"{room.has:.1f}"
         lines.append(f"{room.total:7.1f} of {has:>6}  {room.name}")
         for actor, terms in room.needs.items() if room.name.startswith(("GPU", "host")) else ():
-            said = ", ".join(
-                f"{name} {value:.1f}".replace(" ", "\xa0") for name, value in terms.items() if value >= 0.05
-            )
+            said = [f"{name} {value:.1f}".replace(" ", "\xa0") for name, value in terms.items() if value >= 0.05]
             start = f"{sum(terms.values()):11.1f}  {actor}: "
-            lines += textwrap.wrap(said, 98, initial_indent=start, subsequent_indent=" " * 15)
+            lines += textwrap.wrap(", ".join(said), 98, initial_indent=start, subsequent_indent=" " * 15)
     return "\n".join(lines).replace("\xa0", " ")
-
-
-def cure(config: Config, machine: Machine, possible: Callable[[Config], bool]) -> str:
-    """What to change, in words: the cheapest of `_smaller` that is possible and fits."""
-    sizes = cache(lambda lora: measure(config.model, replace(config.learner, lora=lora)))
-    for words, other in _smaller(config):
-        if possible(other) and not any(room.short for room in rooms(sizes(other.learner.lora), other, machine)):
-            return f"{words} would fit"
-    return "no one or two settings would make it fit: take a smaller model or a larger machine"
-
-
-def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
-    """What would take less memory, one setting alone and then two, cheapest first: as words, and the settings so."""
-    learner, rollout = config.learner, config.rollout
-    changes = {
-        "learner.checkpointing": "on",
-        "rollout.kv_cache_mb": max(rollout.kv_cache_mb, 4096),
-        "learner.micro_tokens": learner.micro_tokens // 2,
-        "learner.zero_stage": min(3, learner.zero_stage + 1) if learner.ranks > 1 else learner.zero_stage,
-        "learner.offload_optimizer": True,
-        "learner.lora.rank": 64,
-        "learner.ranks": 2 * learner.ranks,
-    }
-    for chosen in (*combinations(changes, 1), *combinations(changes, 2)):
-        other = config
-        for key in chosen:
-            other = _with(other, key, changes[key])
-        yield " ".join(f"{key}={str(changes[key]).lower()}" for key in chosen), other
-
-
-def _with(settings: Any, key: str, value: object) -> Any:
-    name, _, rest = key.partition(".")
-    return replace(settings, **{name: _with(getattr(settings, name), rest, value) if rest else value})
 
 
 def this_machine(config: Config) -> Machine:
@@ -216,6 +179,7 @@ def learner(size: Size, config: Config) -> Terms:
     settings, placement, number = config.learner, config.placement, _bytes(config)
     stage, states = settings.zero_stage, size.trained / settings.ranks
     activations, on_gpu = _activations(size, config), 0 if settings.offload_optimizer else 1
+    in_place, bucket = stage < 3 and not settings.lora.rank, settings.bucket_mb << 20
     logits = 4 * CHUNK_COPIES * min(CHUNK_LOGITS, settings.micro_tokens * size.vocabulary)
     terms = {
         "weights": size.parameters * number / (settings.ranks if stage == 3 else 1),
@@ -227,7 +191,8 @@ def learner(size: Size, config: Config) -> Terms:
         "activations": activations,
         # When they are gone, the optimizer's step copies its gradients into one piece.
         "logits, step": max(logits, 4 * states * on_gpu - activations),
-        "weight sync": size.sent * number if placement.transport == "ipc" else 2 * (settings.bucket_mb << 20),
+        # By CUDA IPC the parameters themselves are handed out, where the engine takes them as they are.
+        "weight sync": (0 if in_place else size.sent * number) if placement.transport == "ipc" else 2 * bucket,
     }
     return _gib(**terms, fragments=FRAGMENTS * sum(terms.values()), context=_context(config))
 
@@ -257,9 +222,8 @@ def engine(size: Size, config: Config, memory: float | None) -> Terms:
     """
     rollout, number, cuda = by_placement(config.rollout, config.placement), _bytes(config), _context(config) > 0
     text = size.text.count * size.text.weights
-    weights = (size.parameters - text) * number + text * (
-        1 if rollout.quantization else number
-    ) / rollout.tensor_parallel
+    linear = text * (1 if rollout.quantization else number) / rollout.tensor_parallel
+    weights = (size.parameters - text) * number + linear
     work = (ENGINE_WORK + (0 if rollout.enforce_eager else GRAPHS)) * GIB * cuda
     fixed = _gib(weights=weights, work=work, context=_context(config))
     left = rollout.gpu_memory * (memory or 0.0) - sum(fixed.values())
@@ -279,10 +243,12 @@ def segmenter(config: Config) -> Terms:
 def host(size: Size, config: Config) -> Terms:
     """On one machine that holds the whole run, beside what stands on its GPUs."""
     settings, number = config.learner, _bytes(config)
-    frozen = settings.freeze_vision or settings.lora.rank > 0
+    frozen, offloaded = settings.freeze_vision or settings.lora.rank > 0, settings.offload_optimizer
+    asleep = number * size.parameters * config.rollout.engines + 12 * size.trained * (not offloaded)
     terms = {
-        "optimizer": 18 * size.trained * settings.offload_optimizer,  # master 4, moments 8, gradients 4, result 2
+        "optimizer": 18 * size.trained * offloaded,  # master 4, moments 8, gradients 4, result 2
         "loading": number * size.parameters * (settings.ranks if settings.zero_stage < 3 else 1),
+        "asleep": asleep * config.placement.sleep,
         "image features": (settings.feature_cache_mb << 20) * settings.ranks * frozen,
         "processes": (CONTROLLER + PROCESS * sum(_counts(config).values())) * GIB,
     }
@@ -295,28 +261,33 @@ def rooms(size: Size, config: Config, machine: Machine) -> list[Room]:
     memory = machine.gpu if cuda else machine.host
     actors: dict[Role, Terms] = {"learner": learner(size, config), "engine": engine(size, config, memory)}
     actors["reward"] = segmenter(config)
-    needs: list[dict[str, Terms]] = [
-        {role: {term: n * value for term, value in actors[role].items()} for role, n in held.items()}
+    turns = _turns(actors) if config.placement.sleep else {"": actors}
+    needs: list[tuple[str, dict[str, Terms]]] = [
+        (turn, {role: {term: n * value for term, value in there[role].items()} for role, n in held.items()})
         for held in (_gpus(config) if cuda else [counts])
+        for turn, there in turns.items()
     ]
-    gpus = [Room(f"GPU of {' + '.join(own)}", own, memory) for own in needs if cuda]
-    for role in ("learner", "reward"):  # the engine's is `rollout.gpu_memory`
+    gpus = [Room(f"GPU of {' + '.join(own)}{turn}", own, memory) for turn, own in needs if cuda]
+    limited: tuple[Role, ...] = ("reward",) if config.placement.sleep else ("learner", "reward")
+    for role in limited:  # the engine's limit is `rollout.gpu_memory`
         if 0 < (part := share(config.placement, role)["GPU"]) < 1:
-            gpus.append(
-                Room(
-                    f"share of the {role}, placement.{role}_gpus={part:g}",
-                    {role: actors[role]},
-                    memory and part * memory,
-                )
-            )
+            name = f"share of the {role}, placement.{role}_gpus={part:g}"
+            gpus.append(Room(name, {role: actors[role]}, memory and part * memory))
     one = _gib(trajectory=config.rollout.max_model_len * size.key_value * number)
     files = _gib(checkpoints=CHECKPOINTS * (size.parameters * number + 12 * size.trained))
     return [
         *gpus,
         Room("KV cache for one trajectory", {"of": one}, memory and actors["engine"]["KV cache"]),
-        Room("host", {"run": host(size, config)} | ({} if cuda else needs[0]), machine.host),
+        Room("host", {"run": host(size, config)} | ({} if cuda else needs[0][1]), machine.host),
         Room("disk of run.output", {"run": files}, machine.disk),
     ]
+
+
+def _turns(actors: dict[Role, Terms]) -> dict[str, dict[Role, Terms]]:
+    """What lies on a GPU at a time, where engine and learner sleep by turns (`placement.sleep`)."""
+    stays: dict[Role, tuple[str, ...]] = {"engine": ("context",), "learner": ("weights", "reference", "context")}
+    left = {role: {term: v for term, v in actors[role].items() if term in stays[role]} for role in stays}
+    return {f", {role} asleep": actors | {role: terms} for role, terms in left.items()}
 
 
 def _gpus(config: Config) -> Iterator[dict[Role, int]]:

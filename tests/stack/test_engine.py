@@ -268,7 +268,7 @@ def test_sleep_and_waking_are_vllms_own_of_an_engine_that_was_built_for_them(eng
         return [
             built,
             set(get_args(EnginePart)) == SLEEP_TAGS,
-            [(name, kw, args) for name, args, kw in asked.method_calls],
+            [(*one,) for one in asked.method_calls],
         ]
 
     assert in_its_process(engine, played) == [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from functools import cache
 from itertools import combinations
 from typing import Any, Literal
 
@@ -10,8 +12,18 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from launch.run import memory
 from launch.run.config import compose
-from perception.config import Config, LearnerConfig, PipelineConfig, PlacementConfig, RewardConfig, RolloutConfig
+from perception.config import (
+    Config,
+    LearnerConfig,
+    LoraConfig,
+    ModelConfig,
+    PipelineConfig,
+    PlacementConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from perception.errors import UserError
 from runtime import placement
 from runtime.placement import check_resources
@@ -124,3 +136,41 @@ def test_placement_colocated_takes_as_many_gpus_as_there_are_pairs(gpus: int) ->
     assert refusal(config) == ""
     assert placement._total(placement._asked(config))["GPU"] == gpus
     assert (config.placement.sleep, config.model.dtype) == (True, "bfloat16")
+
+
+# ---------------------------------------------------------------- memory
+
+
+@cache
+def size_3b(learner: LearnerConfig) -> memory.Size:
+    return memory.measure(ModelConfig(path="absent", segmenter="", shape="3b"), learner)
+
+
+def test_who_sleeps_leaves_the_gpu_to_the_other_and_lies_on_the_host() -> None:
+    """3.755 B parameters: 7.0 GiB in bfloat16, 42.0 GiB of float32 masters and moments over the ranks."""
+    pairs = ("rollout.engines=2", "learner.ranks=2", "reward.workers=2")
+    config = compose(["recipe=quickstart", "placement=colocated", *pairs])
+    size = size_3b(LearnerConfig())
+    found = memory.rooms(size, config, memory.Machine(gpu=80.0, host=100.0, disk=100.0))
+    at_work, away, *_ = found
+    assert [room.name.rpartition(", ")[2] for room in (at_work, away)] == ["engine asleep", "learner asleep"]
+    assert at_work.needs["learner"] == memory.learner(size, config)
+    assert set(at_work.needs["engine"]) == {"context"}
+    assert away.needs["learner"] == pytest.approx({"weights": 6.99, "context": 0.5}, abs=0.01)
+    assert away.needs["engine"] == memory.engine(size, config, 80.0)
+    assert not any("learner_gpus" in room.name for room in found), "in its turn the learner has no limit"
+    assert memory.host(size, config)["asleep"] == pytest.approx(2 * 6.99 + 41.96, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("learner", "gib"),
+    [
+        (LearnerConfig(zero_stage=1), 0.0),
+        (LearnerConfig(zero_stage=2), 0.0),
+        (LearnerConfig(zero_stage=3), 6.99),
+        (LearnerConfig(lora=LoraConfig(rank=8)), 5.17),  # 36 layers of 77.1 M weights in linear maps
+    ],
+)
+def test_weights_are_copied_for_an_engine_only_where_they_are_not_whole(learner: LearnerConfig, gib: float) -> None:
+    config = replace(compose(["recipe=quickstart", "placement=one_gpu"]), learner=learner)
+    assert memory.learner(size_3b(learner), config).get("weight sync", 0.0) == pytest.approx(gib, abs=0.01)

@@ -300,5 +300,27 @@ def test_a_failure_in_the_middle_ends_the_run_by_its_own_name(gpus: Gpus, tmp_pa
     gpus.fails = fails
     with pytest.raises(ActorError, match=f"^{fails} failed$".replace("+", r"\+")):
         run(settings(tmp_path), tmp_path)
-    assert set(gpus.log[gpus.log.index(fails) :]) == {fails}
+    assert set(gpus.log[gpus.log.index(fails) :]) <= {fails, "reward worker ready"}  # which start beside the learner
     assert gpus.closed == ROLES
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_engines_sleep_only_when_no_one_of_them_is_being_restarted(
+    gpus: Gpus, tmp_path: Path, comes_back: bool
+) -> None:
+    async def revive() -> None:
+        await asyncio.sleep(0.05)
+        gpus.log.append("revived")
+        if not comes_back:
+            raise ActorError("it died too often")
+
+    engines = System(settings(tmp_path)).engines
+    engines.actors.slots[1].revival = asyncio.create_task(revive())
+    if comes_back:
+        await engines.sleep()
+        await engines.sleep()  # they sleep already
+        assert gpus.log == ["revived", "rollout engine sleep"]
+    else:
+        with pytest.raises(ActorError, match="died too often"):
+            await engines.sleep()
+        assert gpus.log == ["revived"]
