@@ -64,11 +64,18 @@ def test_all_parameters_are_read_in_another_process_without_a_copy() -> None:
         ray.shutdown()
 
 
-@pytest.mark.parametrize("overrides", [(), ("rollout.quantization=fp8",)], ids=["mini", "fp8"])
+FIXED = ("recipe=quickstart", "algorithm.steps=2", "data.eval_samples=8", "run.name=gpu")
+WHOLE_RUNS = {
+    "mini": ("placement=one_gpu",),
+    "colocated": ("placement=colocated", "rollout.enforce_eager=true"),
+    "fp8": ("placement=one_gpu", "rollout.quantization=fp8"),
+}
+
+
+@pytest.mark.parametrize("overrides", WHOLE_RUNS.values(), ids=WHOLE_RUNS)
 @pytest.mark.timeout(150)
 def test_two_steps_on_one_gpu(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    fixed = ("recipe=quickstart", "placement=one_gpu", "algorithm.steps=2", "data.eval_samples=8", "run.name=gpu")
-    settings = (*fixed, *overrides, f"run.output={tmp_path}")
+    settings = (*FIXED, *overrides, f"run.output={tmp_path}")
     command = [sys.executable, "-m", "launch.train", *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=140, check=False)
     assert done.returncode == 0, done.stderr

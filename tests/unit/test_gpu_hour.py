@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 from unittest import mock
@@ -13,9 +14,10 @@ import pytest
 
 from benchmarks import gpu_hour
 from benchmarks.gpu_hour import PLAN, Step
-from launch.run import prompts
+from launch.run import checks, prompts
 from launch.run.config import compose
-from runtime import cluster
+from runtime import cluster, placement
+from tests.gpu.test_engine_on_gpu import FIXED, WHOLE_RUNS
 
 BENCHMARKS = [step for step in PLAN if step.words[1:2] == ["-m"] and step.words[2].startswith("benchmarks.")]
 
@@ -63,3 +65,14 @@ def test_every_benchmark_takes_its_command_line(step: Step, monkeypatch: pytest.
         recipe, steps, overrides = found.value.args
         compose([f"recipe={recipe}", *overrides])
         assert steps > program.WARM_UP
+
+
+@pytest.mark.parametrize("overrides", WHOLE_RUNS.values(), ids=WHOLE_RUNS)
+def test_whole_runs_among_the_gpu_tests_fit_one_gpu(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(placement, "local_gpus", lambda: 1)
+    monkeypatch.setattr(placement, "cpus", lambda: 8)
+    config = compose([*FIXED, *overrides])
+    checks.check_settings(config)
+    placement.check_resources(config)
+    assert config.placement.device == "cuda" and config.model.dtype == "bfloat16"
