@@ -19,9 +19,10 @@ from transformers.utils.logging import disable_progress_bar
 from learner import checkpoint
 from learner.flops import MatrixRate
 from learner.loss import kl
-from learner.policy import load_policy
+from learner.policy import Policy, load_policy
 from learner.step import COUNTS, Plan, Stepper, Sums
 from learner.weights import WeightSender, weights
+from learner.zero import sharded_loading
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, LearnerReport, PolicySpec
@@ -71,14 +72,20 @@ class LearnerRank:
         disable_progress_bar()
         self._join(address, port)
         algorithm, config = self._algorithm, self._config
-        self._policy = load_policy(self._spec, self._temperature, config, fetch, algorithm.entropy_coef > 0)
-        self._policy.to(self._device)
-        self._stepper = Stepper(self._policy, config, algorithm, self._max_new_tokens)
+        self._policy = self._load()
+        reference = self._load() if algorithm.kl_coef > 0 and not config.lora.rank else None
+        self._stepper = Stepper(self._policy, reference, config, algorithm, self._max_new_tokens)
         self._matrix_rate = MatrixRate(self._device, getattr(torch, self._spec.dtype))
         self._sender = WeightSender(
             weights(self._policy.model), config, rank=self._rank, device=self._device, transport=self._transport
         )
         return time.perf_counter() - began
+
+    def _load(self) -> Policy:
+        """The policy as the run starts from it, on the device. Collective."""
+        with sharded_loading(self._config, self._spec.dtype):
+            entropy_gradient = self._algorithm.entropy_coef > 0
+            return load_policy(self._spec, self._temperature, self._config, fetch, entropy_gradient).to(self._device)
 
     def _join(self, address: str, port: int) -> None:
         if self._rank > 0:

@@ -1,6 +1,5 @@
 """Optimizer steps of a learner rank: groups -> micro-batches -> log-probs, and the gradient of the objective."""
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor
 from learner.loss import denominator, policy_loss, token_sums
 from learner.policy import Policy
 from learner.rows import Piece, bins, pieces
-from learner.zero import Zero
+from learner.zero import Zero, frozen
 from perception.config import AlgorithmConfig, LearnerConfig
 from perception.types import Group
 
@@ -37,15 +36,22 @@ class OptimizerStep:
 class Stepper:
     """The arithmetic of `LearnerRank`. Every method is collective."""
 
-    def __init__(self, policy: Policy, config: LearnerConfig, algorithm: AlgorithmConfig, max_new_tokens: int) -> None:
-        """`policy` is on its device already; from here on it is DeepSpeed's."""
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        config: LearnerConfig,
+        algorithm: AlgorithmConfig,
+        max_new_tokens: int,
+    ) -> None:
+        """`policy` is on its device already; from here on it is DeepSpeed's, and so is the `reference`: the policy as
+        it started, where a KL asks for one and adapters do not keep it."""
         self._policy, self._device, self._max_new_tokens = policy, policy.model.device, max_new_tokens
         self._config, self._algorithm = config, algorithm
-        # With adapters the base weights are the reference.
-        copied = algorithm.kl_coef > 0 and not config.lora.rank
-        self._reference = copy.deepcopy(policy).requires_grad_(False) if copied else None
+        dtype = policy.family.spec.dtype
+        self._reference = frozen(reference, config, dtype) if reference is not None else None
         steps = algorithm.steps * algorithm.updates * algorithm.epochs
-        self.zero = Zero(policy, config, policy.family.spec.dtype, self._device, total_steps=steps)
+        self.zero = Zero(policy, config, dtype, self._device, total_steps=steps)
         self._flops = policy.family.flops(policy.model, policy.vision_trained, bool(config.lora.rank))
 
     def plan(self, groups: Sequence[Group]) -> Plan:

@@ -29,15 +29,9 @@ class Zero:
     """A policy under DeepSpeed. The default process group must exist; every method is collective."""
 
     def __init__(self, module: nn.Module, config: LearnerConfig, dtype: str, device: torch.device, total_steps: int):
-        import deepspeed
-
-        deepspeed.utils.logger.setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
-        # DeepSpeed would compile its own shared-memory all-reduce here (a minute, and a compiler); gloo serves.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(verbose=False)
         self._config = config
         self._total_steps = total_steps
+        self._away: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
         optimizer = torch.optim.AdamW(
             [parameter for parameter in module.parameters() if parameter.requires_grad],
             lr=config.lr,
@@ -45,9 +39,7 @@ class Zero:
             weight_decay=config.weight_decay,
             fused=device.type == "cuda" or config.offload_optimizer,
         )
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_settings(config, dtype), dist_init_required=False
-        )
+        self._deepspeed = _engine(module, config, dtype, optimizer)
 
     def forward(self, batch: Any) -> Any:
         return self._deepspeed(batch)
@@ -79,32 +71,67 @@ class Zero:
 
     def flat_parameters(self) -> list[Tensor]:
         """The (n,) buffers that the trained parameters are views of; [] under ZeRO-3, where there are none."""
-        return [*getattr(self._deepspeed.optimizer, "bit16_groups_flat", ())]
+        return self._buffers("bf16_groups_flat", "bit16_groups_flat")
 
     def offload(self, weights: bool = False) -> None:
-        """Move masters, moments and gradients to host memory until `reload`. Between steps.
+        """Between steps: keep masters and moments in host memory, and gradients nowhere, until `reload`.
 
-        `weights`: the trained weights too, which then have another address after `reload`; not under ZeRO-3.
+        `weights`: also those that are trained, which then come back at another address; not under ZeRO-3.
         """
-        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
-
-        moved = [State.lp_grads, State.contiguous_grad_buffer]
-        if self._config.zero_stage < 3:
-            moved += [State.hp_params, State.optim_states, *[State.lp_params] * weights]
-        self._deepspeed.offload_states(include=moved)
-        self._move_shards(torch.device("cpu"))
+        # By storage, so that views stay what they are. DeepSpeed's own `offload_states` knows neither stage 1 in bf16
+        # nor, under ZeRO-3, torch's AdamW.
+        adam, device = self._deepspeed.optimizer.optimizer, self._deepspeed.device
+        masters = [*(master for group in adam.param_groups for master in group["params"]), *adam.state]
+        moments = [tensor for state in adam.state.values() for tensor in state.values()]
+        for tensor in (*masters, *moments, *(self.flat_parameters() if weights else ())):
+            storage = tensor.untyped_storage()
+            if tensor.device.type == device.type and storage.nbytes():
+                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=device.type == "cuda")
+                self._away.append((storage, host.untyped_storage().copy_(storage)))
+                storage.resize_(0)
+        for gradient in self._gradients():
+            gradient.untyped_storage().resize_(0)
+        torch.cuda.empty_cache()
 
     def reload(self) -> None:
-        """Bring back what `offload` moved."""
-        self._deepspeed.reload_states()
-        self._move_shards(self._deepspeed.device)
+        """Bring back what `offload` moved, before the next step, `save` or `load`."""
+        for storage, host in self._away:
+            storage.resize_(host.nbytes())
+            storage.copy_(host)
+        self._away.clear()
+        for gradient in self._gradients():
+            gradient.untyped_storage().resize_(gradient.nbytes)
+            gradient.zero_()
 
-    def _move_shards(self, device: torch.device) -> None:
-        """ZeRO-3's masters and moments: DeepSpeed moves only those of an Adam that it compiles itself."""
-        masters = getattr(self._deepspeed.optimizer, "fp32_partitioned_groups_flat", ())
-        for master in () if self._config.offload_optimizer else masters:
-            for tensor in (master, *self._deepspeed.optimizer.optimizer.state[master].values()):
-                tensor.data = tensor.data.to(device)
+    def _gradients(self) -> list[Tensor]:
+        """Those that stay allocated between steps: under stage 1 in bf16 and ZeRO-3."""
+        return self._buffers("fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
+
+    def _buffers(self, *names: str) -> list[Tensor]:
+        """Those on the device, of DeepSpeed's optimizer, which names them anew in every stage."""
+        found = [getattr(self._deepspeed.optimizer, name, ()) for name in names]
+        every = [one for buffers in found for one in ([buffers] if isinstance(buffers, Tensor) else buffers)]
+        return [one for one in every if one.device.type == self._deepspeed.device.type]
+
+
+def frozen(module: nn.Module, config: LearnerConfig, dtype: str) -> nn.Module:
+    """The module for forward passes without gradient: under ZeRO-3 whole nowhere, but gathered layer by layer."""
+    module.requires_grad_(False)
+    return _engine(module, config, dtype, None) if config.zero_stage == 3 else module
+
+
+@contextmanager
+def sharded_loading(config: LearnerConfig, dtype: str) -> Iterator[None]:
+    """Inside, under ZeRO-3, `from_pretrained` leaves a rank no more than its shards, tensor by tensor. Collective."""
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    _prepare()
+    _held = HfDeepSpeedConfig(_settings(config, dtype)) if config.zero_stage == 3 else None  # transformers' is weak
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
 
 
 @contextmanager
@@ -122,9 +149,28 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def _prepare() -> Any:
+    """DeepSpeed, imported, quiet, and on the default process group."""
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    # DeepSpeed would compile its own shared-memory all-reduce here (a minute, and a compiler); gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    return deepspeed
+
+
+def _engine(module: nn.Module, config: LearnerConfig, dtype: str, optimizer: torch.optim.Optimizer | None) -> Any:
+    settings = _settings(config, dtype)
+    engine, *_ = _prepare().initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine
+
+
 def _settings(config: LearnerConfig, dtype: str) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False}
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
     if config.offload_optimizer:
+        zero["stage"] = max(2, config.zero_stage)  # DeepSpeed's stage 1 would hold the gradients twice
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # Accumulation is ours (`backward(last)`): a step has as many micro-batches as it needs.
     return {
@@ -132,7 +178,10 @@ def _settings(config: LearnerConfig, dtype: str) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.grad_clip,
         "bf16": {"enabled": dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # Loading in shards would round what a model computes for itself to the weights' type.
+        "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq", "e_score_correction_bias"]},
+        # Stage 1 reduces once, in place; bf16 would take a copy of all gradients.
+        "communication_data_type": "fp32" if zero["stage"] == 1 else None,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on the host without a compiler
         "steps_per_print": 1 << 30,

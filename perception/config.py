@@ -202,10 +202,11 @@ class LoraConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     ranks: Positive = 1
-    zero_stage: Literal[1, 2, 3] = 2
-    """Data-parallel processes; DeepSpeed shards optimizer states (1), gradients too (2), weights too (3) among them."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """Data-parallel processes; DeepSpeed shards optimizer states (1), gradients too (2), weights too (3) among them;
+    1 reduces gradients once a step, 2 and 3, for memory, after every micro-batch."""
     offload_optimizer: bool = False
-    """Optimizer states and their step in host memory (ZeRO-Offload)."""
+    """Optimizer states and their step in host memory (ZeRO-Offload); gradients are then sharded in stage 1, too."""
     lr: Rate = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0
