@@ -15,10 +15,12 @@ from torch._dynamo.utils import counters
 from learner.families.qwen_vl import ROW_BUCKETS, row_multiple
 from learner.policy import Policy, load_policy
 from learner.pool import LearnerPool
+from learner.rank import LearnerRank
 from learner.rows import pieces
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, PolicySpec
+from runtime.actors import Limit, call
 from runtime.cluster import ROOT
 from runtime.placement import anywhere
 from tests import tiny_families
@@ -105,7 +107,10 @@ def test_a_rank_takes_steps_on_cuda(settings: dict[str, object], tmp_path: Path)
 
         async def run() -> list[dict[str, float]]:
             await pool.start()
-            return [dict((await pool.update(groups)).metrics) for _ in range(2)]
+            first = await pool.update(groups)
+            for wanted in (call(LearnerRank.offload, True), call(LearnerRank.reload)):
+                await pool.actors.each([wanted], Limit(60.0, "test"))
+            return [dict(report.metrics) for report in (first, await pool.update(groups))]
 
         first, second = asyncio.run(run())
     finally:
