@@ -35,7 +35,7 @@ from benchmarks.look import prompt_tokens, row_tokens
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
 from launch.run.calibrate import calibrate
-from launch.run.checks import check
+from launch.run.checks import check_files
 from launch.run.command_line import told
 from launch.run.config import compose
 from launch.run.prepare import prepare
@@ -184,7 +184,7 @@ def main() -> None:
         with told():
             config = compose([*own, f"run.output={output}", *arguments.overrides])
             prepare(config, say=lambda text: None)
-            samples, _ = check(config)
+            samples, _ = check_files(config)
         cluster.connect(config.placement)
         sides = asyncio.run(measure(config, samples, arguments.steps, arguments.rounds))
     figures = {f"{mode}, {staleness}": side.figures() for (mode, staleness), side in sides.items()}

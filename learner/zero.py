@@ -169,6 +169,8 @@ def _engine(module: nn.Module, config: LearnerConfig, dtype: str, optimizer: tor
 
 def _settings(config: LearnerConfig, dtype: str) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    if zero["overlap_comm"]:
+        zero["reduce_bucket_size"] = 250_000_000  # there are two then: together they take what DeepSpeed's one would
     if config.offload_optimizer:
         zero["stage"] = max(2, config.zero_stage)  # DeepSpeed's stage 1 would hold the gradients twice
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

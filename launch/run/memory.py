@@ -181,13 +181,14 @@ def learner(size: Size, config: Config) -> Terms:
     activations, on_gpu = _activations(size, config), 0 if settings.offload_optimizer else 1
     in_place, bucket = stage < 3 and not settings.lora.rank, settings.bucket_mb << 20
     logits = 4 * CHUNK_COPIES * min(CHUNK_LOGITS, settings.micro_tokens * size.vocabulary)
+    held = size.parameters * number / (settings.ranks if stage == 3 else 1)
     terms = {
-        "weights": size.parameters * number / (settings.ranks if stage == 3 else 1),
-        "gradients": 4 * (size.trained if stage == 1 else states),
+        "weights": held,
+        "gradients": 4 * (size.trained if stage == 1 and on_gpu else states),  # offloaded, stage 1 runs as 2
         "optimizer": 12 * states * on_gpu,
         "reduce bucket": number * (REDUCE_BUCKET if placement.device == "cuda" else min(REDUCE_BUCKET, size.trained)),
         "gathered": number * min(LIVE_PARAMETERS, size.parameters) if stage == 3 else 0,
-        "reference": number * size.parameters if config.algorithm.kl_coef > 0 and not settings.lora.rank else 0,
+        "reference": held if config.algorithm.kl_coef > 0 and not settings.lora.rank else 0,
         "activations": activations,
         # When they are gone, the optimizer's step copies its gradients into one piece.
         "logits, step": max(logits, 4 * states * on_gpu - activations),
