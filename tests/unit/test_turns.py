@@ -180,6 +180,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     monkeypatch.setattr(system_module, "PromptMaker", _Prompts)
     monkeypatch.setattr(system_module, "ImageStore", lambda: SimpleNamespace(handle=lambda asked: noise_image(0)))
     monkeypatch.setattr("ray.put", lambda value: value)
+    monkeypatch.setattr("ray.shutdown", lambda: None)  # the process may share a Ray with other tests
     return played
 
 
