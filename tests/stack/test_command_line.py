@@ -14,7 +14,10 @@ from runtime.cluster import ROOT
     ("arguments", "said"),
     [
         ("recipe=quickstart learner.lrr=1", "error: unknown key 'learner.lrr'; did you mean 'learner.lr'?"),
-        ("recipe=nope", "error: recipe=nope: no such choice; there are dr_seg, dr_seg_3b, dr_seg_3b_lora, quickstart, shape_3b"),
+        (
+            "recipe=nope",
+            "error: recipe=nope: no such choice; there are dr_seg, dr_seg_3b, dr_seg_3b_lora, quickstart, shape_3b",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_exits_2_with_one_line(arguments: str, said: str) -> None:
