@@ -27,7 +27,6 @@ from torch.nn.functional import pad
 
 from learner.loss import TokenBatch
 from learner.rows import Layout, Picture, Piece, Segment, token_batch
-from learner.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +67,6 @@ class PackedBatch:
     def computed(self) -> int:
         """Tokens, padding included."""
         return self.input_ids.numel()
-
-    def to(self, device: torch.device) -> PackedBatch:
-        return to_device(self, device)
 
 
 def pack(pieces: Sequence[Piece], layout: Layout, multiple: int = 1) -> PackedBatch:

@@ -12,6 +12,7 @@ from torch import Tensor
 from learner.loss import denominator, policy_loss, token_sums
 from learner.policy import Policy
 from learner.rows import Piece, bins, pieces
+from learner.transfer import to_device
 from learner.zero import Zero, frozen
 from perception.config import AlgorithmConfig, LearnerConfig
 from perception.types import Group
@@ -65,7 +66,7 @@ class Stepper:
     def logprobs(self, plan: Plan, reference: bool = False) -> Iterator[Tensor]:
         """(N,) log-probs of each micro-batch under the current weights, or those of the starting policy."""
         for work in plan:
-            batch = self._policy.collate(work).to(self._device)
+            batch = to_device(self._policy.collate(work), self._device)
             yield self._reference_logprobs(batch) if reference else self.zero.forward(batch)[0]
 
     def update(self, batches: Sequence[Sequence[Group]]) -> tuple[list[OptimizerStep], Sums]:
@@ -96,7 +97,7 @@ class Stepper:
         return OptimizerStep(loss=loss, grad_norm=grad_norm if math.isfinite(loss) else math.nan, lr=lr)
 
     def _accumulate(self, work: Sequence[Piece], old: Tensor | None, divisor: float, last: bool, sums: Sums) -> Tensor:
-        batch = self._policy.collate(work).to(self._device)
+        batch = to_device(self._policy.collate(work), self._device)
         tokens = replace(batch.tokens, old_logprobs=old)
         if self._algorithm.kl_coef > 0 and self._algorithm.kl_in == "loss":
             with torch.no_grad():

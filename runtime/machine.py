@@ -28,7 +28,7 @@ class Requirement:
 
 
 def requirements(kind: str) -> Iterator[Requirement]:
-    """Of the set `cpu` or `cuda`."""
+    """What the set `cpu` or `cuda` needs."""
     if kind == "cpu":
         numa = "libnuma.so.1"
         cure = f"vLLM on the CPU needs the system library {numa} (Debian, Ubuntu: apt-get install libnuma1)"

@@ -113,7 +113,7 @@ def check_sharing(config: Config) -> None:
             pairs = f"with placement.transport=ipc learner rank i and engine i share GPU i, but {ranks=} and {engines=}"
             raise UserError(f"{pairs}: make learner.ranks and rollout.engines equal, or set placement.transport=store")
         fullest = max(_bundles(config), key=len)
-        if (share_of_gpu := _sum(fullest)["GPU"]) > 1:
+        if (share_of_gpu := _total([claim for _, claim in fullest])["GPU"]) > 1:
             who = f"an engine, a learner rank and {len(fullest) - 2} reward workers (placement.transport=ipc)"
             raise UserError(f"{who} share a GPU and their shares add up to {share_of_gpu:g}: lower placement.*_gpus")
         return
@@ -197,36 +197,35 @@ def _await_grant(wanted: PlacementGroup, placement: PlacementConfig, asked: Reso
             warned = True
 
 
-def _claims(config: Config, role: Role, count: int) -> list[Claim]:
-    return [(role, share(config.placement, role, config.rollout.tensor_parallel))] * count
+def counts(config: Config) -> dict[Role, int]:
+    """Actors by role."""
+    return {"learner": config.learner.ranks, "engine": config.rollout.engines, "reward": config.reward.workers}
+
+
+def _claims(config: Config, role: Role) -> list[Claim]:
+    return [(role, share(config.placement, role, config.rollout.tensor_parallel))] * counts(config)[role]
 
 
 def _bundles(config: Config) -> list[list[Claim]]:
     """What each bundle seats: one actor; with `transport=ipc` an engine, its learner rank and every Nth reward worker,
     which share a GPU."""
-    engines = _claims(config, "engine", config.rollout.engines)
-    rewards = _claims(config, "reward", config.reward.workers)
-    ranks = _claims(config, "learner", config.learner.ranks)
+    engines, rewards, ranks = (_claims(config, role) for role in ROLES)
     if config.placement.transport != "ipc":
         return [[claim] for claim in engines + rewards + ranks]
     pairs = enumerate(zip(engines, ranks, strict=True))
     return [[engine, *rewards[gpu :: len(engines)], rank] for gpu, (engine, rank) in pairs]
 
 
-def _sum(claims: Sequence[Claim]) -> Resources:
-    """What they ask for together, rounded to Ray's own resolution, so that 0.1 + 0.2 does not ask for more than 0.3."""
-    return {kind: round(sum(claim[kind] for _, claim in claims), 4) for kind in ("CPU", "GPU")}
-
-
 def _asked(config: Config) -> list[Resources]:
     """By bundle. A GPU that is shared is asked for whole: Ray may put two bundles with parts of one on the same GPU."""
-    asked = list(map(_sum, _bundles(config)))
+    asked = [_total([claim for _, claim in claims]) for claims in _bundles(config)]
     if config.placement.transport == "ipc":
         return [one | {"GPU": float(math.ceil(one["GPU"]))} for one in asked]
     return asked
 
 
 def _total(asked: Sequence[Resources]) -> Resources:
+    """Rounded to Ray's own resolution, so that 0.1 + 0.2 does not ask for more than 0.3."""
     return {kind: round(sum(one[kind] for one in asked), 4) for kind in ("CPU", "GPU")}
 
 

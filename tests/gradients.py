@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learner.policy import Policy
 from learner.rows import bins, pieces
+from learner.transfer import to_device
 from perception.types import Group
 
 
@@ -18,7 +19,7 @@ def evaluate(
     """Log-probs by (group, trajectory), and the gradient of sum over tokens of advantage * log-prob."""
     found: dict[tuple[int, int], Tensor] = {}
     for work in bins(list(pieces(groups, policy.layout, budget)), budget):
-        batch = policy.collate(work).to(policy.model.device)
+        batch = to_device(policy.collate(work), policy.model.device)
         logprobs, _ = policy(batch)
         (logprobs * batch.tokens.advantages).sum().backward()
         tails = [tail for piece in work for tail in piece.tails]

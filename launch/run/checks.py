@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 
 from launch.record import run_directory
 from launch.record.wandb_sink import logged_in
-from launch.run.config import CONF
 from launch.run.nodes import check_kept
 from perception.config import Config, ModelConfig, TaskConfig
 from perception.datasets import load
@@ -111,8 +110,11 @@ def check_settings(config: Config) -> None:
     if rollout.max_new_tokens >= rollout.max_model_len:
         lengths = f"{rollout.max_new_tokens=} leaves no room for the prompt in {rollout.max_model_len=}"
         raise UserError(f"{lengths}; raise max_model_len")
-    if config.model.shape not in (None, *(shapes := sorted(path.stem for path in CONF.glob("shape/*.yaml")))):
-        raise UserError(f"model.shape={config.model.shape}: unknown; there are {', '.join(shapes)}")
+    if (shape := config.model.shape) is not None:
+        from launch.warm_start.policies import SHAPES  # imports transformers: seconds
+
+        if shape not in SHAPES:
+            raise UserError(f"model.shape={shape}: unknown; there are {', '.join(SHAPES)}")
     if rollout.quantization:
         check_quantization(config)
     if not config.reward.components and not config.reward.ranked:

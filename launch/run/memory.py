@@ -27,11 +27,11 @@ from perception.config import Config, LearnerConfig, ModelConfig
 from rollout.defaults import by_placement
 from runtime.cluster import cluster_address, local_gpus
 from runtime.machine import memory as usable_memory
-from runtime.placement import Role, share
+from runtime.placement import Role, counts, share
 
 GIB = 1 << 30
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
-"""DeepSpeed's own sizes: numbers reduced at a time, and weights that ZeRO-3 keeps gathered."""
+"""Numbers in DeepSpeed's reduce buckets together (`learner.zero`), and weights that its ZeRO-3 keeps gathered."""
 KEPT = 1.5
 """Numbers that a layer keeps for its backward pass, over the inputs and outputs of its linear maps: 1.25 is measured
 for Qwen2.5-VL's text layers, 1.5 for its vision blocks."""
@@ -44,7 +44,7 @@ CONTEXT, PROCESS, CONTROLLER = 0.5, 0.6, 1.6
 ENGINE_WORK, GRAPHS = 2.0, 1.0
 """What vLLM computes in, and its CUDA graphs."""
 SEGMENTER, EMBEDDING, SEGMENTER_WORK = 224_000_000, 4_200_000, 1.0
-"""Of SAM2's largest size: parameters, numbers of an image's embedding, and what it computes in."""
+"""SAM2 of the largest size: parameters, numbers of an image's embedding, and what it computes in."""
 CHECKPOINTS = 3
 """Two are kept while another is written."""
 
@@ -62,7 +62,7 @@ class Layers:
     width: int
     """Inputs and outputs of a layer's linear maps, all together."""
     weights: int
-    """Of a layer's linear maps."""
+    """Parameters of a layer's linear maps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class Machine:
     """What there is; None: not known from here, as on the nodes of a cluster."""
 
     gpu: float | None
-    """Of the smallest GPU."""
+    """Memory of the smallest GPU."""
     host: float | None
     disk: float
     """Free where `run.output` lies."""
@@ -251,21 +251,21 @@ def host(size: Size, config: Config) -> Terms:
         "loading": number * size.parameters * (settings.ranks if settings.zero_stage < 3 else 1),
         "asleep": asleep * config.placement.sleep,
         "image features": (settings.feature_cache_mb << 20) * settings.ranks * frozen,
-        "processes": (CONTROLLER + PROCESS * sum(_counts(config).values())) * GIB,
+        "processes": (CONTROLLER + PROCESS * sum(counts(config).values())) * GIB,
     }
     return _gib(**terms)
 
 
 def rooms(size: Size, config: Config, machine: Machine) -> list[Room]:
     """Every kind of GPU and the shares of it, an engine's KV cache, the host and the disk, with what they must hold."""
-    cuda, counts, number = config.placement.device == "cuda", _counts(config), _bytes(config)
+    cuda, actors_of, number = config.placement.device == "cuda", counts(config), _bytes(config)
     memory = machine.gpu if cuda else machine.host
     actors: dict[Role, Terms] = {"learner": learner(size, config), "engine": engine(size, config, memory)}
     actors["reward"] = segmenter(config)
     turns = _turns(actors) if config.placement.sleep else {"": actors}
     needs: list[tuple[str, dict[str, Terms]]] = [
         (turn, {role: {term: n * value for term, value in there[role].items()} for role, n in held.items()})
-        for held in (_gpus(config) if cuda else [counts])
+        for held in (_gpus(config) if cuda else [actors_of])
         for turn, there in turns.items()
     ]
     gpus = [Room(f"GPU of {' + '.join(own)}{turn}", own, memory) for turn, own in needs if cuda]
@@ -293,21 +293,17 @@ def _turns(actors: dict[Role, Terms]) -> dict[str, dict[Role, Terms]]:
 
 def _gpus(config: Config) -> Iterator[dict[Role, int]]:
     """Actors of each kind of GPU: with a whole one, an actor has it to itself; the others fill theirs evenly."""
-    counts = _counts(config)
-    shares = {role: share(config.placement, role)["GPU"] for role in counts}
-    yield from ({role: 1} for role in counts if shares[role] >= 1)
-    parts = [role for role in counts if 0 < shares[role] < 1]
-    gpus = math.ceil(round(sum(shares[role] * counts[role] for role in parts), 4))
+    actors_of = counts(config)
+    shares = {role: share(config.placement, role)["GPU"] for role in actors_of}
+    yield from ({role: 1} for role in actors_of if shares[role] >= 1)
+    parts = [role for role in actors_of if 0 < shares[role] < 1]
+    gpus = math.ceil(round(sum(shares[role] * actors_of[role] for role in parts), 4))
     if parts:
-        yield {role: math.ceil(counts[role] / gpus) for role in parts}
-
-
-def _counts(config: Config) -> dict[Role, int]:
-    return {"learner": config.learner.ranks, "engine": config.rollout.engines, "reward": config.reward.workers}
+        yield {role: math.ceil(actors_of[role] / gpus) for role in parts}
 
 
 def _bytes(config: Config) -> int:
-    """Of a number in the policy's dtype."""
+    """Bytes of a number in the policy's dtype."""
     return int(getattr(torch, config.model.dtype).itemsize)
 
 

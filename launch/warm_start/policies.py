@@ -106,7 +106,7 @@ SHAPES = {path.stem: Shape(**yaml.safe_load(path.read_text())) for path in sorte
 
 
 def configuration(shape: Shape, ids: Mapping[str, int]) -> Qwen2_5_VLConfig:
-    """Of a model of this shape, with a tokenizer's `ids` of the special tokens."""
+    """Configuration of a model of this shape, with a tokenizer's `ids` of the special tokens."""
     ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     return Qwen2_5_VLConfig(
         text_config=shape.text | ends | {"bos_token_id": ids["<|endoftext|>"], "tie_word_embeddings": shape.tied},

@@ -17,7 +17,6 @@ from learner.families import TOKEN_TYPES
 from learner.loss import TokenBatch
 from learner.policy import Policy
 from learner.rows import Picture, Piece, token_batch
-from learner.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +36,6 @@ class PaddedBatch:
     def computed(self) -> int:
         """Tokens, padding included."""
         return self.inputs["input_ids"].numel()
-
-    def to(self, device: torch.device) -> PaddedBatch:
-        return to_device(self, device)
 
 
 class PaddedPolicy(Policy):

@@ -9,6 +9,8 @@ import pytest_asyncio
 import ray
 
 from runtime.cluster import ROOT
+from tests.hf_reference import Reference
+from tests.tiny_policy import build
 from tests.trainer import Trainer
 
 
@@ -29,6 +31,12 @@ def shared_ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A policy in transformers that a module's own engine starts from, and that the module may change."""
+    return Reference(build(tmp_path_factory.mktemp("policy")))
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

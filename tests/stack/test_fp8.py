@@ -20,7 +20,6 @@ from rollout.pool import RolloutPool
 from runtime.placement import anywhere
 from tests.hf_reference import Reference
 from tests.stack.test_sync import sync
-from tests.tiny_policy import build
 from tests.trainer import CONFIG, PLACEMENT
 
 SAMPLED = SamplingSpec(n=8, temperature=1.0, max_new_tokens=48)
@@ -29,11 +28,6 @@ BFLOAT16_MISMATCH = 0.02
 """Unquantised, this policy is off by half of it."""
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(build(tmp_path_factory.mktemp("policy")))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

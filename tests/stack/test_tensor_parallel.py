@@ -23,18 +23,12 @@ from runtime.placement import anywhere
 from tests.hf_reference import Reference
 from tests.listeners import listeners, outside
 from tests.stack.test_sync import sender, sync
-from tests.tiny_policy import build
 from tests.trainer import CONFIG, PLACEMENT
 
 SAMPLED = SamplingSpec(n=4, temperature=1.0, max_new_tokens=48)
 LONG = replace(SAMPLED, max_new_tokens=400)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(build(tmp_path_factory.mktemp("policy")))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -123,7 +123,7 @@ class Rank:
         return steps, elements(stepper._reference)
 
     def states(self, stage: int) -> dict[str, Any]:
-        """Of two learners in bf16 that take the same steps, one is sent away and back, saves, loads and fails once."""
+        """Two learners in bf16 take the same steps; one is sent away and back, saves, loads and fails once."""
         stayed, other = self.learner(stage, "bfloat16"), self.learner(stage, "bfloat16")
         found: dict[str, Any] = {}
 
@@ -168,7 +168,7 @@ def groups(spec: PolicySpec) -> dict[str, list[list[Group]]]:
 
 
 def elements(module: nn.Module) -> int:
-    """Of the parameters, as far as this rank has them: shards, and what is gathered."""
+    """Elements of the parameters, as far as this rank has them: shards, and what is gathered."""
     return sum(p.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0) for p in module.parameters())
 
 
@@ -228,7 +228,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> PolicySpec:
 
 @pytest.fixture(scope="module")
 def answers(spec: PolicySpec, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of rank 0 and rank 1, by question."""
+    """Answers of rank 0 and rank 1, by question."""
     folder = tmp_path_factory.mktemp("ranks")
     start_processes(answer, (spec, folder), nprocs=2, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

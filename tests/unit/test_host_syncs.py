@@ -84,7 +84,7 @@ def micro_batch(policy: Policy, spec: PolicySpec) -> PackedBatch:
 
 def learn(policy: Policy, batch: PackedBatch, algorithm: AlgorithmConfig) -> dict[str, Tensor]:
     """What a learner rank does with a micro-batch (`Stepper`), DeepSpeed left out."""
-    batch = batch.to(policy.model.device)
+    batch = to_device(batch, policy.model.device)
     tokens = replace(batch.tokens, reference_logprobs=batch.tokens.rollout_logprobs)
     logprobs, entropy = policy(batch)
     policy_loss(logprobs, entropy, tokens, algorithm).backward()

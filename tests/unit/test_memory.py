@@ -28,6 +28,9 @@ GPU_80, GPU_40, GPU_24 = 79.2, 39.4, 23.6
 """Memory of an A100 or H100, an A100 and a 4090, as CUDA reports it."""
 
 
+ROOMY = Machine(gpu=GPU_80, host=128.0, disk=900.0)
+
+
 @cache
 def settings(*overrides: str) -> Config:
     return compose([*overrides])
@@ -282,17 +285,11 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         (
             ("recipe=shape_3b", "learner.offload_optimizer=false"),
             1,
-            Machine(gpu=GPU_80, host=128.0, disk=900.0),
+            ROOMY,
             "GPU of learner + engine + reward needs 1",
             "learner.offload_optimizer=true",
         ),
-        (
-            ("recipe=shape_3b", "learner.checkpointing=off"),
-            1,
-            Machine(gpu=GPU_80, host=128.0, disk=900.0),
-            "learner activations",
-            "learner.checkpointing=on",
-        ),
+        (("recipe=shape_3b", "learner.checkpointing=off"), 1, ROOMY, "learner activations", "learner.checkpointing=on"),
         (
             (
                 "recipe=shape_3b",
@@ -309,7 +306,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         (
             ("recipe=shape_3b", "rollout.kv_cache_mb=64"),
             1,
-            Machine(gpu=GPU_80, host=128.0, disk=900.0),
+            ROOMY,
             "KV cache for one trajectory needs 0.1 of 0.1 GiB",
             "rollout.kv_cache_mb=4096",
         ),

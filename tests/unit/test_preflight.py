@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from launch import doctor, evaluate, train
+from launch import evaluate, train
 from launch.run import checks as preflight
 from launch.run import memory
 from launch.run.config import compose
@@ -351,13 +351,3 @@ def test_what_this_machine_cannot_hold_is_refused_before_anything_is_prepared(
     if not gpus:
         with pytest.raises(AssertionError, match="prepared"):
             program.run(compose(["recipe=quickstart", *world]))
-
-
-def test_doctor_compares_with_the_pinned_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    pins = doctor.tested_versions()
-    assert pins["ray"] == "2.55.1" and pins["deepspeed"] == "0.19.8"
-    installed = {"ray": "2.55.1", "wandb": "0.1", "torch": "2.13.0+cpu"}
-    monkeypatch.setattr(doctor, "version_of", installed.get)
-    found = {finding.subject: finding.verdict for finding in doctor._versions()}
-    assert found["ray"] == "ok" and found["torch"] == "ok"
-    assert found["wandb"] == "warn" and found["deepspeed"] == "fail"

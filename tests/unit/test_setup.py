@@ -121,3 +121,13 @@ def test_doctor_says_the_same(fit: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (found["compiler"].verdict, found["compiler"].detail) == ("ok", str(fit / "bin/gcc"))
     assert [found[name].verdict for name in ("headers", "driver")] == ["fail", "fail"]
     assert "python3.11-dev" in found["headers"].detail
+
+
+def test_doctor_compares_with_the_pinned_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    pins = doctor.tested_versions()
+    assert pins["ray"] == "2.55.1" and pins["deepspeed"] == "0.19.8"
+    installed = {"ray": "2.55.1", "wandb": "0.1", "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(doctor, "version_of", installed.get)
+    found = {finding.subject: finding.verdict for finding in doctor._versions()}
+    assert found["ray"] == "ok" and found["torch"] == "ok"
+    assert found["wandb"] == "warn" and found["deepspeed"] == "fail"
