@@ -23,11 +23,12 @@ from scipy import stats
 
 from benchmarks.common import options, print_result
 from launch.run.calibrate import calibrate
-from launch.run.checks import MAIN, check_files, check_machine
+from launch.run.checks import check_files, check_machine
 from launch.run.command_line import told
 from launch.run.config import compose
 from launch.run.prepare import prepare
 from launch.run.prompts import PromptMaker
+from launch.run.samples import MAIN
 from launch.run.step_metrics import look_metrics
 from launch.run.system import System
 from perception import metric_catalog as catalog

@@ -19,10 +19,11 @@ from dataclasses import replace
 import numpy as np
 
 from launch.run.calibrate import calibrate
-from launch.run.checks import MAIN, check_files, check_machine
+from launch.run.checks import check_files, check_machine
 from launch.run.config import entry
 from launch.run.looking import sampled
 from launch.run.prepare import prepare
+from launch.run.samples import MAIN
 from launch.run.step_metrics import look_metrics
 from launch.run.system import System
 from perception import metric_catalog as catalog

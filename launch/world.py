@@ -48,14 +48,14 @@ def write(out: Path, **sizes: int) -> None:
     World(out=out, **sizes).write()
 
 
-def records(seeds: range, style: SceneStyle) -> Iterator[coco.Record]:
+def records(seeds: range, style: SceneStyle) -> Iterator[coco.Scene]:
     """One image and one question per seed."""
     for seed in seeds:
         scene = generate(seed, style)
         question = ask(scene, np.random.default_rng(seed), style)
         ok, png = cv2.imencode(".png", cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR))
         assert ok, f"scene {seed} could not be encoded"
-        yield coco.Record(
+        yield coco.Scene(
             image=png.tobytes(),
             height=style.side,
             width=style.side,

@@ -34,22 +34,26 @@ class ModelConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     format: str
-    """A registered reader's name: jsonl or coco."""
+    """A registered reader's name (`perception.datasets`), as jsonl, coco or ref_coco."""
     options: dict[str, Any] = field(default_factory=dict)
     """The reader's own options; checked against its signature."""
     train: str
-    """Path of the training annotations (JSON for coco, JSONL for jsonl)."""
+    """The training annotations: a file or folder in the reader's layout, or a hub id where it reads tables."""
     eval: str
-    """Path of the held-out annotations, same format; a run is judged by them."""
+    """The held-out annotations, same format; a run is judged by them."""
     also: dict[str, str] = field(default_factory=dict)
     """Further held-out sets, evaluated with the first one: name -> path of the annotations."""
+    images: str | None = None
+    """Folder of the pictures. None: beside the annotations, or in `images/` there."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """What a record does that cannot be used: end the run with its message, or be left out and counted."""
     eval_samples: Positive = 128
     """The first so many samples of each held-out set, always the same."""
     world_side: Positive | None = None
     world_train: Positive = 4096
     """If `train` is missing, the synthetic world is written there: side of its images, training scenes."""
     max_pixels: Positive = 50_000_000
-    """A larger image is refused before anything starts."""
+    """A larger image is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

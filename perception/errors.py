@@ -11,3 +11,12 @@ class ActorError(RuntimeError):
 
 class DataError(ValueError):
     """Input that cannot be used. The message names the file, line or id."""
+
+    def __init__(self, message: str, reason: str = "record") -> None:
+        """`reason`: the class by which skipped records are counted, as image, mask, box, point, text, truth, size."""
+        super().__init__(message)
+        self.reason = reason
+
+
+class SkippedRecordError(DataError):
+    """A record that cannot be used and, by `data.on_bad_record=skip`, is left out."""

@@ -14,7 +14,8 @@ from cachetools import LRUCache
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from perception.errors import DataError
-from perception.types import ImageHandle
+from perception.tables import cell
+from perception.types import ImageHandle, ImageSource
 
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 _PHOTOGRAPHS = ("JPEG", "MPO", "TIFF", "WEBP")  # elsewhere PIL would decode the pixels only to look for EXIF
@@ -26,29 +27,51 @@ def content_key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def probe(path: str | Path, max_pixels: int) -> tuple[int, int]:
-    """(height, width) as displayed, from the header alone. Raises DataError for a file that could not be used."""
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
-        raise DataError(f"{path}: the image file is empty (0 bytes); copy it again")
+def read(source: ImageSource) -> bytes:
+    """The encoded image. Raises OSError where its file has gone, DataError where a table's cell holds none."""
+    if source.data is not None:
+        return source.data
+    if source.row is None:
+        return Path(source.path).read_bytes()
+    return cell(source.path, source.split, source.row, source.column)
+
+
+def source_key(source: ImageSource) -> str:
+    """Names an image without reading it: SHA-256 of its path, split, row and column, its file's size and time, and of
+    bytes that it carries."""
+    path = Path(source.path)
+    stat = path.stat() if source.data is None and path.exists() else None
+    named = (source.path, source.split, source.row, source.column, stat and (stat.st_size, stat.st_mtime_ns))
+    return content_key(repr(named).encode() + (source.data or b""))
+
+
+def probe(path: ImageSource, max_pixels: int) -> tuple[int, int]:
+    """(height, width) as displayed, from the header alone. Raises DataError for an image that could not be used."""
     try:
+        opened = path.path if path.row is None and path.data is None else io.BytesIO(read(path))
+        if isinstance(opened, str) and Path(opened).stat().st_size == 0:
+            raise DataError(f"{path}: the image file is empty (0 bytes); copy it again", "image")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
-            image = Image.open(path)
+            image = Image.open(opened)
+    except DataError:
+        raise
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image file; check the path in the annotations") from error
+        raise DataError(f"{path}: no such image file; check the path in the annotations", "image") from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: the image has more than {max_pixels} pixels; make it smaller") from error
+        raise DataError(f"{path}: the image has more than {max_pixels} pixels; make it smaller", "size") from error
     except _BROKEN as error:
-        raise DataError(f"{path}: not a readable image ({error}); replace or remove it") from error
+        raise DataError(f"{path}: not a readable image ({error}); replace or remove it", "image") from error
     with image:
         width, height = image.size
         if width * height > max_pixels:
             raise DataError(
                 f"{path}: {width}x{height} is {width * height} pixels, more than {max_pixels}; "
-                "make it smaller or raise data.max_pixels"
+                "make it smaller or raise data.max_pixels",
+                "size",
             )
         if image.mode[0] in "IF":
-            raise DataError(f"{path}: more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
+            raise DataError(f"{path}: more than 8 bits per channel (mode {image.mode}); convert it to 8 bits", "image")
         sideways = image.format in _PHOTOGRAPHS and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
         return (width, height) if sideways else (height, width)
 
@@ -60,7 +83,7 @@ def decode(data: bytes) -> np.ndarray:
             upright = ImageOps.exif_transpose(image) if image.format in _PHOTOGRAPHS else image
             return np.ascontiguousarray(upright.convert("RGB"))
     except _BROKEN as error:
-        raise DataError(f"{len(data)} bytes do not decode as an image: {error}") from error
+        raise DataError(f"{len(data)} bytes do not decode as an image: {error}", "image") from error
 
 
 def encode(pixels: np.ndarray) -> bytes:

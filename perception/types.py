@@ -18,7 +18,7 @@ import numpy as np
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 Rect = tuple[int, int, int, int]  # left, top, right, bottom in whole pixels; the last two exclusive
-Truth = Literal["boxes", "points", "masks", "count"]  # a part of the truth that a measure may need
+Truth = Literal["boxes", "points", "masks", "labels", "count", "text"]  # a part of the truth that a measure may need
 
 
 class FailureKind(StrEnum):
@@ -54,35 +54,66 @@ class ImageHandle:
     key: str  # hex digest of the encoded bytes (`perception.images.content_key`)
     height: int
     width: int
-    ref: Any  # `bytes` of the encoded file, or a Ray ObjectRef to them
+    ref: Any  # `bytes` of the encoded file, a Ray ObjectRef to them, or the `ImageSource` that holds them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSource:
+    """Where an encoded image lies. It is read where it is needed (`perception.images.read`), never sent about.
+
+    ImageSource(path="street.jpg")                                a file
+    ImageSource(path="ReasonSeg_val", split="test", row=17)       a cell of a parquet file, `datasets` folder or hub id
+    ImageSource(path="labels.json: line 3", data=b"...")          bytes that stood in the annotations
+    """
+
+    path: str
+    split: str = ""
+    row: int | None = None
+    column: str = "image"
+    data: bytes | None = None
+
+    def __str__(self) -> str:
+        """Names it in messages."""
+        return self.path if self.row is None else f"{self.path}, row {self.row}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The truth about one question. `G` objects; G = 0 is a valid 'no target' question."""
+    """The truth about one question, as far as the data set gives it. `G` objects; G = 0 is a 'no target' question.
 
-    boxes: np.ndarray  # (G, 4) float32
-    points: np.ndarray  # (G, 2) float32, one inside each object
+    A count alone: boxes (0, 4), points (0, 2), number=5. A text alone: no objects, complete=False, text="...".
+    """
+
+    boxes: np.ndarray  # (G, 4) float32, or (0, 4) where they are unknown
+    points: np.ndarray  # (G, 2) float32, one inside each object, or (0, 2)
     masks: tuple[Rle, ...] = ()  # G masks, or () where the data set has none
     labels: tuple[str, ...] = ()
+    number: int | None = None  # G where no object is given, but how many there are
+    complete: bool = True  # False: there may be more objects than are given (a crowd, a text alone)
+    text: str | None = None  # what is to be read
+    ignore: Rle | None = None  # pixels judged neither way: void, crowds, regions that the annotators doubted
 
     @property
     def count(self) -> int:
-        return len(self.boxes)
+        given = max(len(self.boxes), len(self.points), len(self.masks))
+        return given if self.number is None else self.number
 
     @property
     def known(self) -> frozenset[Truth]:
         """Parts of the truth that the data set gives."""
-        masks: frozenset[Truth] = frozenset({"masks"}) if len(self.masks) == self.count else frozenset()
-        return masks | {"boxes", "points", "count"}
+        sizes: dict[Truth, int] = {"boxes": len(self.boxes), "points": len(self.points)}
+        sizes |= {"masks": len(self.masks), "labels": len(self.labels)}
+        whole = {part for part, size in sizes.items() if size == self.count and (size or self.complete)}
+        others: dict[Truth, bool] = {"count": self.complete, "text": self.text is not None}
+        return frozenset(whole | {part for part, known in others.items() if known})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One question about one image, as a data set reader yields it."""
+    """One question about one image, read and checked."""
 
     id: str  # unique inside its data set, stable across runs; named in every message about it
-    image_path: str
+    image: ImageSource
     height: int
     width: int
     question: str

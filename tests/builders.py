@@ -46,6 +46,7 @@ from perception.types import (
     FailureKind,
     Group,
     ImageHandle,
+    ImageSource,
     PolicySpec,
     Prompt,
     Rle,
@@ -118,7 +119,7 @@ def sample(name: str = "s", truth: Target | None = None, **changes: Any) -> Samp
     """A question about a square image; `truth` is no target where none is given."""
     plain = Sample(
         id=name,
-        image_path="",
+        image=ImageSource(path=""),
         height=SIDE,
         width=SIDE,
         question="the red circle",

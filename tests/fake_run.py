@@ -29,6 +29,7 @@ from perception.types import (
     Failure,
     FailureKind,
     Group,
+    ImageSource,
     Score,
     Target,
     Trajectory,
@@ -143,7 +144,9 @@ def scene_group(
     path = folder / f"{seed}.png"
     cv2.imwrite(str(path), scene.image[..., ::-1])
     truth = builders.scene_target([scene.objects[i] for i in question.targets])
-    sample = builders.sample(f"scene-{seed}", truth, image_path=str(path), question=question.text, task=question.task)
+    sample = builders.sample(
+        f"scene-{seed}", truth, image=ImageSource(path=str(path)), question=question.text, task=question.task
+    )
     trajectories = []
     for index in range(N):
         passes = [_pass(truth, spread, rng, broken=(seed + index) % 23 == 0)]

@@ -43,7 +43,7 @@ def _write_table(folder: Path, split: str, count: int) -> Path:
     for sample in samples:
         if sample.target.count == 1:
             corners = " ".join(f"{value / sample.width:.6f}" for value in sample.target.boxes[0])
-            lines.append(f"{Path(sample.image_path).relative_to(folder)}|{sample.question}?|{corners}")
+            lines.append(f"{Path(sample.image.path).relative_to(folder)}|{sample.question}?|{corners}")
     table = folder / f"{split}.txt"
     table.write_text("\n".join(lines[:count]))
     return table

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from perception import images
 from perception.files import replacing
 from perception.types import Candidate, Group, Sample, Trajectory, Turn
 
@@ -88,7 +89,7 @@ def _group_columns(step: int, sample: Sample) -> dict[str, Any]:
         "sample_id": sample.id,
         "task": sample.task,
         "question": sample.question,
-        "image": {"bytes": Path(sample.image_path).read_bytes(), "path": sample.image_path},
+        "image": {"bytes": images.read(sample.image), "path": str(sample.image)},
         "height": sample.height,
         "width": sample.width,
         "truth_boxes": sample.target.boxes.tolist(),

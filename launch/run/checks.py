@@ -5,28 +5,28 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from launch.record import run_directory
 from launch.record.wandb_sink import logged_in
 from launch.run.nodes import check_kept
-from perception.config import Config, ModelConfig, TaskConfig
-from perception.datasets import load
+from launch.run.samples import load_samples
+from perception.config import Config, ModelConfig
+from perception.datasets import Dataset
 from perception.errors import UserError
 from perception.families import FAMILIES, engine_renames, family_of
 from perception.registry import find_plugins
 from perception.tasks import TASKS
-from perception.types import Sample, Truth
-from reward_workers.components import held_out_terms, needed_truth, needs, reward_terms
+from perception.types import Sample
+from reward_workers.components import held_out_terms, reward_terms
 from runtime.placement import check_resources
 
 if TYPE_CHECKING:
-    from launch.run.prompts import PromptMaker
+    pass
 
 _POLICY_FILES = {
     "config.json": "the model's shape",
@@ -36,8 +36,6 @@ _POLICY_FILES = {
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 _SEGMENTER_FILES = {"config.yaml": "the model's shape", "model.safetensors": "the weights"}
 
-MAIN = ""
-"""Name of the held-out set a run is judged by."""
 REAL = 100_000_000
 """Parameters of a policy beyond which it is no toy."""
 
@@ -57,7 +55,7 @@ def check_machine(config: Config, say: Callable[[str], None]) -> None:
     check_memory(config, say)
 
 
-def check_files(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
+def check_files(config: Config) -> tuple[Dataset, dict[str, list[Sample]]]:
     """Models and data, cheapest first; returns the run's training samples and its held-out ones by set.
 
     Raises UserError for what is missing or does not fit, `perception.errors.DataError` for a damaged data set.
@@ -65,12 +63,7 @@ def check_files(config: Config) -> tuple[list[Sample], dict[str, list[Sample]]]:
     check_model(config.model)
     check_family(config)
     check_segmenter(config.model)
-    train = load(config.data, "train")
-    held_out = {MAIN: load(config.data, "eval")}
-    held_out |= {name: load(config.data, "eval", path) for name, path in config.data.also.items()}
-    check_data(config, train, held_out)
-    check_lengths(config, [*train, *(sample for samples in held_out.values() for sample in samples)])
-    return train, held_out
+    return load_samples(config)
 
 
 def check_memory(config: Config, say: Callable[[str], None]) -> None:
@@ -223,74 +216,6 @@ def check_segmenter(model: ModelConfig) -> None:
     path = Path(model.segmenter)
     _check_files("model.segmenter", path, _SEGMENTER_FILES)
     _parameters(path / "model.safetensors")
-
-
-def check_data(config: Config, train: Sequence[Sample], held_out: Mapping[str, Sequence[Sample]]) -> None:
-    """Enough samples for a step, prompt words for each of their tasks, and the truth that they are measured by."""
-    algorithm, data = config.algorithm, config.data
-    if algorithm.prompts_per_step > len(train):
-        few = f"{algorithm.prompts_per_step=}, but {data.train} holds {len(train)} samples"
-        raise UserError(f"{few}: lower prompts_per_step or give more data")
-    looks: frozenset[Truth] = frozenset({"masks"}) if config.look.mode == "relook" else frozenset()
-    measures = f"reward={config.reward.name}" + (f" with look={config.look.mode}" if looks else "")
-    rewarded = dict.fromkeys(config.task, (needed_truth(config.reward) | looks, f"{measures} is measured by them"))
-    evaluated = {name: _evaluated(name, task) for name, task in config.task.items()}
-    paths = {MAIN: data.eval, **data.also}
-    for path, samples, tasks in (
-        (data.train, train, rewarded),
-        *((path, held_out[name], evaluated) for name, path in paths.items()),
-    ):
-        for sample in samples:
-            if sample.task not in tasks:
-                known = f"templates exist for {', '.join(tasks) or 'none'}; add task.{sample.task} or change the data"
-                raise UserError(f"{path}: sample {sample.id} has the task {sample.task!r}, but {known}")
-            needed, why = tasks[sample.task]
-            if missing := " and ".join(sorted(needed - sample.target.known)):
-                cure = "add them, or choose a task, a reward and a look without them"
-                raise UserError(f"{path}: sample {sample.id} has no {missing}, and {why}: {cure}")
-
-
-def _evaluated(name: str, task: TaskConfig) -> tuple[frozenset[Truth], str]:
-    """The truth that held-out samples of a task need, and why."""
-    metrics = TASKS[task.form or name].metrics
-    return needs(held_out_terms(metrics)), f"task {name} is evaluated by {', '.join(metrics)}"
-
-
-def check_lengths(config: Config, samples: Sequence[Sample]) -> None:
-    """The longest prompt leaves room for an answer: text, image tokens and max_new_tokens fit max_model_len."""
-    from launch.run.prompts import PromptMaker  # imports transformers: seconds
-
-    try:
-        prompts = PromptMaker(config.model, config.task)
-        longest = {sample.task: sample for sample in sorted(samples, key=lambda sample: len(sample.question))}
-        inline = config.look.mode == "inline"
-        text = {sample.id: prompts.tokens(sample, inline) for sample in longest.values()}
-        image = prompts.longest_image({(s.height, s.width) for s in samples})
-    except (OSError, ValueError, KeyError, ImportError, TemplateError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"model.path={config.model.path}: no prompt can be built: {why}") from error
-    worst, ids = max(text.items(), key=lambda item: len(item[1]))
-    if (shown := ids.count(prompts.image_token_id)) != 1:
-        raise UserError(f"model.path={config.model.path}: the chat template shows {shown} images for one; correct it")
-    further = _further_passes(config, prompts, longest)
-    rollout = config.rollout
-    needed = len(ids) + image - 1 + rollout.max_new_tokens + further
-    if needed > rollout.max_model_len:
-        terms = f"{len(ids) - 1} text tokens ({worst}) + {image} image tokens + {rollout.max_new_tokens=}"
-        terms += f" + {further} of further looks" if further else ""
-        raise UserError(f"{rollout.max_model_len=} is too short; raise it to {needed} = {terms}")
-    passes = config.look.max_passes if config.look.mode == "relook" else 1
-    if rollout.max_images < passes:
-        raise UserError(f"{rollout.max_images=} must be {passes}: one image a pass (look.max_passes)")
-
-
-def _further_passes(config: Config, prompts: PromptMaker, tasks: Iterable[str]) -> int:
-    """Tokens that the looks after the first may need: the request, the view and another answer, each time."""
-    if config.look.mode != "relook":
-        return 0
-    side = math.isqrt(config.look.pixels)
-    request = max(len(prompts.again(task)) for task in tasks) - 1 + prompts.image_tokens(side, side)
-    return (config.look.max_passes - 1) * (request + config.rollout.max_new_tokens)
 
 
 def _check_files(key: str, path: Path, needed: dict[str, str]) -> None:

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from perception.errors import DataError, SkippedRecordError
 from perception.types import Sample
 
 
 class Cursor:
-    """Endless passes over the samples, reshuffled every epoch. One integer is its whole state."""
+    """Endless passes over the samples, reshuffled every epoch. One integer is its whole state.
+
+    Where a record is left out (`data.on_bad_record=skip`) the next one of the same epoch takes its place.
+    """
 
     def __init__(self, samples: Sequence[Sample], seed: int, position: int = 0) -> None:
         self._samples, self._seed, self.position = samples, seed, position
@@ -23,4 +27,9 @@ class Cursor:
         if getattr(self, "_epoch", None) != epoch:
             self._epoch = epoch
             self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._samples))
-        return self._samples[self._order[offset]]
+        for place in range(offset, offset + len(self._order)):
+            try:
+                return self._samples[int(self._order[place % len(self._order)])]
+            except SkippedRecordError as error:
+                last = error
+        raise DataError(f"every record was left out; the last: {last}", last.reason) from last

@@ -21,7 +21,7 @@ from reward_workers.pool import RewardPool
 from rollout.pool import RolloutPool
 from runtime import placement
 from runtime.cluster import cluster_address
-from runtime.objects import ImageStore
+from runtime.objects import handle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,6 @@ class System:
             self.calibrator.state = saved
         self.policy = read_policy_spec(config.model)
         self._prompts = PromptMaker(config.model, config.task)
-        self._images = ImageStore()
         self._reservation = placement.reserve(config)
         model, files = config.model, {"model.path": self.policy.path}
         if not model.segmenter.startswith("random:"):
@@ -137,7 +136,7 @@ class System:
         """
         inline = (mode or self.config.look.mode) == "inline"
         seed = prompt_seed(self.config.run.seed, step, place)
-        return self._prompts.prompt(sample, self._images.handle(sample), seed, inline)
+        return self._prompts.prompt(sample, handle(sample), seed, inline)
 
     def prompts(self, samples: Sequence[Sample], step: int, mode: LookMode | None = None) -> list[Prompt]:
         return [self.prompt(sample, step, place, mode) for place, sample in enumerate(samples)]

@@ -12,7 +12,7 @@ from perception.config import LookConfig
 from perception.frames import Frame, image_to_view
 from perception.scenes import Question, Scene, SceneObject, SceneStyle, ask, generate
 from perception.tasks import TASKS
-from perception.types import Answer, AnswerObject, Sample, Target, View
+from perception.types import Answer, AnswerObject, ImageSource, Sample, Target, View
 
 _WRONG_OBJECT = 0.15
 """Share of first answers that are about another object."""
@@ -76,7 +76,13 @@ def sample_of(scene: Scene, question: Question) -> Sample:
     height, width = scene.image.shape[:2]
     target = _target([scene.objects[i] for i in question.targets])
     return Sample(
-        id="scene", image_path="", height=height, width=width, question=question.text, task=question.task, target=target
+        id="scene",
+        image=ImageSource(path=""),
+        height=height,
+        width=width,
+        question=question.text,
+        task=question.task,
+        target=target,
     )
 
 

@@ -1,52 +1,113 @@
-"""Data sets on disk -> Samples. One reader per layout; everything that cannot be used is a DataError of one line.
+"""Data sets on disk -> Samples. One reader per layout; what cannot be used is a DataError of one line.
 
-    @reader("coco")
-    def read(path: Path, images: Images) -> Iterator[Sample]: ...
+    @reader("jsonl")
+    def read(path: Path, *, option: int = 3) -> Iterable[Record]: ...
 
-A reader yields every question about the annotations at `path`, and raises DataError for the first that cannot be used.
-Its keyword-only parameters are its options: `data.options`, checked against its signature.
+A reader lists the questions at `path` and raises DataError where its files cannot be read at all. What is asked of one
+question - image, truth - is read and checked when the question is drawn: start-up does not grow with the data, and one
+bad record is one bad record. The keyword-only parameters are `data.options`, checked against the signature.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import overload
 
 from perception.config import DataConfig
 from perception.datasets.files import Images
-from perception.errors import DataError
-from perception.images import decode
+from perception.datasets.objects import target as objects_target
+from perception.datasets.records import Record
+from perception.errors import DataError, SkippedRecordError
 from perception.registry import Registry, check_arguments, import_all
 from perception.types import Sample
 
-READERS: Registry[Callable[..., Iterator[Sample]]] = Registry("data format")
+READERS: Registry[Callable[..., Iterable[Record]]] = Registry("data format")
 reader = READERS.register
 """Decorator: register a reader under the name that `data.format` takes."""
-_DECODED = 32  # images whose pixels are read, too: a broken copy usually breaks many
 
 
-def load(config: DataConfig, split: Literal["train", "eval"], also: str | None = None) -> list[Sample]:
-    """All training samples, or the first `eval_samples` held-out ones; `also` is the path of a further held-out set.
-
-    Every annotation and image header is checked, and the pixels of the first few images. Raises DataError, and
-    UserError for an unknown format or option.
-    """
-    path = Path(also or (config.train if split == "train" else config.eval))
+def load(config: DataConfig, path: str) -> "Dataset":
+    """The data set at `path`. Raises DataError where it cannot be listed, UserError for an unknown format or option."""
     read = READERS[config.format]
     options = check_arguments(read, config.options, "data.options")
-    samples: dict[str, Sample] = {}
-    for sample in read(path, Images(path, config.max_pixels), **options):
-        if sample.id in samples:
-            raise DataError(f"{path}: two samples have the id {sample.id!r}; make ids unique")
-        samples[sample.id] = sample
-    if not samples:
-        raise DataError(f"{path}: the data set is empty; it needs at least one question")
-    found = list(samples.values())[: config.eval_samples if split == "eval" else None]
-    for image in list(dict.fromkeys(sample.image_path for sample in found))[:_DECODED]:
+    images = Images(Path(path), config.images, config.max_pixels)
+    return Dataset(path, read(Path(path), **options), images, skip=config.on_bad_record == "skip")
+
+
+class Dataset(Sequence[Sample]):
+    """The samples of a data set. Each is read and checked when it is asked for, by its index."""
+
+    def __init__(self, path: str, records: Iterable[Record], images: Images, skip: bool = False) -> None:
+        """Raises DataError where there is no record, or two have one id."""
+        self.path, self.records, self._images, self._skip = path, list(records), images, skip
+        self.check: Callable[[Sample], None] = lambda sample: None
+        """A further check of every sample; raises DataError without naming the sample."""
+        self.bad: dict[str, DataError] = {}
+        """What could not be used, by id."""
+        if not self.records:
+            raise DataError(f"{path}: the data set is empty; it needs at least one question")
+        if len(ids := {record.id for record in self.records}) < len(self.records):
+            twice = next(name for name, n in Counter(record.id for record in self.records).items() if n > 1)
+            many = f"{len(self.records) - len(ids)} ids are there more than once"
+            raise DataError(f"{path}: two samples have the id {twice!r} ({many}); make ids unique")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """Raises DataError for a record that cannot be used: SkippedRecordError where such are left out."""
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        record = self.records[index]
         try:
-            decode(Path(image).read_bytes())
+            return self._read(record)
         except DataError as error:
-            raise DataError(f"{image}: the image is damaged ({error}); replace or remove it") from error
-    return found
+            self.bad[record.id] = error
+            if self._skip:
+                raise SkippedRecordError(str(error), error.reason) from error
+            raise
+
+    def usable(self, start: int = 0) -> Iterator[Sample]:
+        """Samples in order, without those that are left out. Raises DataError where none is."""
+        for index in range(start, len(self)):
+            try:
+                yield self[index]
+            except SkippedRecordError:
+                continue
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Records left out so far, by reason."""
+        return dict(Counter(error.reason for error in self.bad.values())) if self._skip else {}
+
+    def _read(self, record: Record) -> Sample:
+        if record.fault is not None:
+            raise record.fault
+        where = f"{self.path}: {record.place}"
+        source, height, width = self._images.find(record.image, where)
+        if record.size and record.size != (height, width):
+            stated = f"{record.size[1]}x{record.size[0]}"
+            why = "its EXIF orientation was ignored" if record.size == (width, height) else "one of them was resized"
+            raise DataError(f"{where}: {source} is {width}x{height} but the annotations say {stated}: {why}", "size")
+        truth = record.truth
+        sample = Sample(
+            id=record.id,
+            image=source,
+            height=height,
+            width=width,
+            question=record.question,
+            task=record.task,
+            target=truth(height, width, where) if callable(truth) else objects_target(truth, height, width, where),
+        )
+        try:
+            self.check(sample)
+        except DataError as error:
+            raise DataError(f"{where}: {error}", error.reason) from error
+        return sample
 
 
 import_all(__name__)

@@ -13,122 +13,134 @@ optional; the default is the centre of the largest inscribed circle. Image names
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, Field, FiniteFloat
+import msgspec
 
 from perception import masks
 from perception.datasets import reader
-from perception.datasets.files import Images, parse, read_text
+from perception.datasets.files import parse, read_bytes
 from perception.datasets.objects import TrueObject, read_segmentation, target
+from perception.datasets.records import Record
 from perception.errors import DataError
 from perception.files import write_text
-from perception.types import Sample
+from perception.types import Target
 
 Id = int | str
 
 
-class Image(BaseModel):
+class Image(msgspec.Struct, gc=False):
     id: Id
     file_name: str
     height: int | None = None
     width: int | None = None
 
 
-class Annotation(BaseModel):
+class Annotation(msgspec.Struct, gc=False):
     id: Id
     image_id: Id
     category_id: Id | None = None
-    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat] | None = None
-    segmentation: Any = None  # read only where an expression uses it
-    point: tuple[FiniteFloat, FiniteFloat] | None = None
+    bbox: tuple[float, float, float, float] | None = None
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")  # read only where an expression uses it
+    point: tuple[float, float] | None = None
 
 
-class Category(BaseModel):
+class Category(msgspec.Struct, gc=False):
     id: Id
     name: str
 
 
-class Expression(BaseModel):
+class Expression(msgspec.Struct, gc=False):
     id: Id
     image_id: Id
-    question: str = Field(min_length=1)
-    task: str = "segment"
+    question: Annotated[str, msgspec.Meta(min_length=1)]
     annotation_ids: list[Id]
+    task: str = "segment"
 
 
-class CocoFile(BaseModel):
+class CocoFile(msgspec.Struct):
     images: list[Image]
     annotations: list[Annotation]
-    categories: list[Category] = []
     expressions: list[Expression]
+    categories: list[Category] = []
 
 
-Entry = TypeVar("Entry", Image, Annotation, Category, Expression)
+Entry = TypeVar("Entry", Image, Annotation, Category)
 
 
 @reader("coco")
-def read(path: Path, images: Images) -> Iterator[Sample]:
-    """Every expression as a Sample. Raises DataError naming file and id for the first that cannot be used."""
-    data = parse(CocoFile, read_text(path), str(path))
-    entries, annotations = _index(data.images, path), _index(data.annotations, path)
-    categories = _index(data.categories, path)
-    _index(data.expressions, path)
+def read(path: Path) -> Iterator[Record]:
+    """Every expression. Raises DataError where the file is not of this form or an id stands twice."""
+    data = parse(CocoFile, read_bytes(path), str(path))
+    images, annotations = _index(data.images, path), _index(data.annotations, path)
+    names = {key: one.name for key, one in _index(data.categories, path).items()}
     for expression in data.expressions:
-        where = f"{path}: expression {expression.id}"
-        image = entries.get(expression.image_id)
-        if image is None:
-            raise DataError(f"{where}: no image has id {expression.image_id}; add it or mend image_id")
-        image_path, height, width = images.find(image.file_name, where)
-        if (image.height or height, image.width or width) != (height, width):
-            raise DataError(
-                f"{where}: {image.file_name} is {width}x{height} but the JSON says {image.width}x{image.height}; "
-                "one of them was resized"
-            )
-        objects = []
-        for key in expression.annotation_ids:
-            annotation = annotations.get(key)
-            if annotation is None or annotation.image_id != image.id:
-                raise DataError(f"{where}: image {image.id} has no annotation {key}; mend annotation_ids")
-            category = categories.get(annotation.category_id) if annotation.category_id is not None else None
-            objects.append(_object(annotation, category, height, width, f"{path}: annotation {key}"))
-        yield Sample(
+        image = images.get(expression.image_id)
+        height, width = (image.height, image.width) if image else (None, None)
+        yield Record(
             id=str(expression.id),
-            image_path=str(image_path),
-            height=height,
-            width=width,
+            image=image.file_name if image else "",
             question=expression.question,
             task=expression.task,
-            target=target(objects, height, width, where),
+            truth=partial(_truth, expression, annotations, names),
+            place=f"expression {expression.id}",
+            size=(height, width) if height and width else None,
+            fault=None if image else _no_image(path, expression),
         )
 
 
+def _no_image(path: Path, expression: Expression) -> DataError:
+    where = f"{path}: expression {expression.id}"
+    return DataError(f"{where}: no image has id {expression.image_id}; add it or mend image_id")
+
+
 def _index(entries: Sequence[Entry], path: Path) -> dict[Id, Entry]:
-    index: dict[Id, Entry] = {}
-    for entry in entries:
-        if entry.id in index:
-            raise DataError(f"{path}: two {type(entry).__name__.lower()} entries have id {entry.id}; make ids unique")
-        index[entry.id] = entry
+    index = {entry.id: entry for entry in entries}
+    if len(index) < len(entries):
+        kind = type(entries[0]).__name__.lower()
+        twice = next(entry.id for entry in entries if index[entry.id] is not entry)
+        raise DataError(f"{path}: two {kind} entries have id {twice}; make ids unique")
     return index
 
 
-def _object(annotation: Annotation, category: Category | None, height: int, width: int, where: str) -> TrueObject:
+def _truth(
+    expression: Expression,
+    annotations: dict[Id, Annotation],
+    names: dict[Id, str],
+    height: int,
+    width: int,
+    where: str,
+) -> Target:
+    objects = []
+    for key in expression.annotation_ids:
+        annotation = annotations.get(key)
+        if annotation is None or annotation.image_id != expression.image_id:
+            raise DataError(
+                f"{where}: image {expression.image_id} has no annotation {key}; mend annotation_ids", "truth"
+            )
+        objects.append(_object(annotation, names, height, width, f"{where}, annotation {key}"))
+    return target(objects, height, width, where)
+
+
+def _object(annotation: Annotation, names: dict[Id, str], height: int, width: int, where: str) -> TrueObject:
     box = None
     if annotation.bbox is not None:
         x, y, box_width, box_height = annotation.bbox
         box = (x, y, x + box_width, y + box_height)
-    has_mask = annotation.segmentation not in (None, [])
+    segmentation = parse(object, bytes(annotation.segmentation), where)
+    has_mask = segmentation not in (None, [])
     return TrueObject(
         box=box,
         point=annotation.point,
-        mask=read_segmentation(annotation.segmentation, height, width, where) if has_mask else None,
-        label=category.name if category else "",
+        mask=read_segmentation(segmentation, height, width, where) if has_mask else None,
+        label=names.get(annotation.category_id, "") if annotation.category_id is not None else "",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Scene:
     """One image, one question and its true objects, to be written."""
 
     image: bytes
@@ -141,7 +153,7 @@ class Record:
     """Each with box, point and mask."""
 
 
-def write(path: Path, records: Iterable[Record]) -> int:
+def write(path: Path, records: Iterable[Scene]) -> int:
     """Write `path` (JSON) and the images into a folder beside it named like it; returns the number of records.
 
     Images are written as they come. The JSON appears last and whole, so that a broken-off write is never read.

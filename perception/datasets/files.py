@@ -3,49 +3,60 @@
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+import msgspec
 
 from perception.errors import DataError
 from perception.images import probe
+from perception.types import ImageSource
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model")
 
 
 class Images:
-    """Finds and probes the images of one data set, each file once."""
+    """Finds and probes the images of one data set."""
 
-    def __init__(self, annotations: Path, max_pixels: int) -> None:
-        self._folders = (annotations.parent, annotations.parent / "images")
+    def __init__(self, annotations: Path, folder: str | None, max_pixels: int) -> None:
+        """`folder`: where the pictures are (`data.images`); by default beside the annotations or in `images/` there."""
+        beside = annotations if annotations.is_dir() else annotations.parent
+        self._folders = (Path(folder),) if folder else (beside, beside / "images")
         self._max_pixels = max_pixels
-        self._sizes: dict[Path, tuple[int, int]] = {}
 
-    def find(self, name: str, where: str) -> tuple[Path, int, int]:
-        """(path, height, width) of an image named relative to the annotations or to `images/` beside them."""
+    def find(self, named: ImageSource | str, where: str) -> tuple[ImageSource, int, int]:
+        """(source, height, width) of an image as the annotations name it. Raises DataError."""
+        source = self._locate(named, where) if isinstance(named, str) else named
+        return source, *probe(source, self._max_pixels)
+
+    def _locate(self, name: str, where: str) -> ImageSource:
         for folder in self._folders:
-            path = folder / name
-            if path not in self._sizes and path.is_file():
-                self._sizes[path] = probe(path, self._max_pixels)
-            if path in self._sizes:
-                return path, *self._sizes[path]
-        raise DataError(f"{where}: no image {name} in {self._folders[0]} or its images/; mend the path or add the file")
+            if (folder / name).is_file():
+                return ImageSource(path=str((folder / name).absolute()))
+        tried, cure = " or ".join(map(str, self._folders)), "mend the path, add the file, or set data.images"
+        raise DataError(f"{where}: no image {name} in {tried}; {cure}", "image")
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes, without a byte order mark. Raises DataError."""
+    try:
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; set data.train and data.eval to your annotations") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
 
 
 def read_text(path: Path) -> str:
+    """A file's text. Raises DataError."""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; set data.train and data.eval to your annotations") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from error
 
 
-def parse(model: type[Model], text: str, where: str) -> Model:
-    """A JSON object as `model`. DataError names the first field that is wrong."""
+def parse(model: type[Model], data: bytes | str, where: str) -> Model:
+    """JSON as `model`, a msgspec type. DataError names the first field that is wrong."""
     try:
-        return model.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        if first["type"] == "json_invalid":
-            raise DataError(f"{where}: not one JSON object ({first['msg']})") from error
-        field = ".".join(str(part) for part in first["loc"]) or "record"
-        raise DataError(f"{where}: {field}: {first['msg']}") from error
+        return msgspec.json.decode(data, type=model, strict=False)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{where}: {error}; mend the field") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: not valid JSON ({error})") from error

@@ -16,51 +16,55 @@ id        optional, unique. Default: file name and line number
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
-from pydantic import BaseModel, Field, FiniteFloat
 
 from perception import images, masks
 from perception.datasets import reader
-from perception.datasets.files import Images, parse, read_text
+from perception.datasets.files import parse, read_bytes
 from perception.datasets.objects import TrueObject, check_mask_size, read_segmentation, target
+from perception.datasets.records import Record, broken
 from perception.errors import DataError
-from perception.types import Rle, Sample
+from perception.types import ImageSource, Rle, Target
 
 
-class Line(BaseModel):
+class Line(msgspec.Struct, gc=False):
     image: str
-    question: str = Field(min_length=1)
-    boxes: list[tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]] | None = None
-    points: list[tuple[FiniteFloat, FiniteFloat]] | None = None
+    question: Annotated[str, msgspec.Meta(min_length=1)]
+    boxes: list[tuple[float, float, float, float]] | None = None
+    points: list[tuple[float, float]] | None = None
     mask: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
     task: str = "segment"
-    id: str | None = None
+    id: str | int | None = None
 
 
 @reader("jsonl")
-def read(path: Path, images: Images) -> Iterator[Sample]:
-    """Every line as a Sample. Raises DataError naming file and line for the first one that cannot be used."""
-    for number, text in enumerate(read_text(path).split("\n"), start=1):
-        if text.strip():
-            yield _sample(text, path, number, images)
+def read(path: Path) -> Iterator[Record]:
+    """Every line. One that cannot be read is a broken record."""
+    for number, text in enumerate(read_bytes(path).split(b"\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = parse(Line, text, f"{path}:{number}")
+        except DataError as error:
+            yield broken(f"{path.stem}:{number}", error)
+            continue
+        yield Record(
+            id=f"{path.stem}:{number}" if line.id is None else str(line.id),
+            image=line.image,
+            question=line.question,
+            task=line.task,
+            truth=partial(_truth, line, path.parent),
+            place=f"line {number}",
+        )
 
 
-def _sample(text: str, path: Path, number: int, found: Images) -> Sample:
-    where = f"{path}:{number}"
-    line = parse(Line, text, where)
-    image, height, width = found.find(line.image, where)
-    return Sample(
-        id=line.id or f"{path.stem}:{number}",
-        image_path=str(image),
-        height=height,
-        width=width,
-        question=line.question,
-        task=line.task,
-        target=target(_objects(line, path.parent, height, width, where), height, width, where),
-    )
+def _truth(line: Line, folder: Path, height: int, width: int, where: str) -> Target:
+    return target(_objects(line, folder, height, width, where), height, width, where)
 
 
 def _objects(line: Line, folder: Path, height: int, width: int, where: str) -> list[TrueObject]:
@@ -85,7 +89,8 @@ def _mask(value: str | dict[str, Any], folder: Path, height: int, width: int, wh
     if isinstance(value, dict):
         return read_segmentation(value, height, width, where)
     path = folder / value
-    check_mask_size(images.probe(path, max_pixels=sys.maxsize), height, width, f"{where}: {value}")
+    size = images.probe(ImageSource(path=str(path)), max_pixels=sys.maxsize)
+    check_mask_size(size, height, width, f"{where}: {value}")
     mask = np.asarray(images.decode(path.read_bytes()).any(-1))
     if not mask.any():
         raise DataError(f"{where}: {value}: the mask has no pixel; non-zero pixels are the object")

@@ -24,7 +24,7 @@ def write_lines(folder: Path, split: str, tasks: dict[str, int]) -> Path:
     samples = [s for s in load(DataConfig(format="coco", train=source, eval=source), "train") if s.target.count]
     lines = [
         {
-            "image": str(Path(sample.image_path).relative_to(folder)),
+            "image": str(Path(sample.image.path).relative_to(folder)),
             "question": sample.question,
             "task": task,
             "boxes": sample.target.boxes.tolist(),

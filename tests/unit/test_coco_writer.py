@@ -47,7 +47,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == [str(i) for i in range(1, 8)]
     for written, sample in zip(records, samples, strict=True):
         assert (sample.question, sample.task) == (written.question, written.task)
-        assert Path(sample.image_path).read_bytes() == written.image
+        assert Path(sample.image.path).read_bytes() == written.image
         assert sample.target.boxes.tolist() == [list(item.box or ()) for item in written.objects]
         assert sample.target.points.tolist() == [list(item.point or ()) for item in written.objects]
         assert sample.target.masks == tuple(item.mask for item in written.objects)

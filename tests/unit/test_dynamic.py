@@ -29,7 +29,7 @@ from launch.train import train
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, Config
 from perception.errors import UserError
-from perception.types import FailureKind, Group, LearnerReport, Prompt, Sample, Span
+from perception.types import FailureKind, Group, ImageSource, LearnerReport, Prompt, Sample, Span
 from tests import builders
 from tests.builders import changed, group, lost, measured, noise, sample, turn
 
@@ -98,7 +98,7 @@ def settings_of(output: Path, **algorithm: Any) -> Config:
 def samples(folder: Path) -> list[Sample]:
     path = folder / "image.png"
     Image.fromarray(noise(0)).save(path)
-    return [sample(f"scene-{i}", image_path=str(path)) for i in range(64)]
+    return [sample(f"scene-{i}", image=ImageSource(path=str(path))) for i in range(64)]
 
 
 def play(world: World, folder: Path) -> tuple[RunState, list[dict[str, Any]]]:

@@ -61,7 +61,7 @@ def test_rollouts_round_trip(tmp_path: Path) -> None:
         assert row["metrics"] == dict(score.metrics)
         assert row["boxes"] == [pytest.approx(answered.box) for answered in score.best.answer.objects]
         assert row["failure"] == (one.failure.kind if one.failure else None)
-        assert row["image"]["bytes"] == Path(asked.image_path).read_bytes()
+        assert row["image"]["bytes"] == Path(asked.image.path).read_bytes()
         assert row["truth_masks"] == [mask.counts.decode() for mask in asked.target.masks]
 
 
@@ -100,7 +100,7 @@ def test_every_pass_is_kept_and_the_columns_describe_the_most_confident_one(tmp_
 def test_image_bytes_lie_in_the_file_once(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).bytes(2_000_000)
     about = scene_group(tmp_path, 5, 5.0, np.random.default_rng(0))
-    Path(about.prompt.sample.image_path).write_bytes(noise)
+    Path(about.prompt.sample.image.path).write_bytes(noise)
     path = tmp_path / "train-000001.parquet"
     rollouts.write(path, 1, [about])
     assert pq.read_metadata(path).num_rows == N

@@ -240,7 +240,7 @@ def test_a_run_cut_short_still_has_a_report(tmp_path: Path) -> None:
 
 def test_an_image_that_does_not_decode_is_said(tmp_path: Path) -> None:
     entry = scene_group(tmp_path, 5, 5.0, np.random.default_rng(0))
-    Path(entry.prompt.sample.image_path).write_bytes(b"not an image")
+    Path(entry.prompt.sample.image.path).write_bytes(b"not an image")
     with Recorder(config(tmp_path)) as recorder:
         recorder.step(1, {}, [entry])
     assert "do not decode" in write_report(recorder.run_dir).read_text()
@@ -249,7 +249,7 @@ def test_an_image_that_does_not_decode_is_said(tmp_path: Path) -> None:
 def test_large_images_are_shown_smaller_and_overlays_keep_their_frame(tmp_path: Path) -> None:
     entry = scene_group(tmp_path, 5, 5.0, np.random.default_rng(0))
     image = np.random.default_rng(0).integers(0, 255, (900, 1800, 3), dtype=np.uint8)
-    cv2.imwrite(entry.prompt.sample.image_path, image)
+    cv2.imwrite(entry.prompt.sample.image.path, image)
     picture = drawn(entry, tmp_path)
     assert picture.image is not None and (picture.width, picture.height) == (112, 112)
     assert pixels_of(picture.image).shape == (MAX_SIDE // 2, MAX_SIDE, 3)

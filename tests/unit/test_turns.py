@@ -24,7 +24,7 @@ from launch.run.system import System
 from launch.train import train
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, Config, PlacementConfig, RolloutConfig
-from perception.types import Group, LearnerReport, UpdateReport, WeightBucket
+from perception.types import Group, ImageSource, LearnerReport, UpdateReport, WeightBucket
 from runtime.actors import ActorError, Call, Slot
 from runtime.placement import Seat
 from tests import builders
@@ -178,7 +178,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     monkeypatch.setattr(system_module.placement, "reserve", lambda config: reserved)
     monkeypatch.setattr(system_module, "read_policy_spec", lambda model: builders.policy_spec())
     monkeypatch.setattr(system_module, "PromptMaker", _Prompts)
-    monkeypatch.setattr(system_module, "ImageStore", lambda: SimpleNamespace(handle=lambda asked: noise_image(0)))
+    monkeypatch.setattr(system_module, "handle", lambda asked: noise_image(0))
     monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setattr("ray.shutdown", lambda: None)  # the process may share a Ray with other tests
     return played
@@ -202,7 +202,7 @@ def settings(output: Path, sleep: bool = True, **algorithm: Any) -> Config:
 
 
 def run(config: Config, folder: Path) -> None:
-    questions = [sample(f"scene-{i}", image_path=str(folder / "image.png")) for i in range(8)]
+    questions = [sample(f"scene-{i}", image=ImageSource(path=str(folder / "image.png"))) for i in range(8)]
     progress = Progress(STEPS, console=Console(file=io.StringIO()))
     state = RunState.resume(config, questions) if config.run.resume else RunState.fresh(config, questions)
     with Recorder(config, resume_step=state.step if config.run.resume else None) as recorder:

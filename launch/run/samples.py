@@ -1,0 +1,160 @@
+"""Samples of a run: the data sets of its settings, checked at the start as far as that costs little, then as drawn.
+
+At the start: the first `CHECKED` records and the longest questions of every set, and held-out samples whole, pixels
+included. Every other record is checked when it is drawn, in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from perception.config import Config, TaskConfig
+from perception.datasets import Dataset, load
+from perception.errors import DataError, UserError
+from perception.images import decode, read
+from perception.tasks import TASKS
+from perception.types import Sample, Truth
+from reward_workers.components import held_out_terms, needed_truth, needs
+
+if TYPE_CHECKING:
+    from launch.run.prompts import PromptMaker
+
+MAIN = ""
+"""Name of the held-out set a run is judged by."""
+CHECKED = 256
+_DECODED = 32  # training images whose pixels are read, too: a broken copy usually breaks many
+
+
+def load_samples(config: Config) -> tuple[Dataset, dict[str, list[Sample]]]:
+    """Training samples, each checked again when it is drawn, and the first `data.eval_samples` of every held-out set.
+
+    Raises DataError for a record that cannot be used, and UserError where no record would do.
+    """
+    data = config.data
+    train = load(data, data.train)
+    held_out = {name: load(data, path) for name, path in {MAIN: data.eval, **data.also}.items()}
+    if config.algorithm.prompts_per_step > len(train):
+        few = f"{config.algorithm.prompts_per_step=}, but {data.train} holds {len(train)} samples"
+        raise UserError(f"{few}: lower prompts_per_step or give more data")
+    prompts = make_prompts(config)
+    train.check = Check(config, prompts, _rewarded(config))
+    for one in held_out.values():
+        one.check = Check(config, prompts, _evaluated(config))
+    start = [*islice(train.usable(), CHECKED), *_longest(train, prompts)]
+    _decode(start[:_DECODED])
+    chosen = {name: list(islice(one.usable(), data.eval_samples)) for name, one in held_out.items()}
+    for name, samples in chosen.items():
+        if not samples:
+            raise DataError(f"{held_out[name].path}: no record can be used")
+        _decode(samples)
+    return train, chosen
+
+
+def make_prompts(config: Config) -> PromptMaker:
+    """Raises UserError where the policy's files make no prompt, or an engine is not given room for its images."""
+    from launch.run.prompts import PromptMaker  # imports transformers: seconds
+
+    passes = config.look.max_passes if config.look.mode == "relook" else 1
+    if config.rollout.max_images < passes:
+        raise UserError(f"{config.rollout.max_images=} must be {passes}: one image a pass (look.max_passes)")
+    try:
+        return PromptMaker(config.model, config.task)
+    except (OSError, ValueError, KeyError, ImportError, TemplateError) as error:
+        raise UserError(_no_prompt(config, error)) from error
+
+
+def _no_prompt(config: Config, error: Exception) -> str:
+    return f"model.path={config.model.path}: no prompt can be built: {' '.join(str(error).split())}"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a run asks of a sample: prompt words for its task, the truth it is measured by, room for its answer."""
+
+    config: Config
+    prompts: PromptMaker
+    tasks: Mapping[str, tuple[frozenset[Truth], str]]
+    """By task: the truth that is needed, and why."""
+
+    def __call__(self, sample: Sample) -> None:
+        """Raises DataError; UserError where the chat template is to blame."""
+        if sample.task not in self.tasks:
+            known = f"templates exist for {', '.join(self.tasks) or 'none'}; add task.{sample.task} or change the data"
+            raise DataError(f"the task is {sample.task!r}, but {known}", "task")
+        needed, why = self.tasks[sample.task]
+        if missing := " and ".join(sorted(needed - sample.target.known)):
+            cure = "add them, or choose a task, a reward and a look without them"
+            raise DataError(f"no {missing}, and {why}: {cure}", "truth")
+        self._fits(sample)
+
+    def _fits(self, sample: Sample) -> None:
+        """Text, image tokens and max_new_tokens fit max_model_len."""
+        rollout, prompts = self.config.rollout, self.prompts
+        try:
+            ids = prompts.tokens(sample, self.config.look.mode == "inline")
+        except (ValueError, TemplateError) as error:
+            raise UserError(_no_prompt(self.config, error)) from error
+        if (shown := ids.count(prompts.image_token_id)) != 1:
+            where = f"model.path={self.config.model.path}"
+            raise UserError(f"{where}: the chat template shows {shown} images for one; correct it")
+        text = len(ids) - 1
+        image = prompts.image_tokens(sample.height, sample.width)
+        further = _further_passes(self.config, prompts, sample.task)
+        needed = text + image + rollout.max_new_tokens + further
+        if needed > rollout.max_model_len:
+            terms = f"{text} text tokens + {image} image tokens + {rollout.max_new_tokens=}"
+            terms += f" + {further} of further looks" if further else ""
+            raise DataError(f"{rollout.max_model_len=} is too short; raise it to {needed} = {terms}", "length")
+
+
+def _rewarded(config: Config) -> dict[str, tuple[frozenset[Truth], str]]:
+    """The truth that training samples need, and why, by task."""
+    looks: frozenset[Truth] = frozenset({"masks"}) if config.look.mode == "relook" else frozenset()
+    measures = f"reward={config.reward.name}" + (f" with look={config.look.mode}" if looks else "")
+    return dict.fromkeys(config.task, (needed_truth(config.reward) | looks, f"{measures} is measured by them"))
+
+
+def _evaluated(config: Config) -> dict[str, tuple[frozenset[Truth], str]]:
+    """The truth that held-out samples need, and why, by task."""
+
+    def needed(name: str, task: TaskConfig) -> tuple[frozenset[Truth], str]:
+        metrics = TASKS[task.form or name].metrics
+        return needs(held_out_terms(metrics)), f"task {name} is evaluated by {', '.join(metrics)}"
+
+    return {name: needed(name, task) for name, task in config.task.items()}
+
+
+def _further_passes(config: Config, prompts: PromptMaker, task: str) -> int:
+    """Tokens that the looks after the first may need: the request, the view and another answer, each time."""
+    if config.look.mode != "relook":
+        return 0
+    side = math.isqrt(config.look.pixels)
+    request = len(prompts.again(task)) - 1 + prompts.image_tokens(side, side)
+    return (config.look.max_passes - 1) * (request + config.rollout.max_new_tokens)
+
+
+def _longest(data: Dataset, prompts: PromptMaker) -> Iterable[Sample]:
+    """The sample with most text tokens. A text has at most one token a byte, so most questions need not be encoded."""
+    longest = sorted(range(len(data)), key=lambda index: -len(data.records[index].question.encode()))
+    most, found = -1, 0
+    for index in longest:
+        question = data.records[index].question
+        if len(question.encode()) <= most:
+            break
+        if (count := len(prompts.tokenizer.encode(question, add_special_tokens=False))) > most:
+            most, found = count, index
+    return islice(data.usable(found), 1)
+
+
+def _decode(samples: Sequence[Sample]) -> None:
+    for source in dict.fromkeys(sample.image for sample in samples):
+        try:
+            decode(read(source))
+        except (DataError, OSError) as error:
+            raise DataError(f"{source}: the image is damaged ({error}); replace or remove it", "image") from error

@@ -1,0 +1,33 @@
+"""Records: questions as a reader lists them, before anything of them is read or checked."""
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from perception.datasets.objects import TrueObject
+from perception.errors import DataError
+from perception.types import ImageSource, Target
+
+
+class Record(msgspec.Struct, kw_only=True, gc=False):
+    """One question about one image. A data set holds hundreds of thousands: nothing costly is done to make one."""
+
+    id: str
+    """Unique inside the data set."""
+    image: ImageSource | str
+    """A file as the annotations name it, which `Images.find` looks for when the question is drawn; or a source."""
+    question: str
+    task: str
+    truth: Sequence[TrueObject] | Callable[[int, int, str], Target]
+    """All true objects; or (height, width) of the image and the beginning of messages -> truth, raising DataError."""
+    place: str
+    """Where it stands, for messages: line 12, expression 7."""
+    size: tuple[int, int] | None = None
+    """(height, width) that the annotations state; the image must have them."""
+    fault: DataError | None = None
+    """Why it cannot be used, where that shows while it is listed."""
+
+
+def broken(place: str, fault: DataError) -> Record:
+    """A record that cannot even be listed: it is refused, or counted and left out, when it is drawn."""
+    return Record(id=place, image="", question="", task="", truth=(), place=place, fault=fault)
