@@ -93,6 +93,23 @@ def encode(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def preview(data: bytes, side: int) -> bytes:
+    """An encoded image with at most `side` pixels on its longer side: the bytes themselves where it has no more, else a
+    JPEG. Raises DataError when they do not decode."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if max(image.size) <= side:
+                return data
+            image.draft("RGB", (side, side))  # a JPEG is decoded at an eighth to a half of its size
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            small.thumbnail((side, side))
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=90)
+            return buffer.getvalue()
+    except _BROKEN as error:
+        raise DataError(f"{len(data)} bytes do not decode as an image: {error}", "image") from error
+
+
 class ImageCache:
     """Decoded images by content key, the most recently used ones."""
 
