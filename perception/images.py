@@ -111,17 +111,19 @@ def preview(data: bytes, side: int) -> bytes:
 
 
 class ImageCache:
-    """Decoded images by content key, the most recently used ones."""
+    """Decoded images by their key, the most recently used ones."""
 
-    def __init__(self, fetch: Callable[[ImageHandle], bytes], capacity: int) -> None:
-        """`fetch` gives the encoded bytes of an image."""
+    def __init__(self, fetch: Callable[[ImageHandle], bytes], capacity: int = 256 << 20) -> None:
+        """`fetch` gives the encoded bytes of an image; `capacity` is in bytes of pixels."""
         self._fetch = fetch
-        self._kept: LRUCache[str, np.ndarray] = LRUCache(capacity)
+        self._kept: LRUCache[str, np.ndarray] = LRUCache(capacity, getsizeof=lambda image: image.nbytes)
 
     def get(self, handle: ImageHandle) -> np.ndarray:
         """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError when it does not decode."""
-        if handle.key not in self._kept:
-            image = decode(self._fetch(handle))
-            image.flags.writeable = False
+        if (found := self._kept.get(handle.key)) is not None:
+            return found
+        image = decode(self._fetch(handle))
+        image.flags.writeable = False
+        if image.nbytes <= self._kept.maxsize:
             self._kept[handle.key] = image
-        return self._kept[handle.key]
+        return image

@@ -118,7 +118,7 @@ def test_cache_keeps_the_last_used() -> None:
         fetched.append(handle.ref)
         return encoded[handle.ref]
 
-    cache = ImageCache(fetch=fetch, capacity=2)
+    cache = ImageCache(fetch, capacity=2 * 12)  # bytes: each has 2 x 2 pixels of 3
     first, second, third = handles
     assert cache.get(first) is cache.get(first)
     cache.get(second)
@@ -129,6 +129,9 @@ def test_cache_keeps_the_last_used() -> None:
     assert (cache.get(second) == noise(1, 2, 2)).all()
     assert fetched == ["ref0", "ref1", "ref2", "ref1"]
     assert not cache.get(first).flags.writeable
+    small = ImageCache(fetch, capacity=11)
+    assert (small.get(first) == noise(0, 2, 2)).all() and not small.get(first).flags.writeable
+    assert fetched[-2:] == ["ref0", "ref0"], "what is larger than the whole cache is not kept"
 
 
 def test_content_key_is_sha256() -> None:
