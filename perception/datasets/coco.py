@@ -63,7 +63,7 @@ class Expression(msgspec.Struct, gc=False):
 class CocoFile(msgspec.Struct):
     images: list[Image]
     annotations: list[Annotation]
-    expressions: list[Expression]
+    expressions: list[Expression] = []
     categories: list[Category] = []
 
 
@@ -73,7 +73,11 @@ Entry = TypeVar("Entry", Image, Annotation, Category)
 @reader("coco")
 def read(path: Path) -> Iterator[Record]:
     """Every expression. Raises DataError where the file is not of this form or an id stands twice."""
-    data = parse(CocoFile, read_bytes(path), str(path))
+    return records(parse(CocoFile, read_bytes(path), str(path)), path)
+
+
+def records(data: CocoFile, path: Path) -> Iterator[Record]:
+    """Every expression of `data`, which was read from `path`. Raises DataError where an id stands twice."""
     images, annotations = _index(data.images, path), _index(data.annotations, path)
     names = {key: one.name for key, one in _index(data.categories, path).items()}
     for expression in data.expressions:

@@ -25,8 +25,11 @@ class TrueObject:
     label: str = ""
 
 
-def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -> Target:
-    """The truth about one question on an image of (height, width). `where` opens the message of a DataError."""
+def target(objects: Sequence[TrueObject], height: int, width: int, where: str, **known: Any) -> Target:
+    """The truth about one question on an image of (height, width). `where` opens the message of a DataError.
+
+    `known`: further fields of `Target`, as number, text or ignore.
+    """
     with_mask = [item.mask for item in objects if item.mask]
     if with_mask and len(with_mask) < len(objects):
         raise DataError(
@@ -40,7 +43,15 @@ def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -
         points=np.array(points, np.float32).reshape(-1, 2),
         masks=tuple(with_mask),
         labels=labels if any(labels) else (),
+        **known,
     )
+
+
+def mask_target(mask: np.ndarray, height: int, width: int, where: str, **known: Any) -> Target:
+    """One object, of (H, W) bool; nothing is there where no pixel is set."""
+    check_mask_size(mask.shape, height, width, where)
+    objects = [TrueObject(mask=masks.encode(mask))] if mask.any() else []
+    return target(objects, height, width, where, **known)
 
 
 def read_segmentation(value: Any, height: int, width: int, where: str) -> Rle:
@@ -81,9 +92,9 @@ def _run_lengths(value: dict[str, Any]) -> Rle:
     return mask
 
 
-def check_mask_size(size: tuple[int, int], height: int, width: int, where: str) -> None:
+def check_mask_size(size: tuple[int, ...], height: int, width: int, where: str) -> None:
     if size != (height, width):
-        sizes = f"the mask is {size[1]}x{size[0]} but the image {width}x{height}"
+        sizes = f"the mask is {'x'.join(map(str, size[::-1]))} but the image {width}x{height}"
         raise DataError(f"{where}: {sizes}; resize the mask", "mask")
 
 
