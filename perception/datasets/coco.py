@@ -63,7 +63,7 @@ class Expression(msgspec.Struct, gc=False):
 class CocoFile(msgspec.Struct):
     images: list[Image]
     annotations: list[Annotation]
-    expressions: list[Expression] = []
+    expressions: list[Expression]
     categories: list[Category] = []
 
 
