@@ -59,8 +59,9 @@ class RewardWorker:
         """The group with a score on every trajectory: by the reward's components, or `held_out` by its task's metrics.
 
         Of several passes the most confident one counts, by the calibration in `look`. `want_masks` adds the answers'
-        masks. Where the engine failed nothing is measured. Raises ValueError where masks are to be compared and the
-        sample has none, DataError when the image does not decode.
+        masks. Where the engine failed nothing is measured. Pixels that the truth says to ignore belong to no mask that
+        is compared. Raises ValueError where masks are to be compared and the sample has none, DataError when the image
+        does not decode.
         """
         prompt = group.prompt
         terms = held_out_terms(TASKS[prompt.task].metrics) if held_out else self._terms
@@ -72,6 +73,10 @@ class RewardWorker:
         segmentation, cached = None, False
         if compares or want_masks or look is not None:
             segmentation, cached = self._segment(prompt, passes, look, last=True)
+        ignored = prompt.sample.target.ignore
+        if truth is not None and segmentation is not None and ignored is not None:
+            counted = ~masks.decode(ignored)
+            truth, segmentation = truth & counted, segmentation.within(counted)
         judged = judge(passes, segmentation, truth, look, want_masks)
 
         def arrays(first: int, kept: int) -> tuple[np.ndarray, np.ndarray]:
