@@ -38,8 +38,10 @@ def open_table(path: str, split: str = "") -> Any:
         found = found.get(split, next(iter(found.values())))
     encoded = datasets.Image(decode=False)
     for name, kind in found.features.items():
-        if isinstance(getattr(kind, "feature", kind), datasets.Image):  # one picture, or a list of them
-            found = found.cast_column(name, encoded if isinstance(kind, datasets.Image) else datasets.List(encoded))
+        if isinstance(kind, datasets.Image):
+            found = found.cast_column(name, encoded)
+        elif isinstance(getattr(kind, "feature", None), datasets.Image):
+            found = found.cast_column(name, datasets.List(encoded))
     return found
 
 
