@@ -1,5 +1,11 @@
 """Files of a data set: read their text, parse their JSON into models, find and probe their images."""
 
+import base64
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,8 +15,27 @@ from perception.errors import DataError
 from perception.images import probe
 from perception.types import ImageSource
 
+log = logging.getLogger(__name__)
 Model = TypeVar("Model")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_LONGEST_NAME = 1024  # characters; what is longer must be an image itself
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def warn_once(where: str, doubt: str) -> None:
+    """Say what is doubtful, and where it is first met: once per file, which opens `where`."""
+    if (said := (where.partition(": ")[0], doubt)) not in _said:
+        _said.add(said)
+        log.warning("%s: %s", where, doubt)
+
+
+def find_file(folders: Iterable[Path], name: str) -> Path | None:
+    """The file of this name in the first folder that has it, with Windows's separators and either form of accents."""
+    slashed = name.replace("\\", "/")
+    forms = dict.fromkeys([name, slashed, unicodedata.normalize("NFC", slashed), unicodedata.normalize("NFD", slashed)])
+    return next((folder / form for folder in folders for form in forms if os.path.isfile(folder / form)), None)
 
 
 class Images:
@@ -28,11 +53,23 @@ class Images:
         return source, *probe(source, self._max_pixels)
 
     def _locate(self, name: str, where: str) -> ImageSource:
-        for folder in self._folders:
-            if (folder / name).is_file():
-                return ImageSource(path=str((folder / name).absolute()))
+        if address := re.match(r"\w+://[^?]*", name):
+            raise DataError(f"{where}: {address[0]} is an address; download it first and name the file", "image")
+        if name.startswith("data:") or len(name) > _LONGEST_NAME:
+            return ImageSource(path=where, data=_embedded(name, where))
+        if path := find_file(self._folders, name):
+            return ImageSource(path=str(path.absolute()))
         tried, cure = " or ".join(map(str, self._folders)), "mend the path, add the file, or set data.images"
         raise DataError(f"{where}: no image {name} in {tried}; {cure}", "image")
+
+
+def _embedded(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.partition("base64,")[2].split() or text.split()), validate=True)
+    except ValueError as error:
+        raise DataError(
+            f"{where}: the image is no file name, and no base64 either ({error}); mend it", "image"
+        ) from error
 
 
 def files_in(folder: Path, *suffixes: str) -> list[Path]:
