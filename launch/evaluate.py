@@ -28,6 +28,7 @@ from launch.run.step_metrics import look_metrics
 from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.config import Config
+from perception.datasets import stated
 from perception.types import Group, Sample, Score, Trajectory
 from runtime import cluster
 
@@ -107,7 +108,7 @@ def run(config: Config) -> None:
     prepare(config, say=print)
     train, held_out = check_files(config)
     cluster.connect(config.placement, config.plugins)
-    print(json.dumps(asyncio.run(_evaluate_once(config, train, held_out))))
+    print(json.dumps({**asyncio.run(_evaluate_once(config, train, held_out)), "data": stated(config.data)}))
 
 
 if __name__ == "__main__":

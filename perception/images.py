@@ -122,7 +122,7 @@ def preview(data: bytes, side: int) -> bytes:
             buffer = io.BytesIO()
             small.save(buffer, "JPEG", quality=90)
             return buffer.getvalue()
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DataError(f"{len(data)} bytes do not decode as an image: {error}", "image") from error
 
 

@@ -40,7 +40,7 @@ def load_samples(config: Config, say: Callable[[str], None] = print) -> tuple[Da
     """
     data = config.data
     train = load(data, data.train)
-    held_out = {name: load(data, path) for name, path in {MAIN: data.eval, **data.also}.items()}
+    held_out = {name: load(data, path, held_out=True) for name, path in {MAIN: data.eval, **data.also}.items()}
     if config.algorithm.prompts_per_step > len(train):
         few = f"{config.algorithm.prompts_per_step=}, but {data.train} holds {len(train)} samples"
         raise UserError(f"{few}: lower prompts_per_step or give more data")

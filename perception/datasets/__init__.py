@@ -10,8 +10,9 @@ bad record is one bad record. The keyword-only parameters are `data.options`, ch
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from perception.config import DataConfig
 from perception.datasets.files import Images
@@ -26,12 +27,28 @@ reader = READERS.register
 """Decorator: register a reader under the name that `data.format` takes."""
 
 
-def load(config: DataConfig, path: str) -> "Dataset":
-    """The data set at `path`. Raises DataError where it cannot be listed, UserError for an unknown format or option."""
+def stated(config: DataConfig) -> str:
+    """What the held-out sets were read as, which goes with every figure: reason_seg, ignore=drop, texts=first, ..."""
+    used = _options(config, held_out=True)
+    return ", ".join([config.format, *(f"{name}={value}" for name, value in used.items() if value != "")])
+
+
+def _options(config: DataConfig, held_out: bool) -> dict[str, Any]:
+    """Every option of the reader as it is used, defaults included. Raises UserError for an unknown one."""
     read = READERS[config.format]
-    options = check_arguments(read, config.options, "data.options")
+    differing = config.eval_options if held_out else {}
+    parameters = signature(read).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+    return defaults | check_arguments(
+        read, config.options | differing, "data.eval_options" if differing else "data.options"
+    )
+
+
+def load(config: DataConfig, path: str, held_out: bool = False) -> "Dataset":
+    """The data set at `path`. Raises DataError where it cannot be listed, UserError for an unknown format or option."""
+    records = READERS[config.format](Path(path), **_options(config, held_out))
     images = Images(Path(path), config.images, config.max_pixels)
-    return Dataset(path, read(Path(path), **options), images, skip=config.on_bad_record == "skip")
+    return Dataset(path, records, images, skip=config.on_bad_record == "skip")
 
 
 class Dataset(Sequence[Sample]):

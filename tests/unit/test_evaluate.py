@@ -13,6 +13,7 @@ import pytest
 from launch.evaluate import SAMPLED_ANSWERS, evaluate, evaluate_all
 from launch.record import run_directory
 from launch.record.summary import changes, samples, show
+from launch.run.state import RunState
 from perception import metric_catalog as catalog
 from perception.metric_catalog import GREEDY, SAMPLED, HeldOut, read_held_out
 from perception.types import FailureKind, Group, Prompt, Sample, SamplingSpec, Trajectory
@@ -161,14 +162,20 @@ def test_the_table_names_tasks_where_there_are_several() -> None:
     assert samples(BEFORE) == 3  # of the set a run is judged by
 
 
+def test_the_summary_says_what_the_held_out_set_was_read_as() -> None:
+    settings = changed(config(), "data", format="reason_seg", options={"ignore": "drop"})
+    state = RunState.fresh(settings, [*SEGMENT] * 16)
+    assert state.summary({}, {})["data"] == "reason_seg, ignore=drop, texts=first, task=segment"
+
+
 def test_what_a_finished_run_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = {"before": BEFORE, "after": AFTER, "steps": 12, "seconds": 34.4}
+    summary = {"before": BEFORE, "after": AFTER, "steps": 12, "seconds": 34.4, "data": "reason_seg, ignore=drop"}
     restarts = {"rollout engines": 2, "reward workers": 0}
     left_out = {"image": 2, "box": 1}
     (tmp_path / run_directory.SUMMARY).write_text(json.dumps(summary | {"restarts": restarts, "left_out": left_out}))
     show(tmp_path)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "12 GRPO steps, 34 s, 3 held-out samples" in lines
+    assert "12 GRPO steps, 34 s, 3 held-out samples" in lines and "data: reason_seg, ignore=drop" in lines
     assert any("segment: gIoU, greedy answers" in line and "0.500 │ 0.750 │ +0.250" in line for line in lines)
     assert "restarted rollout engines 2x" in lines and "left out 2 image, 1 box records" in lines
     (tmp_path / run_directory.SUMMARY).unlink()
