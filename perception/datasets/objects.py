@@ -25,8 +25,11 @@ class TrueObject:
     label: str = ""
 
 
-def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -> Target:
-    """The truth about one question on an image of (height, width). `where` opens the message of a DataError."""
+def target(objects: Sequence[TrueObject], height: int, width: int, where: str, **known: Any) -> Target:
+    """The truth about one question on an image of (height, width). `where` opens the message of a DataError.
+
+    `known`: further fields of `Target`, as number, text or ignore.
+    """
     with_mask = [item.mask for item in objects if item.mask]
     if with_mask and len(with_mask) < len(objects):
         raise DataError(f"{where}: {len(with_mask)} of {len(objects)} objects have a mask; give one to all or to none")
@@ -38,6 +41,7 @@ def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -
         points=np.array(points, np.float32).reshape(-1, 2),
         masks=tuple(with_mask),
         labels=labels if any(labels) else (),
+        **known,
     )
 
 

@@ -8,6 +8,9 @@ from perception.datasets.objects import TrueObject
 from perception.errors import DataError
 from perception.types import ImageSource, Target
 
+Truth = Sequence[TrueObject] | Callable[[int, int, str], Target]
+"""All true objects; or (height, width) of the image and the beginning of messages -> truth, raising DataError."""
+
 
 class Record(msgspec.Struct, kw_only=True, gc=False):
     """One question about one image. A data set holds hundreds of thousands: nothing costly is done to make one."""
@@ -18,8 +21,7 @@ class Record(msgspec.Struct, kw_only=True, gc=False):
     """A file as the annotations name it, which `Images.find` looks for when the question is drawn; or a source."""
     question: str
     task: str
-    truth: Sequence[TrueObject] | Callable[[int, int, str], Target]
-    """All true objects; or (height, width) of the image and the beginning of messages -> truth, raising DataError."""
+    truth: Truth
     place: str
     """Where it stands, for messages: line 12, expression 7."""
     size: tuple[int, int] | None = None
