@@ -8,6 +8,7 @@ question - image, truth - is read and checked when the question is drawn: start-
 bad record is one bad record. The keyword-only parameters are `data.options`, checked against the signature.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from inspect import signature
@@ -56,7 +57,12 @@ class Dataset(Sequence[Sample]):
 
     def __init__(self, path: str, records: Iterable[Record], images: Images, skip: bool = False) -> None:
         """Raises DataError where there is no record, or two have one id."""
-        self.path, self.records, self._images, self._skip = path, list(records), images, skip
+        gc.disable()  # nothing is freed while listing, and to look for it would take most of the time
+        try:
+            self.records = list(records)
+        finally:
+            gc.enable()
+        self.path, self._images, self._skip = path, images, skip
         self.check: Callable[[Sample], None] = lambda sample: None
         """A further check of every sample; raises DataError without naming the sample."""
         self.bad: dict[str, DataError] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from perception.datasets import files, objects, reader
-from perception.datasets.records import Record, Texts, ask, each
+from perception.datasets.records import Record, Texts, each, per_text
 from perception.errors import DataError
 from perception.images import decode
 from perception.types import ImageSource, Target
@@ -36,7 +36,7 @@ def read(path: Path, *, texts: Texts = "first", task: str = "segment") -> Iterat
         found = files.parse(Asked, files.read_bytes(asked[index]), str(asked[index]))
         source = ImageSource(path=str(pictures[index].absolute()))
         truth, place = partial(_truth, labels[index]) if found.answer else (), asked[index].name
-        return ask(found.questions, texts, pictures[index].stem, image=source, task=task, truth=truth, place=place)
+        return per_text(found.questions, texts, pictures[index].stem, image=source, task=task, truth=truth, place=place)
 
     return each(range(len(asked)), records)
 

@@ -6,8 +6,9 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -98,10 +99,15 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from error
 
 
-def parse(model: type[Model], data: bytes | str, where: str) -> Model:
+@cache
+def _decoder(model: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(model, strict=False)
+
+
+def parse(model: type[Model], data: bytes | str | msgspec.Raw, where: str) -> Model:
     """JSON as `model`, a msgspec type. DataError names the first field that is wrong."""
     try:
-        return msgspec.json.decode(data, type=model, strict=False)
+        return _decoder(model).decode(data)  # type: ignore[arg-type]
     except msgspec.ValidationError as error:
         raise DataError(f"{where}: {error}; mend the field") from error
     except RecursionError as error:

@@ -22,7 +22,7 @@ import numpy as np
 
 from perception import masks
 from perception.datasets import files, objects, reader
-from perception.datasets.records import Record, Texts, ask, each
+from perception.datasets.records import Record, Texts, each, per_text
 from perception.types import Point, Target
 
 _TARGET, _IGNORE = 1, 255
@@ -48,7 +48,7 @@ def read(path: Path, *, ignore: Ignore, texts: Texts = "first", task: str = "seg
     def records(file: Path) -> Iterator[Record]:
         found = files.parse(Annotated, files.read_bytes(file).decode("utf-8", "cp1252"), str(file))
         truth, image = partial(_truth, found.shapes, ignore), file.with_suffix(".jpg").name
-        return ask(found.text, texts, file.stem, image=image, task=task, truth=truth, place=file.name)
+        return per_text(found.text, texts, file.stem, image=image, task=task, truth=truth, place=file.name)
 
     return each(files.files_in(path, ".json"), records)
 

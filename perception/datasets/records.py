@@ -12,6 +12,8 @@ from perception.types import ImageSource, Target
 T = TypeVar("T")
 Texts = Literal["first", "all"]
 """Of several texts about one thing: ask with the first, or with each."""
+Truth = Sequence[TrueObject] | Callable[[int, int, str], Target]
+"""All true objects; or (height, width) of the image and the beginning of messages -> truth, raising DataError."""
 
 
 class Record(msgspec.Struct, kw_only=True, gc=False):
@@ -23,8 +25,7 @@ class Record(msgspec.Struct, kw_only=True, gc=False):
     """A file as the annotations name it, which `Images.find` looks for when the question is drawn; or a source."""
     question: str
     task: str
-    truth: Sequence[TrueObject] | Callable[[int, int, str], Target]
-    """All true objects; or (height, width) of the image and the beginning of messages -> truth, raising DataError."""
+    truth: Truth
     place: str
     """Where it stands, for messages: line 12, expression 7."""
     size: tuple[int, int] | None = None
@@ -47,7 +48,7 @@ def each(things: Iterable[T], records: Callable[[T], Iterable[Record]]) -> Itera
             yield broken(str(thing), error)
 
 
-def ask(texts: Sequence[str], which: Texts, name: str, **shared: Any) -> Iterator[Record]:
+def per_text(texts: Sequence[str], which: Texts, name: str, **shared: Any) -> Iterator[Record]:
     """A record per text, or for the first. `name` and the text's number make its id, `shared` are its other fields."""
     for index, text in enumerate(texts[: None if which == "all" else 1]):
         yield Record(id=f"{name}:{index}", question=text, **shared)

@@ -38,10 +38,6 @@ class Ref(msgspec.Struct, gc=False):
         return [key for key in (self.ann_id if isinstance(self.ann_id, list) else [self.ann_id]) if key != -1]
 
 
-class Instances(coco.CocoFile):
-    expressions: list[coco.Expression] = msgspec.field(default_factory=list)
-
-
 @reader("ref_coco")
 def read(path: Path, *, split: str, texts: Texts = "all", task: str = "segment") -> Iterator[Record]:
     """Every question of the split. Raises DataError where a file is not of this form, or there is no such split."""
@@ -49,14 +45,14 @@ def read(path: Path, *, split: str, texts: Texts = "all", task: str = "segment")
     refs = files.parse(list[Ref], data if path.suffix == ".json" else _json(data, path), str(path))
     if split not in (splits := {ref.split for ref in refs}):
         raise DataError(f"{path}: no split {split!r}; set data.options.split to one of {', '.join(sorted(splits))}")
-    instances = files.parse(Instances, files.read_bytes(file), str(file))
-    instances.expressions = [
+    instances = files.parse(coco.CocoFile, files.read_bytes(file), str(file))
+    expressions = [
         coco.Expression(f"{ref.ref_id}:{index}", ref.image_id, sentence.sent, ref.objects, task)
         for ref in refs
         if ref.split == split
         for index, sentence in enumerate(ref.sentences[: None if texts == "all" else 1])
     ]
-    return coco.records(instances, path)
+    return coco.records(instances, expressions, path)
 
 
 class _Plain(pickle.Unpickler):

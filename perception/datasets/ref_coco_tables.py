@@ -16,7 +16,7 @@ import msgspec
 
 from perception import tables
 from perception.datasets import files, objects, reader
-from perception.datasets.records import Record, Texts, ask
+from perception.datasets.records import Record, Texts, per_text
 from perception.types import Box, Target
 
 _COLUMNS = ("answer", "sentences", "segmentation", "raw_anns", "image_path", "bbox")
@@ -49,7 +49,7 @@ def read(path: Path, *, split: str = "", texts: Texts = "all", task: str = "segm
     for source, row in tables.rows(path, split, *_COLUMNS):
         image, place = row.get("image_path", source), f"row {source.row}"
         asked = row["answer"] if "answer" in row else [one["sent"] for one in row["sentences"]]
-        yield from ask(asked, texts, place, image=image, task=task, truth=partial(_truth, row), place=place)
+        yield from per_text(asked, texts, place, image=image, task=task, truth=partial(_truth, row), place=place)
 
 
 def _truth(row: dict[str, Any], height: int, width: int, where: str) -> Target:
