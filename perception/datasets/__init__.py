@@ -37,12 +37,10 @@ def stated(config: DataConfig) -> str:
 def _options(config: DataConfig, held_out: bool) -> dict[str, Any]:
     """Every option of the reader as it is used, defaults included. Raises UserError for an unknown one."""
     read = READERS[config.format]
-    differing = config.eval_options if held_out else {}
-    parameters = signature(read).parameters.values()
-    defaults = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
-    return defaults | check_arguments(
-        read, config.options | differing, "data.eval_options" if differing else "data.options"
-    )
+    changed = config.eval_options if held_out else {}
+    defaults = {one.name: one.default for one in signature(read).parameters.values() if one.kind is one.KEYWORD_ONLY}
+    where = "data.eval_options" if changed else "data.options"
+    return defaults | check_arguments(read, config.options | changed, where)
 
 
 def load(config: DataConfig, path: str, held_out: bool = False) -> "Dataset":

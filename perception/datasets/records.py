@@ -1,7 +1,7 @@
 """Records: questions as a reader lists them, before anything of them is read or checked."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
@@ -9,7 +9,6 @@ from perception.datasets.objects import TrueObject
 from perception.errors import DataError
 from perception.types import ImageSource, Target
 
-T = TypeVar("T")
 Texts = Literal["first", "all"]
 """Of several texts about one thing: ask with the first, or with each."""
 Truth = Sequence[TrueObject] | Callable[[int, int, str], Target]
@@ -39,7 +38,7 @@ def broken(place: str, fault: DataError) -> Record:
     return Record(id=place, image="", question="", task="", truth=(), place=place, fault=fault)
 
 
-def each(things: Iterable[T], records: Callable[[T], Iterable[Record]]) -> Iterator[Record]:
+def each(things: Iterable[Any], records: Callable[[Any], Iterable[Record]]) -> Iterator[Record]:
     """The records of every thing, as a file; one that raises DataError is a broken record."""
     for thing in things:
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from perception import tables
-from perception.datasets import files, objects, reader
+from perception.datasets import coco, files, objects, reader
 from perception.datasets.records import Record, Texts, per_text
 from perception.types import Box, Target
 
@@ -33,9 +33,8 @@ class Grounding(msgspec.Struct):
         return objects.target([objects.TrueObject(box=box)], height, width, where)
 
 
-class Annotation(msgspec.Struct):
-    bbox: Box
-    segmentation: Any = None
+class Annotation(coco.Annotation):
+    image_id: coco.Id = 0
 
 
 @reader("ref_coco_tables")
@@ -48,7 +47,7 @@ def read(path: Path, *, split: str = "", texts: Texts = "all", task: str = "segm
         return
     for source, row in tables.rows(path, split, *_COLUMNS):
         image, place = row.get("image_path", source), f"row {source.row}"
-        asked = row["answer"] if "answer" in row else [one["sent"] for one in row["sentences"]]
+        asked = row.get("answer") or [one["sent"] for one in row.get("sentences", ())]
         yield from per_text(asked, texts, place, image=image, task=task, truth=partial(_truth, row), place=place)
 
 
@@ -56,7 +55,6 @@ def _truth(row: dict[str, Any], height: int, width: int, where: str) -> Target:
     if "raw_anns" in row:
         given = files.parse(Annotation, row["raw_anns"], where)
     else:
-        given = Annotation(row["bbox"], [row["segmentation"]] if row["segmentation"] else None)
-    x, y, across, down = given.bbox
-    mask = objects.read_segmentation(given.segmentation, height, width, where) if given.segmentation else None
-    return objects.target([objects.TrueObject(box=(x, y, x + across, y + down), mask=mask)], height, width, where)
+        flat = row.get("segmentation")
+        given = Annotation(bbox=row.get("bbox"), segmentation=[flat] if flat else None)
+    return objects.target([given.object("", height, width, where)], height, width, where)

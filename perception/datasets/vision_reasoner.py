@@ -47,18 +47,19 @@ def read(path: Path, *, split: str = "", task: str = "segment") -> Iterator[Reco
     for source, cells in tables.rows(path, split, "problem", "text"):
         place, (question, *_) = f"row {source.row}", cells.values()
         truth = partial(_truth, source)
-        yield Record(id=place, image=source, question=question, task=task, truth=truth, place=place)
+        yield Record(id=place, image=source, question=question or "", task=task, truth=truth, place=place)
 
 
 def _truth(source: ImageSource, height: int, width: int, where: str) -> Target:
     row = tables.open_table(source.path, source.split)[source.row]
-    if "mask" in row:
-        objects.check_mask_size((len(row["mask"]), *{len(line) for line in row["mask"]}), height, width, where)
-        return objects.mask_target(np.array(row["mask"], bool), height, width, where)
-    if "count" in row:
+    if (mask := row.get("mask")) is not None:
+        objects.check_mask_size((len(mask), *{len(line) for line in mask}), height, width, where)
+        return objects.mask_target(np.array(mask, bool), height, width, where)
+    if row.get("count") is not None:
         return objects.target((), height, width, where, number=row["count"])
-    if "bbox" in row:
-        boxes = np.reshape(row["bbox"], (-1, 4)).tolist()
+    if (given := row.get("bbox")) is not None:
+        nested = given if not given or isinstance(given[0], list) else [given]
+        boxes = files.parse(list[Box], msgspec.json.encode(nested), where)
         return objects.target([objects.TrueObject(box=box) for box in boxes], height, width, where)
     solution = row.get("solution", row.get("answer"))
     if not isinstance(solution, str):

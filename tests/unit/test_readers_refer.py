@@ -105,8 +105,16 @@ def test_evaluation_tables_with_boxes_or_a_count_alone(tmp_path: Path) -> None:
     columns = {"text": ["car"], "image_id": ["7"], "ann_id": ["7"], "cat_id": ["3"], "bbox": boxes}
     (one,) = dataset(table(tmp_path / "coco_val", "test", "parquet", **columns), "vision_reasoner")
     assert one.target.boxes.tolist() == boxes[0] and one.target.count == 2
-    path = table(tmp_path / "counting_countbench", "test", "parquet", text=["mugs", "cups"], count=[5, 0])
-    five, none = dataset(path, "vision_reasoner", options={"split": "test", "task": "count"})
+    flat = table(tmp_path / "flat", "test", "saved", text=["a", "b", "c"], bbox=[[5, 5, 15, 10], [1, 2, 3], []])
+    data = dataset(flat, "vision_reasoner")
+    assert data[0].target.boxes.tolist() == [[5, 5, 15, 10]] and data[2].target.count == 0
+    with pytest.raises(DataError, match=r"row 1: Expected `array` of length 4"):
+        data[1]
+    path = table(tmp_path / "counting_countbench", "test", "parquet", text=["mugs", "cups", "?"], count=[5, 0, None])
+    data = dataset(path, "vision_reasoner", options={"split": "test", "task": "count"})
+    with pytest.raises(DataError, match=r"row 2: no text solution or answer, no mask, bbox or count"):
+        data[2]
+    five, none = data[:2]
     assert (five.target.count, five.target.known, five.task) == (5, {"count"}, "count")
     assert none.target.count == 0 and none.target.known >= {"count", "boxes", "masks"}
 
@@ -280,8 +288,11 @@ def test_jxu124(tmp_path: Path) -> None:
     assert [record.question for record in data.records] == ["man", "him"] * 2
     assert data[1].target.boxes.tolist() == [[5, 5, 15, 10]]
     assert (masks.decode(data[1].target.masks[0]) == rectangle(5, 5, 15, 10, H, W)).all()
-    with pytest.raises(DataError, match=r"row 1: .*bbox"):
+    with pytest.raises(DataError, match=r"row 1: an object has neither box nor mask"):
         data[2]
+    datasets.Dataset.from_list([{"caption": "man"}]).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"none of the columns answer, sentences, .*, only caption"):
+        dataset(tmp_path / "other.parquet", "ref_coco_tables")
 
 
 def test_perception_r1(tmp_path: Path) -> None:
