@@ -7,9 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from launch import evaluate as evaluation
 from launch.evaluate import SAMPLED_ANSWERS, evaluate, evaluate_all
 from launch.record import run_directory
 from launch.record.summary import changes, samples, show
@@ -166,6 +168,22 @@ def test_the_summary_says_what_the_held_out_set_was_read_as() -> None:
     settings = changed(config(), "data", format="reason_seg", options={"ignore": "drop"})
     state = RunState.fresh(settings, [*SEGMENT] * 16)
     assert state.summary({}, {})["data"] == "reason_seg, ignore=drop, texts=first, task=segment"
+
+
+def test_an_evaluation_says_what_the_held_out_set_was_read_as(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def measured(*_: object) -> dict[str, float]:
+        return {"giou": 0.5}
+
+    for name in ("check_machine", "prepare", "cluster"):
+        monkeypatch.setattr(evaluation, name, Mock())
+    monkeypatch.setattr(evaluation, "check_files", lambda settings: (SEGMENT, {"": SEGMENT}))
+    monkeypatch.setattr(evaluation, "_evaluate_once", measured)
+    options = {"options": {"split": "train"}, "eval_options": {"split": "testA"}}
+    evaluation.run(changed(config(), "data", format="ref_coco", **options))
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"giou": 0.5, "data": "ref_coco, split=testA, texts=all, task=segment"}
 
 
 def test_what_a_finished_run_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
