@@ -5,8 +5,8 @@ import gc
 import json
 from typing import Any
 
-MAX_OBJECTS = 120
-"""A longer list is cut here, in the truth as in the answer: the rule of VisionReasoner's and Dr. Seg's code."""
+MAX_OBJECTS = 4096
+"""A longer answer is cut here; a sample with more objects is refused."""
 LONGEST = 1_000_000
 """Characters. A longer answer is not read, nor are sentences beyond: each would become some 30 times its size in Python
 objects. The published limit of 3,000 tokens is below a fiftieth of it."""

@@ -93,10 +93,7 @@ def decode(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as opened:
             image = upright(opened)
             if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGB", image.size, "white")
-                white.paste(image, mask=image.getchannel("A"))
-                image = white
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return np.ascontiguousarray(image.convert("RGB"))
     except BROKEN as error:
         raise DataError(f"{len(data)} bytes do not decode as an image: {error}", "image") from error

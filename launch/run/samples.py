@@ -115,7 +115,10 @@ class Check:
             where = f"model.path={self.config.model.path}"
             raise UserError(f"{where}: the chat template shows {shown} images for one; correct it")
         text = len(ids) - 1
-        image = prompts.image_tokens(sample.height, sample.width)
+        try:
+            image = prompts.image_tokens(sample.height, sample.width)
+        except ValueError as error:  # as Qwen's, which takes no image that is 200 times as long as it is wide
+            raise DataError(f"the image does not fit the policy's processor ({error}); crop it", "size") from error
         further = _further_passes(self.config, prompts, sample.task)
         needed = text + image + rollout.max_new_tokens + further
         if needed > rollout.max_model_len:

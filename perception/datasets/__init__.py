@@ -20,6 +20,7 @@ from perception.datasets.files import Images
 from perception.datasets.objects import target as objects_target
 from perception.datasets.records import Record
 from perception.errors import DataError, SkippedRecordError
+from perception.grammar import MAX_OBJECTS
 from perception.registry import Registry, check_arguments, import_all
 from perception.types import Sample
 
@@ -125,6 +126,8 @@ class Dataset(Sequence[Sample]):
             target=truth(height, width, where) if callable(truth) else objects_target(truth, height, width, where),
         )
         try:
+            if (count := sample.target.count) > MAX_OBJECTS:
+                raise DataError(f"{count} objects, more than the {MAX_OBJECTS} of an answer; ask for fewer", "truth")
             self.check(sample)
         except DataError as error:
             raise DataError(f"{where}: {error}", error.reason) from error

@@ -20,8 +20,6 @@ log = logging.getLogger(__name__)
 Model = TypeVar("Model")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _LONGEST_NAME = 1024  # characters; what is longer must be an image itself
-
-
 _said: set[tuple[str, str]] = set()
 
 
@@ -68,9 +66,7 @@ def _embedded(text: str, where: str) -> bytes:
     try:
         return base64.b64decode("".join(text.partition("base64,")[2].split() or text.split()), validate=True)
     except ValueError as error:
-        raise DataError(
-            f"{where}: the image is no file name, and no base64 either ({error}); mend it", "image"
-        ) from error
+        raise DataError(f"{where}: the image is no file name and no base64 ({error}); mend it", "image") from error
 
 
 def files_in(folder: Path, *suffixes: str) -> list[Path]:
@@ -110,7 +106,5 @@ def parse(model: type[Model], data: bytes | str | msgspec.Raw, where: str) -> Mo
         return _decoder(model).decode(data)  # type: ignore[arg-type]
     except msgspec.ValidationError as error:
         raise DataError(f"{where}: {error}; mend the field") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: not valid JSON (too deeply nested)") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error})") from error

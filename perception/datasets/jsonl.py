@@ -15,7 +15,8 @@ id        optional, unique. Default: file name and line number
 """
 
 from collections.abc import Iterator
-from functools import partial
+from difflib import get_close_matches
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,9 @@ from perception.datasets.objects import TrueObject, read_segmentation, target
 from perception.datasets.records import Record, broken
 from perception.errors import DataError
 from perception.types import Rle, Target
+
+_NAMES = {"bbox": "boxes", "bbox_2d": "boxes", "box": "boxes", "point_2d": "points", "segmentation": "mask"}
+_NAMES |= {name: name for name in ("boxes", "points", "mask", "task")}
 
 
 class Line(msgspec.Struct, gc=False):
@@ -46,8 +50,12 @@ def read(path: Path) -> Iterator[Record]:
     for number, text in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not text.strip():
             continue
+        where = f"{path}: line {number}"
         try:
-            line = parse(Line, text, f"{path}: line {number}")
+            line, keys = parse(Line, text, where), parse(dict[str, msgspec.Raw], text, where)
+            for key in keys:
+                if (meant := _meant(key)) and meant not in keys:
+                    raise DataError(f"{where}: unknown key {key!r}; did you mean {meant!r}?")
         except DataError as error:
             yield broken(f"{path.stem}:{number}", error)
             continue
@@ -59,6 +67,13 @@ def read(path: Path) -> Iterator[Record]:
             truth=partial(_truth, line, path.parent),
             place=f"line {number}",
         )
+
+
+@cache
+def _meant(key: str) -> str | None:
+    """The optional field that a key stands for; under a wrong name it would be left out in silence."""
+    near = get_close_matches(key.lower(), _NAMES, 1, 0.8)
+    return _NAMES[near[0]] if near else None
 
 
 def _truth(line: Line, folder: Path, height: int, width: int, where: str) -> Target:
