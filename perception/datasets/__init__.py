@@ -56,10 +56,11 @@ class Dataset(Sequence[Sample]):
 
     def __init__(self, path: str, records: Iterable[Record], images: Images, skip: bool = False) -> None:
         """Raises DataError where there is no record, or two have one id."""
-        gc.disable()  # nothing is freed while listing, and to look for it would take most of the time
+        gc.disable()  # nothing is freed while listing: to look for it would take most of the time, then and ever after
         try:
             self.records = list(records)
         finally:
+            gc.freeze()
             gc.enable()
         self.path, self._images, self._skip = path, images, skip
         self.check: Callable[[Sample], None] = lambda sample: None
