@@ -20,9 +20,7 @@ from tests.builders import dataset, noise, png, rectangle
 
 H, W = 20, 30
 POLYGON = [5.0, 5.0, 15.0, 5.0, 15.0, 10.0, 5.0, 10.0]
-SOLUTION = (
-    '[{"bbox_2d": [84, 210, 251, 402], "point_2d": [160, 300]}, {"bbox_2d": [60, 380, 840, 500], "point_2d": [9, 452]}]'
-)
+SOLUTION = '[{"bbox_2d": [84, 210, 251, 402], "point_2d": [160, 300]}, {"bbox_2d": [60, 380, 840, 500], "point_2d": [450, 452]}]'
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +60,7 @@ def test_training_tables(tmp_path: Path, form: str, names: tuple[str, str]) -> N
     assert (one.question, one.task, one.height, one.width) == ("'left cup' and 'plate'", "segment", 840, 840)
     # the last column and row are inside; 841 is cut at the edge
     assert one.target.boxes.tolist() == [[84, 210, 252, 403], [60, 380, 840, 501]]
-    assert one.target.points.tolist() == [[160, 300], [9, 452]]
+    assert one.target.points.tolist() == [[160, 300], [450, 452]]
     assert one.target.known == {"boxes", "points", "count"}
     assert read(one.image) == png(noise(0, 840, 840))
 
@@ -147,7 +145,12 @@ def refer(folder: Path, name: str, refs: list[dict[str, Any]], protocol: int = 2
     (folder / "train2014" / NAME).write_bytes(png(noise(0, H, W)))
     annotations = [
         {"id": 55, "segmentation": [POLYGON], "iscrowd": 0, "area": 50.0},
-        {"id": 56, "segmentation": {"size": [H, W], "counts": [0, 60, H * W - 60]}, "iscrowd": 1},
+        {
+            "id": 56,
+            "segmentation": {"size": [H, W], "counts": [0, 60, H * W - 60]},
+            "iscrowd": 1,
+            "bbox": [0.0, 0.0, 3.0, 20.0],
+        },
         {"id": 57, "segmentation": [], "iscrowd": 0},
     ]
     box = {"image_id": 7, "category_id": 1, "bbox": [5.0, 5.0, 10.0, 5.0]}
