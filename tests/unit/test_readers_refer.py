@@ -20,7 +20,9 @@ from tests.builders import dataset, noise, png, rectangle
 
 H, W = 20, 30
 POLYGON = [5.0, 5.0, 15.0, 5.0, 15.0, 10.0, 5.0, 10.0]
-SOLUTION = '[{"bbox_2d": [84, 210, 251, 402], "point_2d": [160, 300]}, {"bbox_2d": [60, 380, 840, 500], "point_2d": [450, 452]}]'
+CUP = {"bbox_2d": [84, 210, 251, 402], "point_2d": [160, 300]}
+PLATE = {"bbox_2d": [60, 380, 840, 500], "point_2d": [450, 452]}
+SOLUTION = json.dumps([CUP, PLATE])
 
 
 @pytest.fixture(autouse=True)
