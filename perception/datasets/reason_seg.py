@@ -23,6 +23,7 @@ import numpy as np
 from perception import masks
 from perception.datasets import files, objects, reader
 from perception.datasets.records import Record, Texts, each, per_text
+from perception.errors import DataError
 from perception.types import Point, Target
 
 _TARGET, _IGNORE = 1, 255
@@ -54,6 +55,9 @@ def read(path: Path, *, ignore: Ignore, texts: Texts = "first", task: str = "seg
 
 
 def _truth(shapes: list[Shape], ignore: Ignore, height: int, width: int, where: str) -> Target:
+    farthest = max((abs(value) for one in shapes for corner in one.points for value in corner), default=0.0)
+    if farthest > 2 * max(height, width):  # OpenCV draws a huge polygon for minutes
+        raise DataError(f"{where}: a polygon lies far outside the {width}x{height} image; mend its points", "mask")
     drawn = _draw(shapes, height, width)
     mask = drawn != 0 if ignore == "target" else drawn == _TARGET
     doubtful = masks.encode(drawn == _IGNORE) if ignore == "drop" else None

@@ -122,6 +122,12 @@ def test_any_polygon_is_drawn_as_by_the_reference(tmp_path: Path) -> None:
     assert (masks.decode(one.target.ignore) == (expected == 255)).all()
 
 
+@pytest.mark.parametrize("far", [1e3, -2e9, 1e300])
+def test_a_polygon_far_outside_is_refused_at_once(tmp_path: Path, far: float) -> None:
+    with pytest.raises(DataError, match=r"a.json: a polygon lies far outside the 30x20 image"):
+        reasoned(reason(tmp_path, "a", box("target", 1, 1, far, 4)))[0]
+
+
 def test_the_choice_has_no_default(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.options: 'ignore' is missing"):
         dataset(reason(tmp_path, "a"), "reason_seg")
