@@ -86,6 +86,15 @@ def decode(data: bytes) -> np.ndarray:
         raise DataError(f"{len(data)} bytes do not decode as an image: {error}", "image") from error
 
 
+def pixels(handle: ImageHandle, fetch: Callable[[ImageHandle], bytes]) -> np.ndarray:
+    """`decode` of what `fetch` gives. Raises DataError naming an image that has gone or does not decode."""
+    try:
+        return decode(fetch(handle))
+    except (DataError, OSError) as error:
+        named = handle.ref if isinstance(handle.ref, ImageSource) else f"image {handle.key}"
+        raise DataError(f"{named}: the image is gone or damaged ({error}); replace or remove it", "image") from error
+
+
 def encode(pixels: np.ndarray) -> bytes:
     """(H, W, 3) uint8 RGB -> PNG bytes."""
     buffer = io.BytesIO()
@@ -102,9 +111,9 @@ class ImageCache:
         self._kept: LRUCache[str, np.ndarray] = LRUCache(capacity)
 
     def get(self, handle: ImageHandle) -> np.ndarray:
-        """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError when it does not decode."""
+        """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError as `pixels` does."""
         if handle.key not in self._kept:
-            image = decode(self._fetch(handle))
+            image = pixels(handle, self._fetch)
             image.flags.writeable = False
             self._kept[handle.key] = image
         return self._kept[handle.key]

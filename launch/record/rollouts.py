@@ -1,8 +1,8 @@
 """Rollouts as a parquet table: one row per trajectory, readable by pandas, DuckDB and the Hugging Face viewer.
 
 Coordinates are in pixels of the original image; masks are COCO run-length counts over (height, width). Every row shows
-its image, whose bytes lie in the file once: the column is dictionary-encoded. A trajectory of several passes has one
-entry of `passes` for each; the other columns describe the kept one.
+its image, whose bytes lie in the file once: the column is dictionary-encoded. They are null where the image has gone. A
+trajectory of several passes has one entry of `passes` for each; the other columns describe the kept one.
 """
 
 import json
@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perception import images
+from perception.errors import DataError
 from perception.files import replacing
+from perception.grammar import clean
 from perception.types import Candidate, Group, Sample, Trajectory, Turn
 
 _COORDINATES = pa.list_(pa.list_(pa.float32()))
@@ -89,13 +91,21 @@ def _group_columns(step: int, sample: Sample) -> dict[str, Any]:
         "sample_id": sample.id,
         "task": sample.task,
         "question": sample.question,
-        "image": {"bytes": images.read(sample.image), "path": str(sample.image)},
+        "image": {"bytes": _encoded(sample), "path": clean(str(sample.image))},
         "height": sample.height,
         "width": sample.width,
         "truth_boxes": sample.target.boxes.tolist(),
         "truth_points": sample.target.points.tolist(),
         "truth_masks": [mask.counts.decode("ascii") for mask in sample.target.masks],
     }
+
+
+def _encoded(sample: Sample) -> bytes | None:
+    """The image; None where it can no longer be read, which is no reason to lose the answers."""
+    try:
+        return images.read(sample.image)
+    except (OSError, DataError):
+        return None
 
 
 def _trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
@@ -116,7 +126,7 @@ def _trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
         "metrics": dict(score.metrics) if score else {},
         "confidence": score.best.confidence if score else 0.0,
         "failure": failure.kind.value if failure else None,
-        "failure_detail": failure.detail if failure else None,
+        "failure_detail": clean(failure.detail) if failure else None,
         "labels": [one.label for one in score.best.answer.objects if one.label] if score else [],
     }
 

@@ -39,10 +39,10 @@ def outline(mask: np.ndarray) -> str:
     )
 
 
-def decoded(encoded: bytes) -> np.ndarray | None:
-    """Pixels as the policy gets them, (H, W, 3) RGB; None where the bytes do not decode."""
+def decoded(encoded: bytes | None) -> np.ndarray | None:
+    """Pixels as the policy gets them, (H, W, 3) RGB; None where there are no bytes, or they do not decode."""
     try:
-        return images.decode(encoded)
+        return images.decode(encoded or b"")
     except DataError:
         return None
 

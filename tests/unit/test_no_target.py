@@ -1,4 +1,4 @@
-"""Guards questions about what is not there: only a parsed empty list says so, by every measure and for the real SAM2."""
+"""Guards questions about what is not there: only a parsed empty list says so, by every measure, by a real SAM2."""
 
 from __future__ import annotations
 
