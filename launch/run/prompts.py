@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor
 from perception.config import ModelConfig, TaskConfig
 from perception.families import engine_renames, family_of
 from perception.frames import smart_resize
+from perception.grammar import clean
 from perception.tasks import TASKS
 from perception.types import ImageHandle, PolicySpec, Prompt, Sample, View
 from perception.views import Rect
@@ -82,7 +83,7 @@ class PromptMaker:
     def _chat(self, *messages: dict[str, Any], ask: bool = False) -> str:
         """With `ask`, up to where an answer begins."""
         form = {"chat_template": self.processor.chat_template or self.tokenizer.chat_template, "tokenize": False}
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, **form))
+        return clean(str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, **form)))
 
     def _encode(self, text: str, special: bool = False) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=special))

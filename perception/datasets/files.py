@@ -6,6 +6,7 @@ from typing import TypeVar
 import msgspec
 
 from perception.errors import DataError
+from perception.grammar import clean_json
 from perception.images import probe
 from perception.types import ImageSource
 
@@ -53,10 +54,13 @@ def read_text(path: Path) -> str:
 
 
 def parse(model: type[Model], data: bytes | str, where: str) -> Model:
-    """JSON as `model`, a msgspec type. DataError names the first field that is wrong."""
+    """JSON as `model`, a msgspec type, its texts clean. DataError names the first field that is wrong."""
     try:
         return msgspec.json.decode(data, type=model, strict=False)
     except msgspec.ValidationError as error:
         raise DataError(f"{where}: {error}; mend the field") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        text = data if isinstance(data, str) else data.decode("utf-8", "replace")
+        if (mended := clean_json(text)) != text:  # as texts have that were cut inside a character
+            return parse(model, mended, where)
         raise DataError(f"{where}: not valid JSON ({error})") from error
