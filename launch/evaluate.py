@@ -29,6 +29,7 @@ from launch.run.step_metrics import look_metrics
 from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.config import Config
+from perception.errors import DataError
 from perception.types import Group, Sample, Score, Trajectory
 from runtime import cluster
 
@@ -36,9 +37,6 @@ EVALUATION_SEED_STEP = 0
 """Training steps count from 1, so evaluation draws from seeds of its own."""
 SAMPLED_ANSWERS = 4
 log = logging.getLogger(__name__)
-
-
-class _UnmeasuredError(Exception): ...
 
 
 async def evaluate(
@@ -58,7 +56,7 @@ async def evaluate(
         own = {way: [group for group in groups if group.prompt.sample.task == task] for way, groups in answered.items()}
         try:
             measured = _measured(own, relooks=system.config.look.mode == "relook")
-        except _UnmeasuredError as error:
+        except DataError as error:
             log.warning(f"no held-out numbers of task {task}{held_out and f' of {held_out}'}: {error}")
             continue
         metrics |= {catalog.HeldOut(task, *key, held_out).name: value for key, value in measured.items()}
@@ -95,7 +93,7 @@ def _measured(groups: Mapping[str, Sequence[Group]], relooks: bool) -> dict[tupl
 def _score(group: Group, trajectory: Trajectory) -> Score:
     if trajectory.score is None:
         why = trajectory.failure.detail if trajectory.failure else "it was not scored"
-        raise _UnmeasuredError(f"sample {group.prompt.sample.id}: {why}")
+        raise DataError(f"sample {group.prompt.sample.id}: {why}")
     return trajectory.score
 
 
