@@ -92,7 +92,7 @@ def pixels(handle: ImageHandle, fetch: Callable[[ImageHandle], bytes]) -> np.nda
         return decode(fetch(handle))
     except (DataError, OSError) as error:
         named = handle.ref if isinstance(handle.ref, ImageSource) else f"image {handle.key}"
-        raise DataError(f"{named}: the image is gone or damaged ({error}); replace or remove it", "image") from error
+        raise DataError(f"{named}: the image is damaged or gone ({error}); replace or remove it", "image") from error
 
 
 def encode(pixels: np.ndarray) -> bytes:

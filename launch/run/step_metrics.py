@@ -1,6 +1,5 @@
 """Metrics of one training step."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -66,7 +65,7 @@ def look_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     """NaN, which is recorded as null, where nothing was measured."""
-    return float(np.mean(values)) if values else math.nan
+    return float(np.mean(values or [np.nan]))
 
 
 def _iou(score: Score, candidate: int) -> float:
@@ -96,7 +95,7 @@ def _rewards(groups: Sequence[Group]) -> dict[str, float]:
         metrics[catalog.GIOU] = values["mask_iou"]
     return metrics | {
         catalog.REWARD_MEAN: _mean(rewards),
-        catalog.REWARD_STD: float(np.std(rewards)) if rewards else math.nan,
+        catalog.REWARD_STD: float(np.std(rewards or [np.nan])),
         catalog.ZERO_VARIANCE: float(np.mean([not group.teaches for group in groups])),
         catalog.PARSE_OK: _mean([score.best.answer.failure is None for score in scores]),
         catalog.BOXES_ANSWERED: _mean([len(score.best.answer.objects) for score in scores]),

@@ -132,7 +132,7 @@ def test_an_image_that_went_before_it_was_learned_from_is_named(
 ) -> None:
     broken, policy = unknown(damaged(tmp_path, how), FailureKind.SCORER), policies["packed"]
     known = replace(broken, trajectories=tuple(replace(one, failure=None) for one in broken.trajectories))
-    with pytest.raises(DataError, match=r"sample street-7: .*street\.png: the image is gone or damaged"):
+    with pytest.raises(DataError, match=r"sample street-7: .*street\.png: the image is damaged or gone"):
         list(pieces([known], policy.layout, 999))
 
 
@@ -186,7 +186,7 @@ def test_the_reward_worker_leaves_it_alone_and_names_the_file(worker: RewardWork
     assert worker.score(broken, want_masks=True, look=state) == broken
     answered = replace(broken, trajectories=(trajectory("<answer>[]</answer>"),))
     for ask in (lambda: worker.score(answered), lambda: worker.examine(answered, state)):
-        with pytest.raises(DataError, match=r"street\.png: the image is gone or damaged"):
+        with pytest.raises(DataError, match=r"street\.png: the image is damaged or gone"):
             ask()
 
 
