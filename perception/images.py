@@ -99,6 +99,15 @@ def decode(data: bytes) -> np.ndarray:
         raise DataError(f"{len(data)} bytes do not decode as an image: {error}", "image") from error
 
 
+def pixels(handle: ImageHandle, fetch: Callable[[ImageHandle], bytes]) -> np.ndarray:
+    """`decode` of what `fetch` gives. Raises DataError naming an image that has gone or does not decode."""
+    try:
+        return decode(fetch(handle))
+    except (DataError, OSError) as error:
+        named = handle.ref if isinstance(handle.ref, ImageSource) else f"image {handle.key}"
+        raise DataError(f"{named}: the image is damaged or gone ({error}); replace or remove it", "image") from error
+
+
 def encode(pixels: np.ndarray) -> bytes:
     """(H, W, 3) uint8 RGB -> PNG bytes."""
     buffer = io.BytesIO()
@@ -109,18 +118,13 @@ def encode(pixels: np.ndarray) -> bytes:
 def preview(data: bytes, side: int) -> bytes:
     """An encoded image with at most `side` pixels on its longer side: the bytes themselves where it has no more, else a
     JPEG. Raises DataError when they do not decode."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if max(image.size) <= side:
-                return data
-            image.draft("RGB", (side, side))  # a JPEG is decoded at an eighth to a half of its size
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((side, side))
-            buffer = io.BytesIO()
-            small.save(buffer, "JPEG", quality=90)
-            return buffer.getvalue()
-    except BROKEN as error:
-        raise DataError(f"{len(data)} bytes do not decode as an image: {error}", "image") from error
+    image = Image.fromarray(decode(data))
+    if max(image.size) <= side:
+        return data
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 class ImageCache:
@@ -132,10 +136,10 @@ class ImageCache:
         self._kept: LRUCache[str, np.ndarray] = LRUCache(capacity, getsizeof=lambda image: image.nbytes)
 
     def get(self, handle: ImageHandle) -> np.ndarray:
-        """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError when it does not decode."""
+        """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError as `pixels` does."""
         if (found := self._kept.get(handle.key)) is not None:
             return found
-        image = decode(self._fetch(handle))
+        image = pixels(handle, self._fetch)
         image.flags.writeable = False
         if image.nbytes <= self._kept.maxsize:
             self._kept[handle.key] = image

@@ -20,7 +20,7 @@ from perception.datasets.files import Images
 from perception.datasets.objects import target as objects_target
 from perception.datasets.records import Record
 from perception.errors import DataError, SkippedRecordError
-from perception.grammar import MAX_OBJECTS
+from perception.grammar import MAX_OBJECTS, clean
 from perception.registry import Registry, check_arguments, import_all
 from perception.types import Sample
 
@@ -118,11 +118,11 @@ class Dataset(Sequence[Sample]):
             raise DataError(f"{where}: {source} is {width}x{height} but the annotations say {stated}: {why}", "size")
         truth = record.truth
         sample = Sample(
-            id=record.id,
+            id=clean(record.id),
             image=source,
             height=height,
             width=width,
-            question=record.question,
+            question=clean(record.question),
             task=record.task,
             target=truth(height, width, where) if callable(truth) else objects_target(truth, height, width, where),
         )

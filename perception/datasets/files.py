@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from perception.errors import DataError
+from perception.grammar import clean_json
 from perception.images import probe
 from perception.types import ImageSource
 
@@ -101,10 +102,13 @@ def _decoder(model: Any) -> msgspec.json.Decoder[Any]:
 
 
 def parse(model: type[Model], data: bytes | str | msgspec.Raw, where: str) -> Model:
-    """JSON as `model`, a msgspec type. DataError names the first field that is wrong."""
+    """JSON as `model`, a msgspec type, its texts clean. DataError names the first field that is wrong."""
     try:
         return _decoder(model).decode(data)  # type: ignore[arg-type]
     except msgspec.ValidationError as error:
         raise DataError(f"{where}: {error}; mend the field") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = data if isinstance(data, str) else bytes(data).decode("utf-8", "replace")
+        if (mended := clean_json(text)) != text:  # as texts have that were cut inside a character
+            return parse(model, mended, where)
         raise DataError(f"{where}: not valid JSON ({error})") from error

@@ -104,9 +104,17 @@ def test_looks_are_reported_where_the_policy_looks_again() -> None:
     assert HeldOut("count", catalog.LOOK_GAIN).name not in found
 
 
-def test_a_held_out_number_is_whole_or_absent() -> None:
-    with pytest.raises(RuntimeError, match="evaluation of c0: the disk is full"):
-        run(Answers(fails="c0"), {"": [*SEGMENT, *COUNT]})
+@pytest.mark.parametrize(("fails", "lost", "kept"), [("c0", "count", "segment"), ("s1", "segment", "count")])
+def test_a_held_out_number_is_whole_or_absent(fails: str, lost: str, kept: str, caplog: Any) -> None:
+    found = run(Answers("relook", fails=fails), {"": [*SEGMENT, *COUNT], "shifted": [*SEGMENT, *COUNT]})
+    assert found and {one.task for one in read_held_out(found)} == {kept}
+    assert caplog.messages[0] == f"no held-out numbers of task {lost}: sample {fails}: the disk is full"
+    assert caplog.messages[1].startswith(f"no held-out numbers of task {lost} of shifted: sample {fails}")
+
+
+def test_a_run_goes_on_where_nothing_could_be_evaluated() -> None:
+    assert run(Answers(fails="c0"), {"": COUNT}) == {}
+    assert changes({}, {"count/count_exact/greedy": 1.0}) == [] and samples({}) == 0
 
 
 # ---------------------------------------------------------------- names
