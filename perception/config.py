@@ -334,7 +334,9 @@ class RunConfig:
     checkpoint_every: Natural = 50
     """Steps between checkpoints."""
     rollouts_kept: Natural = 16
-    """Groups per step written to rollouts parquet, with their pictures."""
+    """Groups of a recorded step written to rollouts parquet, with their pictures."""
+    rollouts_every: Positive = 1
+    """Steps between recorded rollouts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

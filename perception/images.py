@@ -93,18 +93,37 @@ def encode(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-class ImageCache:
-    """Decoded images by content key, the most recently used ones."""
+def preview(data: bytes, side: int) -> bytes:
+    """An encoded image with at most `side` pixels on its longer side: the bytes themselves where it has no more, else a
+    JPEG. Raises DataError when they do not decode."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if max(image.size) <= side:
+                return data
+            image.draft("RGB", (side, side))  # a JPEG is decoded at an eighth to a half of its size
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            small.thumbnail((side, side))
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=90)
+            return buffer.getvalue()
+    except _BROKEN as error:
+        raise DataError(f"{len(data)} bytes do not decode as an image: {error}", "image") from error
 
-    def __init__(self, fetch: Callable[[ImageHandle], bytes], capacity: int) -> None:
-        """`fetch` gives the encoded bytes of an image."""
+
+class ImageCache:
+    """Decoded images by their key, the most recently used ones."""
+
+    def __init__(self, fetch: Callable[[ImageHandle], bytes], capacity: int = 256 << 20) -> None:
+        """`fetch` gives the encoded bytes of an image; `capacity` is in bytes of pixels."""
         self._fetch = fetch
-        self._kept: LRUCache[str, np.ndarray] = LRUCache(capacity)
+        self._kept: LRUCache[str, np.ndarray] = LRUCache(capacity, getsizeof=lambda image: image.nbytes)
 
     def get(self, handle: ImageHandle) -> np.ndarray:
         """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError when it does not decode."""
-        if handle.key not in self._kept:
-            image = decode(self._fetch(handle))
-            image.flags.writeable = False
+        if (found := self._kept.get(handle.key)) is not None:
+            return found
+        image = decode(self._fetch(handle))
+        image.flags.writeable = False
+        if image.nbytes <= self._kept.maxsize:
             self._kept[handle.key] = image
-        return self._kept[handle.key]
+        return image

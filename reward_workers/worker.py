@@ -41,7 +41,7 @@ class RewardWorker:
         """`threads`: intra-op threads of torch, 0 for its own default. `gpu_share`: of the GPU's memory, its limit."""
         self._gpu_share = gpu_share
         self._config, self._look, self._model, self._device, self._threads = config, look, model, device, threads
-        self._images = ImageCache(fetch, config.image_cache)
+        self._images = ImageCache(fetch)
         self._loaded: Segmenter | None = None
 
     def start(self) -> float:

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 EnginePart = Literal["weights", "kv_cache"]
 """A part of the engine that may be away from the GPU."""
-_DECODED_IMAGES = 32
 _SHUTDOWN_TIMEOUT_S = 1.0
 _NEXT_TO_NOTHING = 0.01
 _VISION_TOWERS = ("*visual*", "*vision_*")
@@ -147,7 +146,7 @@ class RolloutEngine:
         self._policy = policy
         self._config, self._sleeps = config, sleeps
         os.environ.update(environment(device, threads))  # the actor owns its process
-        self._images = ImageCache(fetch=fetch, capacity=_DECODED_IMAGES)
+        self._images = ImageCache(fetch)
         self._decoder = ThreadPoolExecutor(max_workers=1)  # one, so that no image is decoded twice at once
         self._ids = itertools.count()
 

@@ -63,4 +63,6 @@ def show(run_dir: Path) -> None:
     console.print(table)
     if restarts := {role: count for role, count in summary["restarts"].items() if count}:
         console.print("restarted " + ", ".join(f"{role} {count}x" for role, count in restarts.items()))
+    if left_out := summary.get("left_out"):
+        console.print("left out " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()) + " records")
     console.print(f"policy   {run_dir / 'policy'}", soft_wrap=True)

@@ -7,7 +7,7 @@ included. Every other record is checked when it is drawn, in the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -31,8 +31,10 @@ CHECKED = 256
 _DECODED = 32  # training images whose pixels are read, too: a broken copy usually breaks many
 
 
-def load_samples(config: Config) -> tuple[Dataset, dict[str, list[Sample]]]:
+def load_samples(config: Config, say: Callable[[str], None] = print) -> tuple[Dataset, dict[str, list[Sample]]]:
     """Training samples, each checked again when it is drawn, and the first `data.eval_samples` of every held-out set.
+
+    Says what is left out.
 
     Raises DataError for a record that cannot be used, and UserError where no record would do.
     """
@@ -53,7 +55,16 @@ def load_samples(config: Config) -> tuple[Dataset, dict[str, list[Sample]]]:
         if not samples:
             raise DataError(f"{held_out[name].path}: no record can be used")
         _decode(samples)
+    for one in (train, *held_out.values()):
+        if skipped := left_out(one):
+            counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+            say(f"{one.path}: left out so far: {counts}; the first: {next(iter(one.bad.values()))}")
     return train, chosen
+
+
+def left_out(samples: Sequence[Sample]) -> dict[str, int]:
+    """Records of a data set that could not be used and were skipped so far, by reason."""
+    return samples.skipped if isinstance(samples, Dataset) else {}
 
 
 def make_prompts(config: Config) -> PromptMaker:

@@ -58,5 +58,7 @@ def parse(model: type[Model], data: bytes | str, where: str) -> Model:
         return msgspec.json.decode(data, type=model, strict=False)
     except msgspec.ValidationError as error:
         raise DataError(f"{where}: {error}; mend the field") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: not valid JSON (too deeply nested)") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{where}: not valid JSON ({error})") from error

@@ -49,7 +49,7 @@ def read(path: Path) -> Iterator[Record]:
         if not text.strip():
             continue
         try:
-            line = parse(Line, text, f"{path}:{number}")
+            line = parse(Line, text, f"{path}: line {number}")
         except DataError as error:
             yield broken(f"{path.stem}:{number}", error)
             continue
@@ -69,12 +69,14 @@ def _truth(line: Line, folder: Path, height: int, width: int, where: str) -> Tar
 
 def _objects(line: Line, folder: Path, height: int, width: int, where: str) -> list[TrueObject]:
     if line.boxes is None and line.mask is None:
-        raise DataError(f'{where}: neither boxes nor mask; give one ("boxes": [] says that nothing is there)')
+        raise DataError(f'{where}: neither boxes nor mask; give one ("boxes": [] says that nothing is there)', "truth")
     given = line.mask if isinstance(line.mask, list) else [line.mask] if line.mask is not None else None
     count = len(line.boxes if line.boxes is not None else given or [])
     for name, values in (("mask", given), ("points", line.points)):
         if values is not None and len(values) != count:
-            raise DataError(f"{where}: {len(values)} in {name} for {count} objects; give one for each, or leave it out")
+            raise DataError(
+                f"{where}: {len(values)} in {name} for {count} objects; give one for each, or leave it out", "truth"
+            )
     return [
         TrueObject(
             box=line.boxes[i] if line.boxes is not None else None,

@@ -29,7 +29,9 @@ def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -
     """The truth about one question on an image of (height, width). `where` opens the message of a DataError."""
     with_mask = [item.mask for item in objects if item.mask]
     if with_mask and len(with_mask) < len(objects):
-        raise DataError(f"{where}: {len(with_mask)} of {len(objects)} objects have a mask; give one to all or to none")
+        raise DataError(
+            f"{where}: {len(with_mask)} of {len(objects)} objects have a mask; give one to all or to none", "truth"
+        )
     boxes = [_box(item, height, width, where) for item in objects]
     points = [_point(item, box, height, width, where) for item, box in zip(objects, boxes, strict=True)]
     labels = tuple(item.label for item in objects)
@@ -46,10 +48,11 @@ def read_segmentation(value: Any, height: int, width: int, where: str) -> Rle:
     try:
         mask = _polygons(value, height, width) if isinstance(value, list) else _run_lengths(value)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{where}: unreadable segmentation ({error!r}); give polygons or run lengths") from error
+        why = f"unreadable segmentation ({error!r}); give polygons or run lengths"
+        raise DataError(f"{where}: {why}", "mask") from error
     check_mask_size((mask.height, mask.width), height, width, where)
     if masks.area(mask) == 0:
-        raise DataError(f"{where}: the mask has no pixel; remove the object, or mend its segmentation")
+        raise DataError(f"{where}: the mask has no pixel; remove the object, or mend its segmentation", "mask")
     return mask
 
 
@@ -80,34 +83,38 @@ def _run_lengths(value: dict[str, Any]) -> Rle:
 
 def check_mask_size(size: tuple[int, int], height: int, width: int, where: str) -> None:
     if size != (height, width):
-        raise DataError(f"{where}: the mask is {size[1]}x{size[0]} but the image {width}x{height}; resize the mask")
+        sizes = f"the mask is {size[1]}x{size[0]} but the image {width}x{height}"
+        raise DataError(f"{where}: {sizes}; resize the mask", "mask")
 
 
 def _box(item: TrueObject, height: int, width: int, where: str) -> Box:
     if item.box is None:
         if item.mask is None:
-            raise DataError(f"{where}: an object has neither box nor mask; give it one")
+            raise DataError(f"{where}: an object has neither box nor mask; give it one", "truth")
         return masks.bounding_box(item.mask)
-    x1, y1, x2, y2 = item.box
+    x1, y1, x2, y2 = _inside("box", item.box, height, width, where)
     if not (x1 < x2 and y1 < y2):
-        raise DataError(f"{where}: box {_show(item.box)} is empty; it needs x1 < x2 and y1 < y2")
-    _check_inside("box", item.box, height, width, where)
-    return max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height)
+        raise DataError(f"{where}: box {_show(item.box)} is empty; it needs x1 < x2 and y1 < y2", "box")
+    return x1, y1, x2, y2
 
 
 def _point(item: TrueObject, box: Box, height: int, width: int, where: str) -> Point:
     if item.point is None:
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
         return masks.extent(masks.decode(item.mask), cv2.DIST_MASK_PRECISE)[1] if item.mask else middle
-    _check_inside("point", item.point, height, width, where)
-    x, y = item.point
-    return min(max(x, 0.0), width), min(max(y, 0.0), height)
+    x, y = _inside("point", item.point, height, width, where)
+    return x, y
 
 
-def _check_inside(what: str, values: Sequence[float], height: int, width: int, where: str) -> None:
-    """`values`: x y x y ... Raises DataError where one lies outside the image by more than the tolerance."""
-    if min(values) < -_TOLERANCE or max(values[0::2]) > width + _TOLERANCE or max(values[1::2]) > height + _TOLERANCE:
-        raise DataError(f"{where}: {what} {_show(values)} leaves the {width}x{height} image; give original pixels")
+def _inside(what: str, values: Sequence[float], height: int, width: int, where: str) -> list[float]:
+    """`values`, x y x y ..., clipped and in float32, as they are kept. Raises DataError where one lies farther outside
+    the image than the tolerance."""
+    given, limits = np.array(values, np.float32), np.array([width, height] * (len(values) // 2), np.float32)
+    if not ((given >= -_TOLERANCE) & (given <= limits + _TOLERANCE)).all():  # NaN is not inside
+        raise DataError(
+            f"{where}: {what} {_show(values)} leaves the {width}x{height} image; give original pixels", what
+        )
+    return np.clip(given, 0, limits).tolist()
 
 
 def _show(numbers: Sequence[float]) -> str:

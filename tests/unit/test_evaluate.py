@@ -164,12 +164,13 @@ def test_the_table_names_tasks_where_there_are_several() -> None:
 def test_what_a_finished_run_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = {"before": BEFORE, "after": AFTER, "steps": 12, "seconds": 34.4}
     restarts = {"rollout engines": 2, "reward workers": 0}
-    (tmp_path / run_directory.SUMMARY).write_text(json.dumps(summary | {"restarts": restarts}))
+    left_out = {"image": 2, "box": 1}
+    (tmp_path / run_directory.SUMMARY).write_text(json.dumps(summary | {"restarts": restarts, "left_out": left_out}))
     show(tmp_path)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "12 GRPO steps, 34 s, 3 held-out samples" in lines
     assert any("segment: gIoU, greedy answers" in line and "0.500 │ 0.750 │ +0.250" in line for line in lines)
-    assert "restarted rollout engines 2x" in lines
+    assert "restarted rollout engines 2x" in lines and "left out 2 image, 1 box records" in lines
     (tmp_path / run_directory.SUMMARY).unlink()
     show(tmp_path)
     assert "stopped with a checkpoint" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from PIL import Image
 from perception import masks
 from perception.errors import DataError
 from perception.images import ImageCache, content_key, decode, probe
-from perception.types import ImageHandle
+from perception.types import ImageHandle, ImageSource
 from tests.builders import noise
 
 
@@ -27,6 +27,10 @@ def png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def source(path: Path) -> ImageSource:
+    return ImageSource(path=str(path))
 
 
 def png_header(height: int, width: int) -> bytes:
@@ -53,7 +57,7 @@ def test_every_8_bit_mode_decodes_to_rgb(mode: str) -> None:
 def test_probe_reads_the_size_without_the_pixels(tmp_path: Path) -> None:
     path = tmp_path / "header.png"
     path.write_bytes(png_header(30, 40))
-    assert probe(path, max_pixels=1200) == (30, 40)
+    assert probe(source(path), max_pixels=1200) == (30, 40)
 
 
 def test_a_photograph_is_what_a_viewer_shows(tmp_path: Path) -> None:
@@ -64,7 +68,7 @@ def test_a_photograph_is_what_a_viewer_shows(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turn 90 degrees clockwise: left goes up
     Image.fromarray(pixels).save(path, exif=exif, quality=95)
     image = decode(path.read_bytes())
-    assert probe(path, 1000) == image.shape[:2] == (32, 16)
+    assert probe(source(path), 1000) == image.shape[:2] == (32, 16)
     assert image[4, 8, 0] > 200
     assert image[28, 8, 0] < 50
 
@@ -84,7 +88,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path, data: bytes | No
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(DataError, match=says) as caught:
-        probe(path, max_pixels=50_000_000)
+        probe(source(path), max_pixels=50_000_000)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -92,7 +96,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path, data: bytes | No
 def test_16_bits_are_refused_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.full((3, 3), 40_000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(DataError, match="8 bits"):
-        probe(tmp_path / "deep.png", 100)
+        probe(source(tmp_path / "deep.png"), 100)
 
 
 @settings(max_examples=40)
@@ -114,7 +118,7 @@ def test_cache_keeps_the_last_used() -> None:
         fetched.append(handle.ref)
         return encoded[handle.ref]
 
-    cache = ImageCache(fetch=fetch, capacity=2)
+    cache = ImageCache(fetch, capacity=2 * 12)  # bytes: each has 2 x 2 pixels of 3
     first, second, third = handles
     assert cache.get(first) is cache.get(first)
     cache.get(second)
@@ -125,6 +129,9 @@ def test_cache_keeps_the_last_used() -> None:
     assert (cache.get(second) == noise(1, 2, 2)).all()
     assert fetched == ["ref0", "ref1", "ref2", "ref1"]
     assert not cache.get(first).flags.writeable
+    small = ImageCache(fetch, capacity=11)
+    assert (small.get(first) == noise(0, 2, 2)).all() and not small.get(first).flags.writeable
+    assert fetched[-2:] == ["ref0", "ref0"], "what is larger than the whole cache is not kept"
 
 
 def test_content_key_is_sha256() -> None:
