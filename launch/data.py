@@ -115,7 +115,7 @@ def _decoded_size(source: ImageSource) -> tuple[int, int]:
 
 def tabulate(found: Mapping[str, Found]) -> list[tuple[str, ...]]:
     """A row of `HEADINGS` for each task of each set; spreads are smallest / median / largest."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, own in found.items():
         seen = [one for one in own if isinstance(one, Seen)]
         for task in sorted({one.task for one in seen}):

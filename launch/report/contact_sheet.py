@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
-from launch.report.drawing import corner_and_size, data_uri, decoded, mask_of, outline
+from launch.report.drawing import corner_and_size, data_uri, mask_of, outline
 from launch.report.gallery import printable
 from launch.report.page import render
 from perception import images
@@ -37,13 +37,13 @@ def _card(sample: Sample | DataError) -> Card:
     if isinstance(sample, DataError):
         return Card(problem=printable(str(sample)))
     try:
-        pixels = decoded(images.read(sample.image))
-    except (DataError, OSError):
-        pixels = None
+        image = data_uri(images.decode(images.read(sample.image)))
+    except (DataError, OSError) as error:
+        return Card(problem=printable(f"{sample.image}: the image is damaged ({error})"))
     target = sample.target
     return Card(
-        problem=None if pixels is not None else f"{sample.image}: the image's bytes do not decode",
-        image=data_uri(pixels) if pixels is not None else None,
+        problem=None,
+        image=image,
         height=sample.height,
         width=sample.width,
         source=printable(str(sample.image)),
