@@ -27,15 +27,16 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from launch.report.contact_sheet import contact_sheet
+from launch.report.drawing import corner_and_size, data_uri, outline
 from launch.report.gallery import printable
+from launch.report.page import render
 from launch.run.command_line import told
 from launch.run.config import compose
+from perception import images, masks
 from perception.config import Config
 from perception.datasets import Dataset, load
 from perception.errors import ActorError, DataError
 from perception.files import write_text
-from perception.images import decode, read
 from perception.registry import find_plugins
 from perception.types import ImageSource, Sample
 
@@ -75,15 +76,14 @@ def load_sets(config: Config) -> dict[str, Dataset]:
 
 
 def survey(name: str, dataset: Dataset, pixels: bool) -> Found:
-    """Every record, read on all cores, in order; with the images' pixels if wanted."""
+    """Every record, read on all cores, in order; with the images' pixels if wanted. Raises ActorError."""
     global _reading
     _reading = dataset, pixels  # forked processes have it without a copy
-    chunks = [range(start, min(start + CHUNK, len(dataset))) for start in range(0, len(dataset), CHUNK)]
-    cores = min(len(os.sched_getaffinity(0)), len(chunks))
+    cores, many = len(os.sched_getaffinity(0)), len(dataset)
     with ProcessPoolExecutor(cores, mp_context=get_context("fork")) as pool:
+        done = pool.map(_read, range(many), chunksize=min(CHUNK, -(-many // cores)))
         try:
-            done = track(pool.map(_read, chunks), f"reading {name}", total=len(chunks), console=Console(stderr=True))
-            return [one for chunk in done for one in chunk]
+            return list(track(done, f"reading {name}", total=many, console=Console(stderr=True)))
         except BrokenProcessPool as error:
             raise ActorError(f"{dataset.path}: a process that read it died, perhaps for want of memory") from error
 
@@ -91,24 +91,24 @@ def survey(name: str, dataset: Dataset, pixels: bool) -> Found:
 _reading: tuple[Dataset, bool]
 
 
-def _read(chunk: range) -> list[Seen | DataError]:
-    return [_seen(*_reading, index) for index in chunk]
-
-
-def _seen(dataset: Dataset, pixels: bool, index: int) -> Seen | DataError:
+def _read(index: int) -> Seen | DataError:
+    dataset, pixels = _reading
     try:
         one = dataset[index]
-        if pixels and (size := _decoded_size(one.image)) != (one.height, one.width):
-            raise DataError(f"{one.image}: {size} pixels where its header says {one.height, one.width}", "size")
+        if pixels and (size := decoded(one.image).shape[:2]) != (one.height, one.width):
+            raise DataError(
+                f"{one.image}: {size} (height, width) decoded, {one.height, one.width} by its header", "size"
+            )
     except DataError as error:
         return error
     return Seen(one.task, one.target.count if "count" in one.target.known else None, one.height, one.width)
 
 
-@lru_cache(maxsize=64)  # questions about one image follow one another
-def _decoded_size(source: ImageSource) -> tuple[int, int]:
+@lru_cache(maxsize=1)  # questions about one image follow one another
+def decoded(source: ImageSource) -> np.ndarray:
+    """(H, W, 3) uint8 RGB. Raises DataError where the image does not decode."""
     try:
-        return decode(read(source)).shape[:2]
+        return images.decode(images.read(source))
     except (DataError, OSError) as error:
         raise DataError(f"{source}: the image is damaged ({error}); replace or remove it", "image") from error
 
@@ -128,7 +128,9 @@ def tabulate(found: Mapping[str, Found]) -> list[tuple[str, ...]]:
 
 
 def _spread(ordered: Sequence[object]) -> str:
-    return f"{ordered[0]} / {ordered[len(ordered) // 2]} / {ordered[-1]}" if ordered else "unknown"
+    if len(set(ordered)) < 2:
+        return str(ordered[0]) if ordered else "unknown"
+    return f"{ordered[0]} / {ordered[len(ordered) // 2]} / {ordered[-1]}"
 
 
 def problems(found: Mapping[str, Found]) -> dict[str, list[str]]:
@@ -142,13 +144,20 @@ def problems(found: Mapping[str, Found]) -> dict[str, list[str]]:
     return lines
 
 
-def draw(dataset: Dataset, samples: int, seed: int) -> Iterator[Sample | DataError]:
-    """A choice of so many records, in the order of the data."""
+def draw(dataset: Dataset, samples: int, seed: int) -> Iterator[tuple[Sample | None, str]]:
+    """A choice of so many records, in the order of the data: a sample and its picture, or None and what is wrong."""
     for index in sorted(np.random.default_rng(seed).permutation(len(dataset))[:samples].tolist()):
         try:
-            yield dataset[index]
+            sample = dataset[index]
+            yield sample, data_uri(decoded(sample.image))
         except DataError as error:
-            yield error
+            yield None, str(error)
+
+
+def page(rows: Sequence[Sequence[str]], bad: Mapping[str, Sequence[str]], drawn: Mapping[str, Sequence]) -> str:
+    """A self-contained page of the table, the problems and what was drawn of each set."""
+    make = {"text": printable, "corners": corner_and_size, "path": lambda rle: outline(masks.decode(rle))}
+    return render("data.html.j2", headings=HEADINGS, rows=rows, problems=bad, sets=drawn, **make)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -165,7 +174,7 @@ def main(words: Sequence[str] | None = None) -> None:
         found = {name: survey(name, one, pixels=given.action == "check") for name, one in sets.items()}
         bad, rows = problems(found), tabulate(found)
         if given.action == "show":
-            table = Table(*HEADINGS)
+            table = Table(*HEADINGS, caption="objects, image size: smallest / median / largest")
             for row in rows:
                 table.add_row(*map(Text, row))
             console.print(table)
@@ -174,7 +183,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if given.action == "check":
             sys.exit(2 if any(bad.values()) else 0)
         drawn = {name: list(draw(one, given.samples, config.run.seed)) for name, one in sets.items()}
-        write_text(given.out, contact_sheet(HEADINGS, rows, bad, drawn))
+        write_text(given.out, page(rows, bad, drawn))
         console.print(f"page: {given.out}", markup=False, highlight=False, soft_wrap=True)
 
 

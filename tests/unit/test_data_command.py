@@ -73,7 +73,7 @@ def test_show_counts_by_task_and_draws_what_was_read(folder: Path, capsys: pytes
     said = capsys.readouterr().out
     rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in said.splitlines() if row.startswith("│")]
     assert rows == [
-        ["train", "count", "1", "0.0%", "3 / 3 / 3", "30x20 / 30x20 / 30x20"],
+        ["train", "count", "1", "0.0%", "3", "30x20"],
         ["train", "segment", "4", "25.0%", "0 / 1 / 2", "30x20 / 30x20 / 60x40"],
     ]
     assert "train: 2 of 7 questions cannot be used (image 1, record 1)" in said
