@@ -97,15 +97,12 @@ def _area(shape: Shape, height: int, width: int, where: str) -> Rle:
         raise DataError(f"{where}: a {shape.kind} has no area; draw a polygon, box, point or mask instead", "truth")
     try:
         part, (left, top) = shape.pixels(height, width), map(round, shape.points[0])
-        below, right = height - top - part.shape[0], width - left - part.shape[1]
-        found = masks.encode(np.pad(part, ((top, below), (left, right))))
+        if not part.any():
+            raise ValueError("no pixel is set")
+        return masks.encode(np.pad(part, ((top, height - top - len(part)), (left, width - left - len(part[0])))))
     except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{where}: the mask cannot be read, or leaves the image ({error}); draw it again", "mask"
-        ) from error
-    if not masks.area(found):
-        raise DataError(f"{where}: the mask has no pixel; draw it again", "mask")
-    return found
+        why = f"the mask cannot be read, or leaves the image ({error}); draw it again"
+        raise DataError(f"{where}: {why}", "mask") from error
 
 
 def turned(points: Sequence[Point], about: Point, degrees: float) -> list[Point]:

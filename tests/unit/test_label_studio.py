@@ -128,7 +128,7 @@ def test_no_damaged_brush_crashes_or_grows(rle: list[int], head: bool) -> None:
         (region("brushlabels", "a", format="rle", rle=brush(MASK)[:-9]), "the mask cannot be read"),
         (region("brushlabels", "a", format="rle", rle=brush(MASK[:9])), "the mask cannot be read"),
         (region("brushlabels", "a", format="rle", rle=["x"]), "the mask cannot be read"),
-        (region("brushlabels", "a", format="rle", rle=brush(MASK & False)), "no pixel"),
+        (region("brushlabels", "a", format="rle", rle=brush(MASK & False)), "no pixel is set"),
         (region("rectanglelabels", "a", **RECTANGLE | {"width": 90.0}), "leaves the 40x20 image"),
         (region("vectorlabels", "a", vertices=[[1, 2]]), "a path has no area"),
         (region("rectanglelabels", "a", **RECTANGLE) | {"image_rotation": 90}, "turn its file"),

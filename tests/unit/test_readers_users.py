@@ -143,7 +143,10 @@ def test_labelme_keeps_the_image_inside_where_its_file_is_missing(tmp_path: Path
             shape("a", "mask", [[28, 0]], mask=base64.b64encode(png(np.ones((3, 3), np.uint8))).decode()),
             "leaves the image",
         ),
-        (shape("a", "mask", [[0, 0]], mask=base64.b64encode(png(np.zeros((3, 3), np.uint8))).decode()), "no pixel"),
+        (
+            shape("a", "mask", [[0, 0]], mask=base64.b64encode(png(np.zeros((3, 3), np.uint8))).decode()),
+            "no pixel is set",
+        ),
         ({"label": "a", "points": [[1]], "shape_type": "point"}, "the annotation cannot be read"),
         ({"label": "a"}, "the annotation cannot be read"),
     ],
