@@ -15,7 +15,8 @@ from learner.rank import LearnerRank
 from learner.weights import WeightSender
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
-from perception.types import Group, LearnerReport, PolicySpec, Trajectory, WeightBucket
+from perception.types import Group, LearnerReport, PolicySpec, Trajectory
+from perception.weights import WeightBucket
 from runtime.actors import ActorPool, Call, Limit, call
 from runtime.placement import Seat
 

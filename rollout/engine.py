@@ -23,7 +23,6 @@ from perception.families import engine_name
 from perception.images import ImageCache
 from perception.types import (
     BANNED_LOGIT,
-    EngineInfo,
     Failure,
     FailureKind,
     Feed,
@@ -34,9 +33,8 @@ from perception.types import (
     SamplingSpec,
     Trajectory,
     Turn,
-    UpdateReport,
-    WeightBucket,
 )
+from perception.weights import EngineInfo, UpdateReport, WeightBucket
 from rollout.death import DeathWatch, EngineDead
 from rollout.update import WeightUpdates
 from runtime.objects import fetch
