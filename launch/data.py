@@ -1,7 +1,7 @@
 """See data before anything is trained on it, or check every record of it.
 
     python -m launch.data show data.format=coco data.train=train.json data.images=pictures --samples 64 --out data.html
-    python -m launch.data check recipe=dr_seg data.train=train.jsonl data.eval=eval.jsonl
+    python -m launch.data check data.format=jsonl data.train=train.jsonl data.eval=eval.jsonl
 
 The settings are those of `launch.train`; where no recipe is named, only the sets that are. Every question, its truth
 and its image's header are read, on all cores; `check` decodes every image, too, and ends with status 2 if anything is
