@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "benchmarks": set(ROOMS),
 }
 PERCEPTION_LIBRARIES = {"PIL", "annotated_types", "cachetools", "cv2", "msgspec", "numpy", "pycocotools", "pydantic"}
-PERCEPTION_LIBRARIES |= {"scipy"}
+PERCEPTION_LIBRARIES |= {"scipy", "yaml"}
 ONLY_IN = {
     "vllm": {"rollout/engine.py", "rollout/worker_extension.py"},
     "sam2": {"reward_workers/segmenter.py"},
