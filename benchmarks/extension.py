@@ -24,7 +24,7 @@ from reward_workers.components import COMPONENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "tests" / "plugin" / "my_perception"
-PRODUCT = ("perception", "runtime", "rollout", "reward_workers", "learner", "launch", "conf")
+PRODUCT = ("perception", "runtime", "rollout", "reward_workers", "learner", "launch", "synthetic", "conf")
 ADDITIONS: dict[str, tuple[str, Registry, str]] = {
     "task": ("task.py", TASKS, "corners"),
     "component": ("component.py", COMPONENTS, "centre_distance"),

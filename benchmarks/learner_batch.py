@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from launch.run.prompts import read_policy_spec
-from launch.warm_start import policies
 from perception.config import ModelConfig
 from perception.types import Group, PolicySpec, Trajectory
+from synthetic import policies
 from tests import builders
 
 TASK = "ground"
@@ -21,7 +21,7 @@ TASK = "ground"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchShape:
     model: str
-    """One of `launch.warm_start.policies.SHAPES`."""
+    """One of `synthetic.policies.SHAPES`."""
     side: int
     """Side of the square images, pixels."""
     prompt_tokens: int

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from benchmarks.common import options, print_result
-from perception.scenes import SceneStyle, ask, generate
+from synthetic.scenes import SceneStyle, ask, generate
 
 ROUNDS = 5
 

@@ -1,4 +1,4 @@
-"""Commands: train, evaluate, sft, world, doctor; their parts in run/, record/, report/, warm_start/."""
+"""Commands: train, evaluate, sft, world, doctor; their parts in run/, record/, report/."""
 
 from runtime.loopback import confine_ray
 

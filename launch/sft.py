@@ -14,10 +14,10 @@ import torch
 
 from launch.run.command_line import command
 from launch.run.config import read_tasks
-from launch.warm_start.policy import SEED_BASE, SEEDS_PER_RUN, WarmStart, train_policy
-from launch.warm_start.segmenter import TOOL_STYLE, train_tool
 from perception.config.fields import Natural, Positive, Rate
-from perception.scenes import stream
+from synthetic.policy import SEED_BASE, SEEDS_PER_RUN, WarmStart, train_policy
+from synthetic.scenes import stream
+from synthetic.segmenter import TOOL_STYLE, train_tool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

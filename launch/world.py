@@ -2,7 +2,7 @@
 
     python -m launch.world [out=data/world] [train=4096] [eval=256] [side=224] [seed=0]
 
-`train.json` and `eval.json` are scenes of one kind, `shifted.json` holds harder ones (`perception.scenes.SHIFTED`), all
+`train.json` and `eval.json` are scenes of one kind, `shifted.json` holds harder ones (`synthetic.scenes.SHIFTED`), all
 from different seeds. The same arguments write the same bytes.
 """
 
@@ -18,7 +18,7 @@ from perception import masks
 from perception.config.fields import Natural, Positive
 from perception.datasets import coco
 from perception.datasets.objects import TrueObject
-from perception.scenes import SHIFTED, WORLD, SceneStyle, ask, generate
+from synthetic.scenes import SHIFTED, WORLD, SceneStyle, ask, generate
 
 SPLITS = {"train": (0, WORLD), "eval": (500_000_000, WORLD), "shifted": (600_000_000, SHIFTED)}
 """First seed and style of each split."""

@@ -37,7 +37,6 @@ from perception.config import (
 from perception.datasets import Dataset, load
 from perception.frames import Frame
 from perception.images import content_key
-from perception.scenes import SceneObject
 from perception.tasks import TASKS
 from perception.types import (
     Answer,
@@ -60,6 +59,7 @@ from perception.types import (
     View,
 )
 from reward_workers.components import Case
+from synthetic.scenes import SceneObject
 
 Box = tuple[float, float, float, float]
 SIDE = 112

@@ -15,9 +15,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from launch.warm_start import policies
-from launch.warm_start.policies import CHAT_TEMPLATE, SPECIAL
 from perception.types import PolicySpec
+from synthetic import policies
+from synthetic.policies import CHAT_TEMPLATE, SPECIAL
 
 IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 

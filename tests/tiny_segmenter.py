@@ -8,9 +8,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from launch.warm_start.segmenter import mini_config
 from perception.config import ModelConfig
 from reward_workers.segmenter import build as build_model
+from synthetic.segmenter import mini_config
 
 
 def build(path: Path) -> ModelConfig:

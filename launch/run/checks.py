@@ -104,7 +104,7 @@ def check_settings(config: Config) -> None:
         lengths = f"{rollout.max_new_tokens=} leaves no room for the prompt in {rollout.max_model_len=}"
         raise UserError(f"{lengths}; raise max_model_len")
     if (shape := config.model.shape) is not None:
-        from launch.warm_start.policies import SHAPES  # imports transformers: seconds
+        from synthetic.policies import SHAPES  # imports transformers: seconds
 
         if shape not in SHAPES:
             raise UserError(f"model.shape={shape}: unknown; there are {', '.join(SHAPES)}")

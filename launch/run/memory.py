@@ -18,7 +18,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from launch.warm_start import policies
 from learner import families
 from learner.head import CHUNK_LOGITS
 from learner.policy import choose_trained
@@ -28,6 +27,7 @@ from rollout.defaults import by_placement
 from runtime.cluster import cluster_address, local_gpus
 from runtime.machine import memory as usable_memory
 from runtime.placement import Role, counts, share
+from synthetic import policies
 
 GIB = 1 << 30
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000

@@ -35,9 +35,9 @@ def _world(data: DataConfig, side: int, say: Callable[[str], None]) -> None:
 
 
 def _random_policy(model: ModelConfig, shape: str, say: Callable[[str], None]) -> None:
-    from launch.warm_start import policies
-    from launch.warm_start.policy import corpus
-    from perception.scenes import SceneStyle
+    from synthetic import policies
+    from synthetic.policy import corpus
+    from synthetic.scenes import SceneStyle
 
     say(f"writing a random-weight policy of shape {shape} to {model.path}")
     tokenizer = policies.make_tokenizer(corpus(SceneStyle(), read_tasks("brief")))

@@ -14,12 +14,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from perception.config import LookConfig, ModelConfig, PlacementConfig, RewardConfig
-from perception.scenes import generate
 from perception.types import FailureKind, Group, LookState, Target
 from reward_workers.pool import RewardPool
 from runtime import objects
 from runtime.actors import ActorError
 from runtime.placement import anywhere
+from synthetic.scenes import generate
 from tests import builders, tiny_segmenter
 from tests.builders import group, image, scene_target, target, trajectory
 

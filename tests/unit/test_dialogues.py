@@ -11,12 +11,12 @@ import pytest
 
 from launch.run.config import read_tasks
 from launch.run.prompts import PromptMaker
-from launch.warm_start import policies
-from launch.warm_start.dialogues import one_look, two_looks
-from launch.warm_start.policy import WarmStart, _Batches, corpus
 from perception.config import LookConfig, ModelConfig
-from perception.scenes import WORLD, ask, generate
 from perception.tasks import TASKS
+from synthetic import policies
+from synthetic.dialogues import one_look, two_looks
+from synthetic.policy import WarmStart, _Batches, corpus
+from synthetic.scenes import WORLD, ask, generate
 
 LOOK = LookConfig()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("benchmarks", "launch", "learner", "perception", "reward_workers", "rollout", "runtime")
+ROOMS = ("benchmarks", "launch", "learner", "perception", "reward_workers", "rollout", "runtime", "synthetic")
 
 MAY_IMPORT = {
     "perception": {"perception"},
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "reward_workers": {"reward_workers", "runtime", "perception"},
     "learner": {"learner", "runtime", "perception"},
     "launch": set(ROOMS) - {"benchmarks"},
+    "synthetic": set(ROOMS) - {"benchmarks"},
     "benchmarks": set(ROOMS),
 }
 PERCEPTION_LIBRARIES = {"PIL", "annotated_types", "cachetools", "cv2", "msgspec", "numpy", "pycocotools", "pydantic"}

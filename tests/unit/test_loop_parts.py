@@ -27,8 +27,8 @@ from perception import masks
 from perception import metric_catalog as catalog
 from perception.config import Config, ModelConfig, TaskConfig
 from perception.errors import UserError
-from perception.scenes import SceneStyle
 from perception.types import FailureKind, Group, ImageHandle, LearnerReport
+from synthetic.scenes import SceneStyle
 from tests import builders
 from tests.builders import candidate, changed, group, lost, measured, sample, target, trajectory, turn, unparsed
 from tests.tiny_policy import build

@@ -12,12 +12,12 @@ from perception import masks, metrics
 from perception.calibration import FEATURES
 from perception.config import LookConfig, ModelConfig, RewardConfig
 from perception.images import decode
-from perception.scenes import Scene, generate
 from perception.types import FailureKind, Group, LookState, Score, Target, Turn, View
 from perception.views import picture_size
 from reward_workers.components import COMPONENTS, Component
 from reward_workers.passes import Pass, confidence_features
 from reward_workers.worker import RewardWorker
+from synthetic.scenes import Scene, generate
 from tests import builders, tiny_segmenter
 from tests.builders import failure, group, image, scene_target, target, trajectory, turn, view
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perception.scenes import Question, Scene, SceneStyle, ask, generate
+from synthetic.scenes import Question, Scene, SceneStyle, ask, generate
 
 CROWDED = SceneStyle(min_objects=3, max_objects=5, relation=0.3, several=0.25, counting=0.15, no_target=0.15)
 

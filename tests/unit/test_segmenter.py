@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from launch.warm_start.segmenter import mini_config, train_tool
-from perception.scenes import generate
 from perception.types import MaskPrompt
 from reward_workers.segmenter import Embedding, Segmentation, Segmenter, _agreement, build, official_config
+from synthetic.scenes import generate
+from synthetic.segmenter import mini_config, train_tool
 from tests.builders import noise
 
 BOXES = np.array([[10, 12, 60, 70], [30, 5, 100, 90], [5, 60, 50, 108]], np.float32)

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorForSeq2Seq
 
 from launch.run.prompts import PromptMaker
-from launch.warm_start import policies
-from launch.warm_start.dialogues import Dialogue, one_look, sample_of, two_looks
 from learner import vision_attention
 from perception.config import LookConfig, ModelConfig, TaskConfig
 from perception.frames import Frame
-from perception.scenes import WORLD, SceneStyle, ask, generate
 from perception.tasks import TASKS
+from synthetic import policies
+from synthetic.dialogues import Dialogue, one_look, sample_of, two_looks
+from synthetic.scenes import WORLD, SceneStyle, ask, generate
 
 SEED_BASE = 1_000_000_000
 """First scene seed of supervised training; data sets on disk use small seeds."""

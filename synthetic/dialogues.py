@@ -10,9 +10,9 @@ from launch.run.prompts import PromptMaker
 from perception import masks, views
 from perception.config import LookConfig
 from perception.frames import Frame, image_to_view
-from perception.scenes import Question, Scene, SceneObject, SceneStyle, ask, generate
 from perception.tasks import TASKS
 from perception.types import Answer, AnswerObject, ImageSource, Sample, Target, View
+from synthetic.scenes import Question, Scene, SceneObject, SceneStyle, ask, generate
 
 _WRONG_OBJECT = 0.15
 """Share of first answers that are about another object."""

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perception.scenes import Scene, SceneStyle
 from reward_workers.segmenter import Segmenter, build, official_config
+from synthetic.scenes import Scene, SceneStyle
 
 TOOL_STYLE = SceneStyle(min_objects=2, max_objects=6, texture=0.4, camouflage=0.1)
 """Crowded scenes: where objects are few, finding any foreground is a shortcut that ignores the prompt."""

@@ -1,1 +1,0 @@
-"""Small models trained from random weights on the synthetic world."""

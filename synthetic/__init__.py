@@ -1,0 +1,1 @@
+"""The synthetic world: scenes, questions about them, and small models trained on it from random weights."""
