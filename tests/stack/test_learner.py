@@ -29,12 +29,12 @@ from learner.weights import WeightSender, weights
 from learner.zero import learning_rate
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
-from perception.types import Group, LearnerReport, PolicySpec
+from perception.types import FailureKind, Group, ImageHandle, ImageSource, LearnerReport, PolicySpec
 from runtime.actors import Late, Limit, call
 from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
-from tests.builders import sampled_group
+from tests.builders import group, lost, prompt, sampled_group, turn
 from tests.fake_gpu import opened, play_ipc
 
 STEPS = 5
@@ -63,6 +63,8 @@ class Outcome:
     stage: int
     fresh: dict[str, Tensor]
     """The same from new processes; ZeRO-2 only, to save time."""
+    failed: tuple[LearnerReport, list[Group], dict[str, float]]
+    """A step of groups that all failed; the KL and the parity of such a group beside one that counts."""
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,14 @@ async def away_and_back(pool: LearnerPool, weights: dict[str, Tensor]) -> None:
                 assert all(torch.equal(weights[name], one) for name, one in (await receive(pool)).items())
 
 
+def failed_group(folder: Path) -> Group:
+    """One whose image is not there, so that engine and reward worker failed all of it."""
+    image = ImageHandle(key="gone", height=56, width=56, ref=ImageSource(path=str(folder / "gone.png")))
+    said = turn("[]", (5, 6), input_ids=(300, 1), images=(image,))
+    about = prompt(token_ids=(300, 1), images=(image,))
+    return group(lost(), lost(FailureKind.SCORER, turns=(said,)), about=about)
+
+
 async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group], folder: Path) -> Outcome:
     pool = make_pool(spec, stage, ranks=ranks)
     await pool.start()
@@ -151,6 +161,8 @@ async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group]
     await pool.update(groups)
     again = await receive(pool)
     colocated = await receive_by_ipc(pool)
+    mixed = [failed_group(folder), groups[0]]
+    failed = await pool.update(mixed[:1] * 2), await pool.with_kl(mixed), await pool.parity(mixed)
     await pool.shutdown()
     fresh = await resume(spec, stage, groups, folder / "checkpoint") if (stage, ranks) == (2, 2) else {}
     return Outcome(
@@ -163,6 +175,7 @@ async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group]
         colocated=colocated,
         stage=stage,
         fresh=fresh,
+        failed=failed,
     )
 
 
@@ -242,6 +255,15 @@ def test_a_checkpoint_goes_on_bit_for_bit(outcome: Outcome) -> None:
         assert torch.equal(outcome.again[name], weight), name
     for name, weight in outcome.fresh.items():
         assert torch.equal(outcome.again[name], weight), name
+
+
+def test_a_step_of_failures_has_no_gradient_and_costs_the_others_nothing(outcome: Outcome) -> None:
+    report, (without, beside), parity = outcome.failed
+    assert (report.metrics[catalog.LOSS], report.metrics[catalog.GRAD_NORM]) == (0.0, 0.0)
+    assert all(np.isfinite(value) for value in report.metrics.values())
+    assert [one.kl for one in without.trajectories] == [None, None]
+    assert all(one.kl is not None and one.kl > 0 for one in beside.trajectories)
+    assert np.isfinite(parity[catalog.LOGPROB_MISMATCH])
 
 
 def test_the_export_loads_in_transformers(outcome: Outcome) -> None:

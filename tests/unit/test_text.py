@@ -23,11 +23,13 @@ from perception.datasets.files import parse
 from perception.errors import DataError
 from perception.grammar import clean, clean_json
 from perception.grammar import load as load_json
+from perception.tasks import TASKS
 from perception.types import ImageSource
 from reward_workers.worker import RewardWorker
 from tests import builders, tiny_policy
 from tests.builders import group, image, lost, noise, png, trajectory
 from tests.fake_run import config
+from tests.hostile_text import completions
 
 HALVES = ["\ud800", "\udfff", "a\udbffz", "\udc00\ud800", "\ud83d\ud83d\ude00"]
 PLAIN = ["", "é 漢字 😀", "\x00", "\u202e", "\ufffd", "\\ud800", "\n\t\"'\\", "\uffff\U0010ffff"]
@@ -100,6 +102,18 @@ def test_an_answer_is_scored_recorded_and_reported(tmp_path: Path, hostile: str,
     assert row["question"] == clean(hostile) and row["image"] == f"{clean(hostile)}.png"
     assert other["failure_detail"] == f"no file {clean(hostile)}"
     assert write_report(recorder.run_dir).read_bytes().decode("utf-8")
+
+
+def test_mutated_completions_can_be_recorded(tmp_path: Path) -> None:
+    """Halves among many other things no one would write, as labels above all."""
+    texts = [one.replace('"point_2d"', f'"label": "{one[:9]}\\udc00", "point_2d"') for one in completions(300, seed=11)]
+    answers = [TASKS["segment"].parse(clean(one)) for one in texts]
+    scores = [builders.score(builders.candidate(answer=one)) for one in answers]
+    made = (trajectory(clean(text), score=score) for text, score in zip(texts, scores, strict=True))
+    rollouts.write(tmp_path / "one.parquet", 1, [group(*made)])
+    found = [row["labels"] for row in rollouts.read(tmp_path / "one.parquet")]
+    assert found == [[item.label for item in one.objects if item.label] for one in answers]
+    assert sum("\ufffd" in label for labels in found for label in labels) > 30
 
 
 @pytest.mark.parametrize("half", [r"\ud83d", r"\udc00x", r"\uD800\uD800"])
