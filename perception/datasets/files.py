@@ -11,6 +11,7 @@ from perception.images import probe
 from perception.types import ImageSource
 
 Model = TypeVar("Model")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class Images:
@@ -33,6 +34,14 @@ class Images:
                 return ImageSource(path=str((folder / name).absolute()))
         tried, cure = " or ".join(map(str, self._folders)), "mend the path, add the file, or set data.images"
         raise DataError(f"{where}: no image {name} in {tried}; {cure}", "image")
+
+
+def files_in(folder: Path, *suffixes: str) -> list[Path]:
+    """The files with these suffixes, by name, without hidden ones. Raises DataError where there is none."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    if not (found := [file for file in files if file.suffix.lower() in suffixes and file.name[0] != "."]):
+        raise DataError(f"{folder}: no {' or '.join(suffixes)} file there; is data.train the folder the reader names?")
+    return found
 
 
 def read_bytes(path: Path) -> bytes:

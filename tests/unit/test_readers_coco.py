@@ -174,9 +174,7 @@ def first(document: dict[str, Any], **changes: Any) -> None:
     [
         pytest.param(lambda d: first(d, bbox=["a", 1, 2, 3]), "image 139, person: ", id="box"),
         pytest.param(lambda d: first(d, segmentation=[[1, 2]]), "image 139, person: ", id="polygon"),
-        pytest.param(
-            lambda d: first(d, category_id=5), "annotation 1 of the list: no category", id="category"
-        ),
+        pytest.param(lambda d: first(d, category_id=5), "annotation 1 of the list: no category", id="category"),
         pytest.param(lambda d: d["annotations"][0].pop("image_id"), "annotation 1 of the list: ", id="no image"),
         pytest.param(lambda d: first(d, image_id=7), "no image has id 7, which annotations name", id="which image"),
         pytest.param(lambda d: d["images"][0].update(height="tall"), "image 139: ", id="image"),
