@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
 from perception import masks
@@ -215,6 +218,46 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         opened(tmp_path / "instances.json")
     with pytest.raises(DataError, match="cannot be read"):
         opened(tmp_path)
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> dict[str, Any]:
+    """Annotations anywhere in two images, in three categories, some of them crowds."""
+    annotations = []
+    for key in range(1, draw(st.integers(1, 8)) + 1):
+        x, y = draw(st.integers(0, W - 2)), draw(st.integers(0, H - 2))
+        across, down = draw(st.integers(1, W - x)), draw(st.integers(1, H - y))
+        crowd = draw(st.integers(0, 1))
+        zeros = [x * H + y, *[down, H - down] * (across - 1), down]
+        corners = [x, y, x + across, y, x + across, y + down, x, y + down]
+        runs = {"size": [H, W], "counts": [*zeros, H * W - sum(zeros)]}
+        image, category = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+        shape = {"segmentation": runs if crowd else [corners], "bbox": [x, y, across, down]}
+        annotations.append(entry(key, image, category, iscrowd=crowd, **shape))
+    names = [{"id": key, "name": f"name {key}", "supercategory": "all"} for key in (1, 2, 3)]
+    return {"images": [picture(1), picture(2)], "annotations": annotations, "categories": names}
+
+
+@settings(max_examples=40, deadline=None)
+@given(document=documents())
+def test_any_file_is_read_as_pycocotools_reads_it(document: dict[str, Any], tmp_path_factory: Any) -> None:
+    path = write(tmp_path_factory.mktemp("coco"), document)
+    coco = COCO(str(path))
+    asked = {}
+    for image, category in itertools.product((1, 2), (1, 2, 3)):
+        if whole := coco.getAnnIds(imgIds=image, catIds=category, iscrowd=False):
+            crowds = coco.getAnnIds(imgIds=image, catIds=category, iscrowd=True)
+            asked[f"{image}:name {category}"] = [
+                np.array([coco.annToMask(coco.anns[key]) for key in keys], bool).reshape(-1, H, W)
+                for keys in (whole, crowds)
+            ]
+    samples = by_id(opened(path)) if asked else {}
+    assert samples.keys() == asked.keys()
+    for key, (whole, crowds) in asked.items():
+        target = samples[key].target
+        assert np.array_equal([masks.decode(mask) for mask in target.masks], whole)
+        assert target.complete == (not len(crowds)) == (target.ignore is None)
+        assert target.ignore is None or np.array_equal(masks.decode(target.ignore), crowds.any(0))
 
 
 # ---------------------------------------------------------------- expressions
