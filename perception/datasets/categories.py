@@ -47,7 +47,7 @@ def all_instances(
     crowds = [item.mask or _rectangle(item.box, *frame[:2]) for item, crowd in items if crowd]
     ignore = masks.union(crowds, *frame[:2]) if crowds else None
     objects = [item for item, crowd in items if not crowd]
-    return target(objects, *frame, complete=complete and not crowds, ignore=ignore)
+    return target(objects, *frame, complete=(complete or not items) and not crowds, ignore=ignore)
 
 
 def labelled(source: ImageSource, void: int, counted: bool, name: str, instances: Instances, *frame: *Frame) -> Target:

@@ -261,7 +261,8 @@ def test_open_images_masks_are_brought_to_the_image_size(tmp_path: Path, picture
     row = f'{name},0001eeaf4aed83f9,/m/011k07,9a041d52,0.333333,1.0,0.0,1.0,0.86864,"0.95498 0.65197 1;0.8 0.6 0"'
     path = tmp_path / "validation-annotations-object-segmentation.csv"
     path.write_text(f"{header}\n{row}\n")
-    (sample,) = opened("open_images", path, pictures, **options).values()
+    sample, man = opened("open_images", path, pictures, **options, absent=1).values()
+    assert man.question == "Man" and man.target.count == 0 and man.target.complete  # verified, whatever has a mask
     assert pixels(sample.target.masks[0]) == [[0, 0, 0, 0, 1, 1]] * 2 + [[0, 0, 1, 1, 1, 1]] * 2
     assert sample.target.boxes[0] == pytest.approx([2, 0, 6, 4], abs=1e-4)
     assert "count" not in sample.target.known  # not every box has a mask
