@@ -14,7 +14,6 @@ from perception import metric_catalog as catalog
 from perception.types import (
     Answer,
     Candidate,
-    EngineInfo,
     Group,
     LearnerReport,
     LookState,
@@ -25,6 +24,7 @@ from perception.types import (
     Turn,
     VersionSpan,
 )
+from perception.weights import EngineInfo
 
 UNIT_S = 0.2
 GENERATE, SCORE, LEARN = 3, 1, 2

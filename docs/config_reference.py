@@ -1,4 +1,4 @@
-"""Writes docs/config.md, every setting of `perception/config.py`: `python docs/config_reference.py`, or `make docs`."""
+"""Writes docs/config.md, every setting of `perception/config/`: `python docs/config_reference.py`, or `make docs`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from perception import config  # noqa: E402
 PAGE = ROOT / "docs" / "config.md"
 HEAD = """# Settings
 
-Made by `make docs` from `perception/config.py`. Any of them can be given on the command line by its dotted name
+Made by `make docs` from `perception/config/`. Any of them can be given on the command line by its dotted name
 (`learner.lr=2e-5`); groups and recipes under `conf/` give several at once. What has no default must be given.
 """
 NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "anything", NoneType: "null"}
@@ -32,7 +32,8 @@ BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", ">="), Le: ("le", "<=")}
 def sentences() -> dict[tuple[str, str], str]:
     """By class and field: what stands under the field, or under the fields whose last one it is."""
     found = {}
-    for kind in ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body:
+    modules = sorted(Path(config.__file__).parent.glob("*.py"))
+    for kind in (kind for one in modules for kind in ast.parse(one.read_text(encoding="utf-8")).body):
         waiting = []
         for node in kind.body if isinstance(kind, ast.ClassDef) else ():
             if isinstance(node, ast.AnnAssign):

@@ -16,7 +16,7 @@ from launch.run.command_line import command
 from launch.run.config import read_tasks
 from launch.warm_start.policy import SEED_BASE, SEEDS_PER_RUN, WarmStart, train_policy
 from launch.warm_start.segmenter import TOOL_STYLE, train_tool
-from perception.config import Natural, Positive, Rate
+from perception.config.fields import Natural, Positive, Rate
 from perception.scenes import stream
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from launch.run.command_line import command
 from perception import masks
-from perception.config import Natural, Positive
+from perception.config.fields import Natural, Positive
 from perception.datasets import coco
 from perception.datasets.objects import TrueObject
 from perception.scenes import SHIFTED, WORLD, SceneStyle, ask, generate

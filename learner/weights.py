@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from learner.zero import full_shape, gathered
 from perception.config import LearnerConfig
-from perception.types import WeightBucket
+from perception.weights import WeightBucket
 from runtime.weights import (
     Broadcast,
     checksum,

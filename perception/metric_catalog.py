@@ -83,6 +83,7 @@ SAMPLES_PER_S = _metric("throughput/samples_per_s", "trajectories / s")
 SAM_CACHE_HITS = _metric("throughput/sam_cache_hits", "SAM2 cache hits")  # share of groups
 STALENESS = _metric("pipeline/staleness", "oldest", "Staleness of the rollouts", "policy versions behind the learner")
 RESAMPLED = _metric("pipeline/resampled", "groups sampled again because they were too old")
+LEFT_OUT = _metric("data/left_out", "records left out so far", "Records left out", "records")  # by `on_bad_record`
 # Policy update
 LOSS = _metric("policy/loss", "loss")
 ENTROPY = _metric("policy/entropy", "entropy", "Entropy", "nats per token", smooth=True)
@@ -137,6 +138,11 @@ def component(name: str) -> str:
 def failure(kind: FailureKind) -> str:
     """Share of a step's trajectories that failed in this way."""
     return FAILURE_PREFIX + kind.value
+
+
+def left_out(reason: str) -> str:
+    """Records of the training set that were left out so far for this reason."""
+    return f"{LEFT_OUT}_{reason}"
 
 
 # ---------------------------------------------------------------- held-out evaluation; W&B shows it under `eval/`

@@ -36,9 +36,12 @@ def open_table(path: str, split: str = "") -> Any:
         if split not in found and len(found) > 1:
             raise DataError(f"{path}: no split {split!r}; set data.options.split to one of {', '.join(found)}")
         found = found.get(split, next(iter(found.values())))
-    images = [name for name, kind in found.features.items() if isinstance(kind, datasets.Image)]
-    for name in images:
-        found = found.cast_column(name, datasets.Image(decode=False))
+    encoded = datasets.Image(decode=False)
+    for name, kind in found.features.items():
+        if isinstance(kind, datasets.Image):
+            found = found.cast_column(name, encoded)
+        elif isinstance(getattr(kind, "feature", None), datasets.Image):
+            found = found.cast_column(name, datasets.List(encoded))
     return found
 
 

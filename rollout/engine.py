@@ -20,10 +20,10 @@ from PIL import Image
 from perception.config import RolloutConfig
 from perception.errors import UserError
 from perception.families import engine_name
+from perception.grammar import clean
 from perception.images import ImageCache
 from perception.types import (
     BANNED_LOGIT,
-    EngineInfo,
     Failure,
     FailureKind,
     Feed,
@@ -34,9 +34,8 @@ from perception.types import (
     SamplingSpec,
     Trajectory,
     Turn,
-    UpdateReport,
-    WeightBucket,
 )
+from perception.weights import EngineInfo, UpdateReport, WeightBucket
 from rollout.death import DeathWatch, EngineDead
 from rollout.update import WeightUpdates
 from runtime.objects import fetch
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 
 EnginePart = Literal["weights", "kv_cache"]
 """A part of the engine that may be away from the GPU."""
-_DECODED_IMAGES = 32
 _SHUTDOWN_TIMEOUT_S = 1.0
 _NEXT_TO_NOTHING = 0.01
 _VISION_TOWERS = ("*visual*", "*vision_*")
@@ -147,7 +145,7 @@ class RolloutEngine:
         self._policy = policy
         self._config, self._sleeps = config, sleeps
         os.environ.update(environment(device, threads))  # the actor owns its process
-        self._images = ImageCache(fetch=fetch, capacity=_DECODED_IMAGES)
+        self._images = ImageCache(fetch)
         self._decoder = ThreadPoolExecutor(max_workers=1)  # one, so that no image is decoded twice at once
         self._ids = itertools.count()
 
@@ -268,7 +266,7 @@ class RolloutEngine:
             token_ids=ids,
             logprobs=tuple(logprobs.logprobs),
             versions=self._updates.spans(request.request_id, completion),
-            text=str(self._tokenizer.decode(list(ids), skip_special_tokens=True)),
+            text=clean(str(self._tokenizer.decode(list(ids), skip_special_tokens=True))),
             finish_reason=completion.finish_reason or "unfinished",
             view=feed.view,
             prompt_tokens=len(request.prompt_token_ids or ()),

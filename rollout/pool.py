@@ -9,18 +9,8 @@ import ray
 
 from perception.config import PlacementConfig, RolloutConfig
 from perception.errors import ActorError
-from perception.types import (
-    EngineInfo,
-    Feed,
-    Group,
-    PolicySpec,
-    Prompt,
-    SamplingSpec,
-    Trajectory,
-    Turn,
-    UpdateReport,
-    WeightBucket,
-)
+from perception.types import Feed, Group, PolicySpec, Prompt, SamplingSpec, Trajectory, Turn
+from perception.weights import EngineInfo, UpdateReport, WeightBucket
 from rollout.defaults import by_placement
 from rollout.engine import EngineDead, EnginePart, RolloutEngine, failed_group, failed_trajectory
 from runtime.actors import ActorPool, Call, Late, Limit, Slot, call, idlest

@@ -9,7 +9,8 @@ from typing import Any
 import ray
 
 from perception.config import RolloutConfig
-from perception.types import UpdateReport, VersionSpan, WeightBucket
+from perception.types import VersionSpan
+from perception.weights import UpdateReport, WeightBucket
 from rollout.death import DeathWatch
 from runtime.weights import shared_file, total
 

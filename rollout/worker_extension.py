@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from perception.types import TensorSlot
+from perception.weights import TensorSlot
 from runtime.weights import Inbox, shard_sum, total
 
 _PR_SET_PDEATHSIG = 1

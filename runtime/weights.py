@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from perception.types import TensorSlot, WeightBucket
+from perception.weights import TensorSlot, WeightBucket
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ALIGNMENT = 16

@@ -34,6 +34,7 @@ from perception.config import (
     TaskConfig,
     WandbConfig,
 )
+from perception.datasets import Dataset, load
 from perception.frames import Frame
 from perception.images import content_key
 from perception.scenes import SceneObject
@@ -283,7 +284,13 @@ def case(text: str, truth: Target | None = None, side: int = SIDE, **changes: An
     return Case(**plain | changes)
 
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- settings, data sets
+
+
+def dataset(path: Path, form: str = "", **changes: Any) -> Dataset:
+    """What is at `path`, read as `form`: by default coco for a .json and jsonl for a .jsonl; `changes` of `data`."""
+    kind = form or {".json": "coco"}.get(path.suffix, path.suffix[1:])
+    return load(DataConfig(**{"format": kind, "train": str(path), "eval": str(path)} | changes), str(path))
 
 
 def config(output: Path | str = "runs", name: str = "quickstart", **rooms: Any) -> Config:

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from perception.types import PolicySpec, Prompt, TensorSlot, WeightBucket
+from perception.types import PolicySpec, Prompt
+from perception.weights import TensorSlot, WeightBucket
 from tests import builders
 from tests.tiny_policy import IMAGE_TOKENS
 

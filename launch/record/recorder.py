@@ -30,7 +30,7 @@ class Recorder(AbstractContextManager):
         self._lock = run_directory.lock(self.run_dir)
         if resume_step is not None:
             run_directory.forget_after(self.run_dir, resume_step)
-        self._kept = config.run.rollouts_kept
+        self._kept, self._every = config.run.rollouts_kept, config.run.rollouts_every
         settings: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
         self._write_settings(settings, resume_step)
         self._wandb = WandbSink(config.wandb, self.run_dir, settings)
@@ -62,7 +62,8 @@ class Recorder(AbstractContextManager):
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         with (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
-        if kept := groups[: self._kept]:
+        wanted = phase == "eval" or step % self._every == 0
+        if wanted and (kept := groups[: self._kept]):
             rollouts.write(self.run_dir / run_directory.ROLLOUTS / f"{phase}-{step:06d}.parquet", step, kept)
 
     def _write_settings(self, settings: dict[str, Any], resume_step: int | None) -> None:

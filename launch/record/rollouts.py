@@ -1,11 +1,11 @@
 """Rollouts as a parquet table: one row per trajectory, readable by pandas, DuckDB and the Hugging Face viewer.
 
-Coordinates are in pixels of the original image; masks are COCO run-length counts over (height, width). Every row shows
-its image, whose bytes lie in the file once: the column is dictionary-encoded. A trajectory of several passes has one
-entry of `passes` for each; the other columns describe the kept one.
+Coordinates are in pixels of the original image; masks are COCO run-length counts over (height, width). `picture` names
+the image in `pictures/` beside the table, where each lies once per run, no larger than a report shows it; `image` says
+where the image itself came from. A trajectory of several passes has one entry of `passes` for each; the other columns
+describe the kept one.
 """
 
-import json
 from collections.abc import Sequence
 from itertools import repeat
 from pathlib import Path
@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perception import images
+from perception.errors import DataError
 from perception.files import replacing
+from perception.grammar import clean
 from perception.types import Candidate, Group, Sample, Trajectory, Turn
 
 _COORDINATES = pa.list_(pa.list_(pa.float32()))
@@ -38,7 +40,8 @@ SCHEMA = pa.schema(
         ("index", pa.int32()),
         ("task", pa.string()),
         ("question", pa.string()),
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("image", pa.string()),
+        ("picture", pa.string()),  # null: it could not be read
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("text", pa.string()),
@@ -59,37 +62,52 @@ SCHEMA = pa.schema(
         ("truth_boxes", _COORDINATES),
         ("truth_points", _COORDINATES),
         ("truth_masks", pa.list_(pa.string())),
-    ],
-    metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
+    ]
 )
 _UNANSWERED: dict[str, Any] = {"text": "", "boxes": [], "points": []}
-_WHOLE_FILE = 1 << 30  # a dictionary of any size: the point is to hold each image once
+_PICTURES = "pictures"
+_SIDE = 1024  # pixels; a report shows less
 
 
 def write(path: Path, step: int, groups: Sequence[Group]) -> None:
     """Write groups to `path`, whole or not at all."""
     rows = []
     for group in groups:
-        shared = _group_columns(step, group.prompt.sample)
+        shared = _group_columns(step, group.prompt.sample, path.parent)
         rows += [shared | _trajectory_columns(trajectory) for trajectory in group.trajectories]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch:
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        pq.write_table(table, scratch, compression="zstd", dictionary_pagesize_limit=_WHOLE_FILE)
+        pq.write_table(table, scratch, compression="zstd")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of one file, columns as in SCHEMA, `metrics` as a dict."""
-    return pq.read_table(path).to_pylist(maps_as_pydicts="strict")
+    """The rows of one file, columns as in SCHEMA, `metrics` as a dict, `picture` as a path."""
+    rows = pq.read_table(path).to_pylist(maps_as_pydicts="strict")
+    return [row | {"picture": path.parent / row["picture"] if row["picture"] else None} for row in rows]
 
 
-def _group_columns(step: int, sample: Sample) -> dict[str, Any]:
+def _store_picture(sample: Sample, folder: Path) -> str | None:
+    name = f"{_PICTURES}/{images.source_key(sample.image)[:32]}"
+    if not (folder / name).is_file():
+        try:
+            data = images.preview(images.read(sample.image), _SIDE)
+        except (OSError, DataError):
+            return None  # its trajectories say what failed
+        (folder / _PICTURES).mkdir(parents=True, exist_ok=True)
+        with replacing(folder / name) as scratch:
+            scratch.write_bytes(data)
+    return name
+
+
+def _group_columns(step: int, sample: Sample, folder: Path) -> dict[str, Any]:
     return {
         "step": step,
         "sample_id": sample.id,
         "task": sample.task,
         "question": sample.question,
-        "image": {"bytes": images.read(sample.image), "path": str(sample.image)},
+        "image": clean(str(sample.image)),
+        "picture": _store_picture(sample, folder),
         "height": sample.height,
         "width": sample.width,
         "truth_boxes": sample.target.boxes.tolist(),
@@ -116,7 +134,7 @@ def _trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
         "metrics": dict(score.metrics) if score else {},
         "confidence": score.best.confidence if score else 0.0,
         "failure": failure.kind.value if failure else None,
-        "failure_detail": failure.detail if failure else None,
+        "failure_detail": clean(failure.detail) if failure else None,
         "labels": [one.label for one in score.best.answer.objects if one.label] if score else [],
     }
 

@@ -55,7 +55,7 @@ def show(run_dir: Path) -> None:
     summary = json.loads((run_dir / run_directory.SUMMARY).read_text())
     before, after = summary["before"], summary["after"]
     title = f"{summary['steps']} GRPO steps, {summary['seconds']:.0f} s, {samples(after)} held-out samples"
-    table = Table(title=title)
+    table = Table(title=title, caption=f"data: {summary['data']}" if "data" in summary else None)
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="right" if heading else "left")
     for one in changes(before, after):
@@ -63,4 +63,6 @@ def show(run_dir: Path) -> None:
     console.print(table)
     if restarts := {role: count for role, count in summary["restarts"].items() if count}:
         console.print("restarted " + ", ".join(f"{role} {count}x" for role, count in restarts.items()))
+    if left_out := summary.get("left_out"):
+        console.print("left out " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()) + " records")
     console.print(f"policy   {run_dir / 'policy'}", soft_wrap=True)

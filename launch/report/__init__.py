@@ -15,13 +15,13 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, Template
 
 from launch.record import rollouts, run_directory
 from launch.record.summary import changes
 from launch.report import charts
 from launch.report.curves import Record, curves
 from launch.report.gallery import Picture, Row, pictures
+from launch.report.page import asset, render
 from perception import metric_catalog as catalog
 from perception.errors import UserError
 from perception.files import write_text
@@ -53,11 +53,9 @@ def write_report(run_dir: Path) -> Path:
     reward = config["reward"]
     draw: Draw = partial(pictures, reward=reward, pixels=config["look"]["pixels"])
     pairs, training, failed = _pairs(run_dir, draw), _training(run_dir, draw), _failed(run_dir, draw)
-    script = _asset("report.js")
-    template = Template(
-        _asset("report.html.j2"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = template.render(
+    script = asset("report.js")
+    page = render(
+        "report.html.j2",
         run=run_dir.resolve().name,
         config=dict(_flat(config)),
         environment=dict(_flat(_json(run_dir / run_directory.ENVIRONMENT))),
@@ -73,17 +71,11 @@ def write_report(run_dir: Path) -> Path:
         failures=failures,
         failed=failed,
         looked_again=any(one.passes for shown in chain(*pairs, training, failed) for one in shown.attempts),
-        style=_asset("report.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
     write_text(run_dir / run_directory.REPORT, page)
     return run_dir / run_directory.REPORT
-
-
-def _asset(name: str) -> str:
-    """A file of this package."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -39,12 +40,13 @@ def outline(mask: np.ndarray) -> str:
     )
 
 
-def decoded(encoded: bytes) -> np.ndarray | None:
-    """Pixels as the policy gets them, (H, W, 3) RGB; None where the bytes do not decode."""
+def decoded(picture: Path | None, height: int, width: int) -> np.ndarray | None:
+    """(height, width, 3) RGB of an image that was stored no larger than needed; None where it cannot be read."""
     try:
-        return images.decode(encoded)
-    except DataError:
+        image = images.decode(picture.read_bytes()) if picture else None
+    except (DataError, OSError):
         return None
+    return image if image is None or image.shape[:2] == (height, width) else cv2.resize(image, (width, height))
 
 
 def data_uri(image: np.ndarray) -> str:

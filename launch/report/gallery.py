@@ -87,7 +87,7 @@ def breakdown(row: Row, reward: Mapping[str, Any]) -> list[Part]:
 
 def _picture(rows: list[Row], reward: Mapping[str, Any], pixels: int) -> Picture:
     head = rows[0]
-    image = decoded(head["image"]["bytes"])
+    image = decoded(head["picture"], head["height"], head["width"])
     attempts = [_attempt(row, reward, image, pixels) for row in rows]
     return Picture(
         **{name: head[name] for name in ("step", "sample_id", "task", "height", "width")},

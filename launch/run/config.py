@@ -1,6 +1,6 @@
 """From the command line to a typed `Config`: Hydra composes `conf/` over the typed defaults, pydantic checks them.
 
-The dataclasses of `perception/config.py` enter Hydra as plain mappings, "???" where they have no default (its
+The dataclasses of `perception/config/` enter Hydra as plain mappings, "???" where they have no default (its
 structured configs refuse `Literal` and frozen classes); a field that is a mapping takes new keys without a `+`.
 """
 

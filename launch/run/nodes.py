@@ -22,7 +22,7 @@ def check_kept(output: str) -> None:
 
 
 def check_nodes(nodes: Iterable[str], models: Mapping[str, str], run_dir: Path | None, limit_s: float) -> None:
-    """Let every node, by its id, look for the models, by their setting, and for a new file in the run's directory.
+    """Let every node, by its id, look for models and data, by their setting, and for a new file in the run's directory.
 
     Raises UserError naming the first node that misses one, or has not answered within `limit_s`.
     """

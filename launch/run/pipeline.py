@@ -58,7 +58,7 @@ class Pipeline:
         self._system, self._cursor, self.ledger = system, cursor, ledger
         config = system.config
         self._prompts, self._staleness = config.algorithm.prompts_per_step, config.pipeline.max_staleness
-        self._kept = config.run.rollouts_kept
+        self._kept, self._every = config.run.rollouts_kept, config.run.rollouts_every
         self._sampling = sampled(config.algorithm.group_size, config.rollout)
         self._ahead: deque[_Ahead] = deque()
         self._step = self._places = 0
@@ -100,7 +100,8 @@ class Pipeline:
 
     def _start(self, ticket: Ticket) -> None:
         (sample,) = self._cursor.next(1)
-        want_masks = len(self._ahead) % self._prompts < self._kept
+        ahead, place = divmod(len(self._ahead), self._prompts)
+        want_masks = place < self._kept and (self._step + ahead) % self._every == 0
         task = asyncio.create_task(self._rollout(ticket, sample, want_masks))
         self._ahead.append(_Ahead(ticket, sample, want_masks, task))
 

@@ -14,6 +14,7 @@ from launch.run.batch import Batch, next_batch
 from launch.run.calibrate import calibrate
 from launch.run.parity import parity_gate
 from launch.run.pipeline import Pipeline
+from launch.run.samples import left_out
 from launch.run.state import RunState
 from launch.run.step_metrics import look_metrics, step_metrics
 from launch.run.system import Sync, System
@@ -36,7 +37,7 @@ class Session:
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by Ctrl-C and SIGTERM."""
     checked: bool = False
-    """The first batch has passed the parity gate."""
+    """A batch has passed the parity gate."""
 
     def pipeline(self) -> Pipeline:
         return Pipeline(self.system, self.state.cursor, self.state.ledger)
@@ -49,9 +50,9 @@ class Session:
                 return
 
     async def next_batch(self, scored: Pipeline, step: int) -> Batch:
-        """Ranked, rewarded, advantaged. The first one must pass the parity gate."""
+        """Ranked, rewarded, advantaged. The first one that holds anything must pass the parity gate."""
         batch = await next_batch(scored, step, self.config, self.system.learner, self.state.ranks)
-        if not self.checked:
+        if not self.checked and any(one.learnable for group in batch.groups for one in group.trajectories):
             await parity_gate(self.system, batch.groups, self.progress)
             self.checked = True
         return batch
@@ -70,6 +71,9 @@ class Session:
         if self.state.ranks is not None:
             self.state.ranks.flush()
         metrics = step_metrics(step, batch, report, sync) | {catalog.RESAMPLED: float(scored.resampled)}
+        if skipped := left_out(self.samples):
+            metrics |= {catalog.LEFT_OUT: float(sum(skipped.values()))}
+            metrics |= {catalog.left_out(reason): float(count) for reason, count in skipped.items()}
         metrics |= self._learn_to_look(batch)
         self.recorder.step(step, metrics, batch.groups)
         self.progress.step(step, metrics)
@@ -104,7 +108,8 @@ class Session:
             if not self.stop.is_set():
                 after = await self.assess("evaluating the trained policy")
                 await self.system.export(self.recorder.run_dir.resolve() / "policy")
-                self.recorder.summary(self.state.summary(after, self.system.restarts))
+                summary = self.state.summary(after, self.system.restarts)
+                self.recorder.summary(summary | {"left_out": left_out(self.samples)})
         finally:
             self.progress.phase("shutting down")
             await self.system.shutdown()

@@ -57,7 +57,9 @@ class System:
             files["model.segmenter"] = str(Path(model.segmenter).resolve())
             model = replace(model, segmenter=files["model.segmenter"])
         if cluster_address() is not None:
-            check_nodes(self._reservation.nodes, files, run_dir, config.placement.start_timeout_s)
+            data = {"data.train": config.data.train, "data.eval": config.data.eval, "data.images": config.data.images}
+            read = {key: str(Path(path).resolve()) for key, path in data.items() if path and Path(path).exists()}
+            check_nodes(self._reservation.nodes, files | read, run_dir, config.placement.start_timeout_s)
         seats, deterministic = self._reservation.seats, config.run.deterministic
         # What vLLM computes beside a sequence changes the last bits of its log-probs; alone, it always gets the same.
         rollout = replace(config.rollout, max_num_seqs=1) if deterministic else config.rollout

@@ -18,7 +18,8 @@ import torch
 from learner.pool import LearnerPool
 from learner.weights import WeightSender, weights
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig, RolloutConfig
-from perception.types import SamplingSpec, UpdateReport, WeightBucket
+from perception.types import SamplingSpec
+from perception.weights import UpdateReport, WeightBucket
 from rollout.pool import RolloutPool
 from runtime.actors import ActorError
 from runtime.placement import anywhere

@@ -16,7 +16,8 @@ import pytest
 import pytest_asyncio
 import ray
 
-from perception.types import Group, SamplingSpec, WeightBucket
+from perception.types import Group, SamplingSpec
+from perception.weights import WeightBucket
 from rollout.pool import RolloutPool
 from runtime.actors import ActorError
 from runtime.placement import anywhere

@@ -6,9 +6,13 @@ import os
 import subprocess
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from tests.builders import noise, png, rectangle
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,3 +26,18 @@ def no_process() -> Iterator[None]:
         patch.setattr(os, "fork", refuse)
         patch.setattr(os, "posix_spawn", refuse)
         yield
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An image a.png and a mask mask.png, 30 wide and 20 high, and a broken one of each kind."""
+    data = png(noise(0, 20, 30))
+    (tmp_path / "a.png").write_bytes(data)
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "corrupt.png").write_bytes(b"\x89PNG and then nothing")
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "large.png").write_bytes(png(np.zeros((40, 40), np.uint8)))
+    (tmp_path / "mask.png").write_bytes(png(rectangle(5, 5, 15, 10, 20, 30).astype(np.uint8) * 255))
+    (tmp_path / "small_mask.png").write_bytes(png(np.ones((10, 15), np.uint8)))
+    (tmp_path / "black.png").write_bytes(png(np.zeros((20, 30), np.uint8)))
+    return tmp_path

@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 
 from perception import masks
-from perception.config import DataConfig
-from perception.datasets import coco, load
+from perception.datasets import coco
 from perception.datasets.objects import TrueObject
-from tests.builders import noise, png, rectangle
+from tests.builders import dataset, noise, png, rectangle
 
 H, W = 20, 30
 
 
-def record(seed: int) -> coco.Record:
+def record(seed: int) -> coco.Scene:
     rng = np.random.default_rng(seed)
     boxes = [(int(x), int(y), int(x) + 6, int(y) + 5) for x, y in rng.integers(0, 14, (seed % 3, 2))]
     shapes = [masks.encode(rectangle(*box, H, W)) for box in boxes]
-    return coco.Record(
+    return coco.Scene(
         image=png(noise(rng, H, W)),
         height=H,
         width=W,
@@ -35,15 +34,11 @@ def record(seed: int) -> coco.Record:
     )
 
 
-def data(path: Path) -> DataConfig:
-    return DataConfig(format="coco", train=str(path), eval=str(path))
-
-
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "data" / "train.json"
     records = [record(seed) for seed in range(7)]
     assert coco.write(path, iter(records)) == 7
-    samples = load(data(path), "eval")
+    samples = dataset(path)
     assert [sample.id for sample in samples] == [str(i) for i in range(1, 8)]
     for written, sample in zip(records, samples, strict=True):
         assert (sample.question, sample.task) == (written.question, written.task)
@@ -51,7 +46,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         assert sample.target.boxes.tolist() == [list(item.box or ()) for item in written.objects]
         assert sample.target.points.tolist() == [list(item.point or ()) for item in written.objects]
         assert sample.target.masks == tuple(item.mask for item in written.objects)
-    again = load(data(path), "train")
+    again = dataset(path)
     for one, other in zip(samples, again, strict=True):
         assert np.array_equal(one.target.boxes, other.target.boxes)
         assert np.array_equal(one.target.points, other.target.points)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import data
 from launch.run import checks, memory
 from launch.run.command_line import parse
 from launch.run.config import compose
@@ -108,6 +109,8 @@ def program(module: str, arguments: Sequence[str], patch: pytest.MonkeyPatch) ->
                 compose([])
         case "launch.train" | "launch.evaluate", _:
             run(arguments, patch)
+        case "launch.data", ["show" | "check", *words]:
+            data.settings([word for word in words if "=" in word])
         case "launch.world", _:
             parse(World, arguments)
         case "launch.sft", _:

@@ -20,7 +20,8 @@ from docs import config_reference
 from launch.run.command_line import command, parse, valid_keys
 from launch.run.config import CONF, compose, defaults, entry
 from launch.world import World
-from perception.config import Config, EcdfConfig, Positive, TaskConfig
+from perception.config import Config, EcdfConfig, TaskConfig
+from perception.config.fields import Positive
 from perception.errors import UserError
 
 GROUPS = ("model", "data", "task", "look", "reward", "algorithm", "placement")

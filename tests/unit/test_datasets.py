@@ -1,11 +1,13 @@
-"""Guards the readers: what is on disk is what a sample says, and every fault is one line naming where and what."""
+"""Guards data sets: records are listed, samples read and checked when drawn; readers by name; hostile segmentations."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,240 +15,209 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from perception import masks
 from perception.config import DataConfig
-from perception.datasets import READERS, coco, jsonl, load
-from perception.datasets.files import Images
-from perception.datasets.objects import read_segmentation
-from perception.errors import DataError, UserError
-from perception.types import Sample
-from tests import builders
-from tests.builders import noise, png, rectangle
+from perception.datasets import READERS, load, stated
+from perception.datasets.objects import TrueObject, read_segmentation
+from perception.datasets.records import Record
+from perception.errors import DataError, SkippedRecordError, UserError
+from perception.types import ImageSource, Sample
+from tests.builders import dataset, noise
 
 H, W = 20, 30
 
 
-def config(path: Path, **changes: Any) -> DataConfig:
-    kind = "coco" if path.suffix == ".json" else "jsonl"
-    return DataConfig(**{"format": kind, "train": str(path), "eval": str(path)} | changes)
+def lines(folder: Path, *names: str) -> Path:
+    """One question about each of these images, of which the box is known."""
+    path = folder / "mine.jsonl"
+    written = [{"image": name, "question": "the red car", "boxes": [[5, 5, 15, 10]]} for name in names]
+    path.write_text("\n".join(map(json.dumps, written)), encoding="utf-8")
+    return path
+
+
+def record(**changes: Any) -> Record:
+    plain: dict[str, Any] = {"id": "1", "image": "a.png", "question": "q", "task": "segment", "truth": (), "place": "x"}
+    return Record(**plain | changes)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """An image a.png of 30x20, and a broken one of each kind."""
-    data = png(noise(0, H, W))
-    (tmp_path / "a.png").write_bytes(data)
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "corrupt.png").write_bytes(b"\x89PNG and then nothing")
-    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    (tmp_path / "large.png").write_bytes(png(np.zeros((40, 40), np.uint8)))
-    (tmp_path / "mask.png").write_bytes(png(rectangle(5, 5, 15, 10, H, W).astype(np.uint8) * 255))
-    (tmp_path / "small_mask.png").write_bytes(png(np.ones((10, 15), np.uint8)))
-    (tmp_path / "black.png").write_bytes(png(np.zeros((H, W), np.uint8)))
-    return tmp_path
+def listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Records of one's own, as the data set `mine` in the folder."""
+
+    def listed(*records: Record, **changes: Any) -> Any:
+        monkeypatch.setitem(READERS._entries, "mine", lambda path: iter(records))
+        return dataset(folder / "labels.txt", "mine", **changes)
+
+    return listed
 
 
-# ---------------------------------------------------------------- JSONL
+# ---------------------------------------------------------------- samples, when they are drawn
 
 
-def write_lines(folder: Path, *lines: dict | str) -> Path:
-    path = folder / "mine.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
-    return path
+def test_nothing_is_opened_before_it_is_drawn(folder: Path) -> None:
+    data = dataset(lines(folder, "a.png", "late.png"))
+    assert len(data) == 2
+    (folder / "late.png").write_bytes((folder / "a.png").read_bytes())
+    assert [one.id for one in data] == ["mine:1", "mine:2"]
+    assert [one.id for one in data[1:]] == ["mine:2"]
 
 
-def line(**changes: Any) -> dict:
-    return {"image": "a.png", "question": "the red car", "boxes": [[5, 5, 15, 10]]} | changes
+def test_a_bad_record_stops_or_is_left_out_and_counted(folder: Path) -> None:
+    path = lines(folder, "a.png", "nowhere.png", "a.png", "large.png")
+    data = dataset(path, max_pixels=1000)
+    with pytest.raises(DataError, match=rf"{path}: line 2: no image nowhere\.png") as caught:
+        data[1]
+    assert not isinstance(caught.value, SkippedRecordError) and caught.value.reason == "image"
+    assert data.skipped == {}
+    data = dataset(path, max_pixels=1000, on_bad_record="skip")
+    assert [one.id for one in data.usable()] == ["mine:1", "mine:3"]
+    assert [one.id for one in data.usable(start=1)] == ["mine:3"]
+    assert data.skipped == {"image": 1, "size": 1}
+    assert set(data.bad) == {"mine:2", "mine:4"}
+    with pytest.raises(SkippedRecordError, match="nowhere"):
+        data[1]
 
 
-def test_a_plain_line(folder: Path) -> None:
-    (sample,) = load(config(write_lines(folder, line(), "")), "train")
-    assert (sample.id, sample.question, sample.task) == ("mine:1", "the red car", "segment")
-    assert (sample.height, sample.width, sample.image_path) == (H, W, str(folder / "a.png"))
-    assert sample.target.boxes.tolist() == [[5, 5, 15, 10]]
-    assert sample.target.points.tolist() == [[10, 7.5]]
-    assert sample.target.masks == ()
-    assert sample.target.boxes.dtype == sample.target.points.dtype == np.float32
+def test_a_further_check_names_the_place(folder: Path) -> None:
+    path = lines(folder, "a.png")
+    data = dataset(path)
+
+    def check(sample: Sample) -> None:
+        raise DataError(f"no room for {sample.question}", "length")
+
+    data.check = check
+    with pytest.raises(DataError, match=rf"^{path}: line 1: no room for the red car$") as caught:
+        data[0]
+    assert caught.value.reason == "length"
 
 
-def test_masks_come_as_png_or_run_lengths(folder: Path) -> None:
-    rle = masks.encode(rectangle(5, 5, 15, 10, H, W))
-    text = {"size": [H, W], "counts": rle.counts.decode()}
-    column_major = {"size": [H, W], "counts": [5 * H + 5] + [5, H - 5] * 9 + [5, H * W - (14 * H + 10)]}
-    lines = [line(mask=given) for given in ("mask.png", ["mask.png"], text, [text], column_major)]
-    lines += [line(mask="mask.png") | {"boxes": None}]
-    for sample in load(config(write_lines(folder, *lines)), "eval"):
-        assert sample.target.masks == (rle,)
-        assert sample.target.boxes.tolist() == [[5, 5, 15, 10]]
-        x, y = sample.target.points[0]
-        assert (5 <= x < 15, y) == (True, 7)
+def test_truth_is_a_list_or_made_for_the_image(listed: Any) -> None:
+    box = (1.0, 2.0, 3.0, 4.0)
+    asked: list[tuple[int, int, str]] = []
+
+    def truth(height: int, width: int, where: str) -> Any:
+        asked.append((height, width, where))
+        return plain.target
+
+    plain = listed(record(truth=[TrueObject(box=box)]))[0]
+    assert plain.target.boxes.tolist() == [list(box)]
+    data = listed(record(truth=truth, place="cell 4"))
+    assert asked == []
+    assert data[0].target is plain.target
+    assert [one[:2] for one in asked] == [(H, W)] and asked[0][2].endswith("labels.txt: cell 4")
 
 
-def test_nothing_there_and_other_tasks(folder: Path) -> None:
-    path = write_lines(
-        folder,
-        line(boxes=[]),
-        line(task="count", boxes=[[0, 0, 2, 2], [4, 4, 6, 6]], points=[[1, 1], [5, 5]], id="two"),
-    )
-    nothing, two = load(config(path), "eval")
-    assert (nothing.target.count, nothing.target.boxes.shape, nothing.target.points.shape) == (0, (0, 4), (0, 2))
-    assert (two.id, two.task, two.target.points.tolist()) == ("two", "count", [[1, 1], [5, 5]])
-
-
-def test_a_pixel_of_slack_is_clipped(folder: Path) -> None:
-    path = write_lines(folder, line(boxes=[[-1, -0.5, W + 1, H]]))
-    (found,) = jsonl.read(path, Images(path, 1000))
-    assert found.target.boxes.tolist() == [[0, 0, W, H]]
-
-
-@pytest.mark.parametrize(
-    ("bad", "says"),
-    [
-        ('{"image": "a.png", ', "not one JSON object"),
-        ("[1, 2]", "record: "),
-        ("[" * 100_000, "not one JSON object"),
-        ({"image": "a.png", "boxes": []}, "question: Field required"),
-        (line(question=""), "question: "),
-        (line(boxes=[[1, 2, 3]]), "boxes.0.3: Field required"),
-        (line(boxes=[[1, 2, 3, "x"]]), "boxes.0.3: "),
-        (
-            '{"image": "a.png", "question": "q", "boxes": [[1, 2, NaN, 4]]}',
-            "boxes.0.2: Input should be a finite number",
-        ),
-        (line(boxes=None), "neither boxes nor mask"),
-        (line(boxes=[[15, 5, 5, 10]]), r"box \[15, 5, 5, 10\] is empty"),
-        (line(boxes=[[5, 5, 5, 10]]), "is empty"),
-        (line(boxes=[[5, 5, 32, 10]]), r"box \[5, 5, 32, 10\] leaves the 30x20 image"),
-        (line(boxes=[[-2, 5, 15, 10]]), "leaves the 30x20 image"),
-        (line(points=[[31, 22]]), r"point \[31, 22\] leaves"),
-        (line(points=[]), "0 in points for 1 objects"),
-        (line(mask=["mask.png", "mask.png"]), "2 in mask for 1 objects"),
-        (line(mask="small_mask.png"), "the mask is 15x10 but the image 30x20"),
-        (line(mask="black.png"), "no pixel"),
-        (line(mask="nowhere.png"), "no such image"),
-        (line(mask={"size": [H, W]}), "unreadable segmentation"),
-        (line(mask={"size": [10, 15], "counts": [150]}), "the mask is 15x10"),
-        (line(mask={"size": [H, W], "counts": [H * W]}), "no pixel"),
-        (line(mask={"size": [H, W], "counts": "!!"}), "the run-length text is damaged"),
-        (line(mask={"size": [H, W], "counts": [5, 10**6]}), "unreadable segmentation"),
-        (line(image="nowhere.png"), "no image nowhere.png"),
-        (line(image="empty.png"), "empty"),
-        (line(image="corrupt.png"), "not a readable image"),
-        (line(image="large.png"), "1600 pixels, more than 1000"),
-    ],
-)
-def test_a_bad_line_is_named(folder: Path, bad: dict | str, says: str) -> None:
-    path = write_lines(folder, line(), "", bad)
-    with pytest.raises(DataError, match=says) as caught:
-        load(config(path, max_pixels=1000), "train")
-    message = str(caught.value)
-    assert "\n" not in message
-    assert f"{path}:3" in message or ".png:" in message
-
-
-# ---------------------------------------------------------------- COCO
-
-
-def document() -> dict[str, Any]:
-    polygon = [5, 5, 15, 5, 15, 10, 5, 10]
-    return {
-        "images": [{"id": 1, "file_name": "a.png", "height": H, "width": W}],
-        "categories": [{"id": 3, "name": "car"}],
-        "annotations": [
-            {
-                "id": 11,
-                "image_id": 1,
-                "category_id": 3,
-                "bbox": [5, 5, 10, 5],
-                "segmentation": [polygon],
-                "point": [6, 6],
-            },
-            {
-                "id": 12,
-                "image_id": 1,
-                "category_id": 3,
-                "segmentation": {"size": [H, W], "counts": [0, 60, H * W - 60]},
-            },
-            {"id": 13, "image_id": 1, "bbox": [0, 0, 2, 2]},
-        ],
-        "expressions": [
-            {"id": "a", "image_id": 1, "question": "both cars", "annotation_ids": [11, 12]},
-            {"id": "b", "image_id": 1, "question": "the bus", "annotation_ids": []},
-            {"id": "c", "image_id": 1, "question": "how many", "task": "count", "annotation_ids": [13]},
-        ],
-    }
-
-
-def write_json(folder: Path, content: Any) -> Path:
-    path = folder / "annotations.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-def test_coco_with_expressions(folder: Path) -> None:
-    both, bus, count = load(config(write_json(folder, document())), "eval")
-    assert (both.id, both.question, both.task, both.target.labels) == ("a", "both cars", "segment", ("car", "car"))
-    assert both.target.boxes.tolist() == [[5, 5, 15, 10], [0, 0, 3, H]]  # the second from its three columns
-    assert both.target.points[0].tolist() == [6, 6]
-    assert both.target.points[1][0] == 1
-    assert masks.decode(both.target.masks[0])[5:10, 5:15].all()
-    assert (masks.decode(both.target.masks[1]) == rectangle(0, 0, 3, H, H, W)).all()
-    assert (bus.target.count, bus.target.masks) == (0, ())
-    assert (count.target.boxes.tolist(), count.target.masks, count.target.labels) == ([[0, 0, 2, 2]], (), ())
-
-
-def test_images_may_lie_in_a_folder_beside(folder: Path) -> None:
-    (folder / "images").mkdir()
-    (folder / "a.png").rename(folder / "images" / "a.png")
-    path = write_json(folder, document())
-    assert next(coco.read(path, Images(path, 1000))).image_path == str(folder / "images" / "a.png")
-
-
-def change(*keys: str | int, to: Any) -> Callable[[dict], Any]:
-    def edit(content: Any) -> Any:
-        place = content
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = to
-        return content
-
-    return edit
+def test_an_image_is_a_name_a_file_or_bytes(listed: Any, folder: Path) -> None:
+    data = (folder / "a.png").read_bytes()
+    for image in ("a.png", ImageSource(path=str(folder / "a.png")), ImageSource(path="line 3", data=data)):
+        sample = listed(record(image=image))[0]
+        assert (sample.height, sample.width) == (H, W)
+    assert sample.image.data == data
+    (folder / "elsewhere").mkdir()
+    (folder / "a.png").rename(folder / "elsewhere" / "a.png")
+    found = listed(record(), images=str(folder / "elsewhere"))[0]
+    assert found.image.path == str(folder / "elsewhere" / "a.png")
+    with pytest.raises(DataError, match=r"no image a\.png in .*set data\.images"):
+        listed(record())[0]
 
 
 @pytest.mark.parametrize(
-    ("edit", "says"),
+    ("orientation", "stated", "says"),
     [
-        (lambda _: "{", "not one JSON object"),
-        (lambda _: [], "record: "),
-        (lambda content: {k: v for k, v in content.items() if k != "expressions"}, "expressions: Field required"),
-        (change("expressions", to=[]), "the data set is empty"),
-        (change("expressions", 1, "id", to="a"), "two expression entries have id a"),
-        (change("annotations", 1, "id", to=11), "two annotation entries have id 11"),
-        (change("expressions", 1, "image_id", to=9), "expression b: no image has id 9"),
-        (change("expressions", 0, "annotation_ids", to=[99]), "expression a: image 1 has no annotation 99"),
-        (change("expressions", 0, "annotation_ids", to=[11, 13]), "expression a: 1 of 2 objects have a mask"),
-        (change("images", 0, "file_name", to="b.png"), "no image b.png"),
-        (change("images", 0, "file_name", to="large.png"), "more than 1000"),
-        (change("images", 0, "height", to=21), "is 30x20 but the JSON says 30x21"),
-        (change("annotations", 0, "segmentation", to=[[1, 2, "x", 4, 5, 6]]), "annotation 11: unreadable segmentation"),
-        (
-            change("annotations", 0, "segmentation", to=[[1e9, 2, 3, 4, 5, 6]]),
-            "annotation 11: .*far outside",
-        ),
-        (change("annotations", 0, "segmentation", to=[[float("nan"), 2, 3, 4, 5, 6]]), "a polygon lies far outside"),
-        (change("annotations", 0, "segmentation", to=[40, 40, 50]), "annotation 11: "),
-        (change("annotations", 0, "bbox", to=[25, 5, 10, 5]), "leaves the 30x20 image"),
-        (change("annotations", 0, "bbox", to=[5, 5, 0, 5]), "is empty"),
-        (change("annotations", 2, "bbox", to=None), "neither box nor mask"),
+        (6, (30, 20), None),  # as displayed
+        (6, (20, 30), r"photo\.jpg is 20x30 but the annotations say 30x20: its EXIF orientation was ignored"),
+        (1, (20, 31), r"photo\.jpg is 30x20 but the annotations say 31x20: one of them was resized"),
+        (1, (20, 30), None),
     ],
 )
-def test_a_bad_coco_file_is_named(folder: Path, edit: Callable[[dict], Any], says: str) -> None:
-    path = write_json(folder, edit(document()))
-    with pytest.raises(DataError, match=says) as caught:
-        load(config(path, max_pixels=1000), "train")
-    assert "\n" not in str(caught.value)
+def test_the_stated_size_holds_for_the_image_as_displayed(
+    listed: Any, folder: Path, orientation: int, stated: tuple[int, int], says: str | None
+) -> None:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(noise(0, H, W)).save(buffer, "JPEG", exif=exif)
+    (folder / "photo.jpg").write_bytes(buffer.getvalue())
+    data = listed(record(image="photo.jpg", size=stated))
+    if says is None:
+        assert (data[0].height, data[0].width) == stated
+    else:
+        with pytest.raises(DataError, match=says) as caught:
+            data[0]
+        assert caught.value.reason == "size"
 
+
+def test_no_question_and_an_id_that_stands_twice_are_named(listed: Any) -> None:
+    with pytest.raises(DataError, match=r"labels\.txt: the data set is empty"):
+        listed()
+    twice = [record(id=name) for name in ("a", "b", "a", "a")]
+    with pytest.raises(DataError, match=r"two samples have the id 'a' \(2 ids are there more than once\); make ids"):
+        listed(*twice)
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    for name in ("nowhere.json", "nowhere.jsonl"):
+        with pytest.raises(DataError, match=rf"{name}: no such file"):
+            dataset(tmp_path / name)
+    for form in ("coco", "jsonl"):
+        with pytest.raises(DataError, match="cannot be read"):
+            dataset(tmp_path, form)
+
+
+# ---------------------------------------------------------------- readers by name, with options
+
+
+def test_a_reader_takes_the_options_of_its_signature(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Path, int, str]] = []
+
+    def read(path: Path, /, *, every: int = 1, split: str) -> Iterator[Record]:
+        seen.append((path, every, split))
+        yield record(id="mine")
+
+    monkeypatch.setitem(READERS._entries, "mine", read)
+    (found,) = dataset(folder / "x.txt", "mine", options={"split": "val", "every": 3})
+    assert (found.id, found.height, found.width) == ("mine", H, W)
+    assert seen == [(folder / "x.txt", 3, "val")]
+    for options, said in (
+        (
+            {"split": "val", "evry": 3},
+            r"data\.options: unknown key 'evry'; did you mean 'every'\? \(known: every, split\)",
+        ),
+        ({"split": "val", "every": "three"}, r"data\.options\.every='three': Input should be a valid integer"),
+        ({"every": 3}, r"data\.options: 'split' is missing; it has no default"),
+    ):
+        with pytest.raises(UserError, match=said):
+            dataset(folder / "x.txt", "mine", options=options)
+
+
+def test_held_out_sets_may_be_read_otherwise_and_figures_say_how(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, str]] = []
+
+    def read(path: Path, /, *, split: str, every: int = 1, name: str = "") -> Iterator[Record]:
+        seen.append((every, split))
+        yield record(id="mine")
+
+    monkeypatch.setitem(READERS._entries, "mine", read)
+    config = DataConfig(format="mine", train="x", eval="x", options={"split": "train", "every": 2})
+    held_out = replace(config, eval_options={"split": "val"})
+    load(held_out, str(folder / "x"))
+    load(held_out, str(folder / "x"), held_out=True)
+    assert seen == [(2, "train"), (2, "val")]
+    assert stated(held_out) == "mine, split=val, every=2"
+    assert stated(replace(config, options={"split": "train"})) == "mine, split=train, every=1"
+    with pytest.raises(UserError, match=r"data\.eval_options: unknown key 'splt'"):
+        load(replace(config, eval_options={"splt": "val"}), "x", held_out=True)
+
+
+def test_an_unknown_format_or_option_is_named(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no data format 'cocoo'; did you mean 'coco'\? \(known: .*coco"):
+        dataset(lines(folder, "a.png"), "cocoo")
+    with pytest.raises(UserError, match=r"data\.options: unknown key 'split'; there are none"):
+        dataset(lines(folder, "a.png"), options={"split": "val"})
+
+
+# ---------------------------------------------------------------- segmentations
 
 numbers = st.one_of(st.integers(-5, 700), st.sampled_from([2**31, 2**63, 1e18, math.nan, None, True, "a", []]))
 sizes = st.sampled_from([[H, W], [H, W], [W, H], [0, 0], [-1, W], [10**9, 10**9], [H], None, "x", [20.5, 30]])
@@ -266,67 +237,6 @@ def test_no_segmentation_crashes_the_reader(value: Any) -> None:
         assert masks.decode(mask).shape == (H, W)
 
 
-def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.json: no such file"):
-        load(config(tmp_path / "nowhere.json"), "train")
-    with pytest.raises(DataError, match="cannot be read"):
-        load(DataConfig(format="coco", train=str(tmp_path), eval=""), "train")
-    (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="UTF-8"):
-        load(config(tmp_path / "latin.jsonl"), "train")
-
-
-def test_a_cut_image_is_found_by_decoding(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"cut\.png: the image is damaged"):
-        load(config(write_lines(folder, line(), line(image="cut.png"))), "train")
-
-
-def test_held_out_samples_are_the_first_ones(folder: Path) -> None:
-    path = write_lines(folder, line(), line(), line())
-    assert [found.id for found in load(config(path, eval_samples=2), "eval")] == ["mine:1", "mine:2"]
-    assert len(load(config(path, eval_samples=2), "train")) == 3
-    other = write_lines(folder, line(id="other")).rename(folder / "other.jsonl")
-    path = write_lines(folder, line())
-    assert [found.id for found in load(config(path), "eval", str(other))] == ["other"]
-
-
-def test_an_id_that_stands_twice_is_named(folder: Path) -> None:
-    path = write_lines(folder, line(id="twice"), line(id="once"), line(id="twice"))
-    with pytest.raises(DataError, match=r"mine\.jsonl: two samples have the id 'twice'; make ids unique"):
-        load(config(path), "train")
-
-
-# ---------------------------------------------------------------- readers by name, with options
-
-
-def test_a_reader_takes_the_options_of_its_signature(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Path, int, str]] = []
-
-    def read(path: Path, images: Images, /, *, every: int = 1, split: str) -> Iterator[Sample]:
-        seen.append((path, every, split))
-        found, height, width = images.find("a.png", "here")
-        yield builders.sample("mine", image_path=str(found), height=height, width=width)
-
-    monkeypatch.setitem(READERS._entries, "mine", read)
-    settings = config(folder / "x.jsonl", format="mine", options={"split": "val", "every": 3})
-    (found,) = load(settings, "train")
-    assert (found.id, found.height, found.width) == ("mine", H, W)
-    assert seen == [(folder / "x.jsonl", 3, "val")]
-    for options, said in (
-        (
-            {"split": "val", "evry": 3},
-            r"data\.options: unknown key 'evry'; did you mean 'every'\? \(known: every, split\)",
-        ),
-        ({"split": "val", "every": "three"}, r"data\.options\.every='three': Input should be a valid integer"),
-        ({"every": 3}, r"data\.options: 'split' is missing; it has no default"),
-    ):
-        with pytest.raises(UserError, match=said):
-            load(config(folder / "x.jsonl", format="mine", options=options), "train")
-
-
-def test_an_unknown_format_or_option_is_named(folder: Path) -> None:
-    path = write_lines(folder, line())
-    with pytest.raises(UserError, match=r"no data format 'cocoo'; did you mean 'coco'\? \(known: coco, jsonl\)"):
-        load(config(path, format="cocoo"), "train")
-    with pytest.raises(UserError, match=r"data\.options: unknown key 'split'; there are none"):
-        load(config(path, options={"split": "val"}), "train")
+def test_a_polygon_covers_the_pixels_between_its_corners() -> None:
+    mask = masks.decode(read_segmentation([[5, 5, 15, 5, 15, 10, 5, 10]], H, W, "here"))
+    assert mask[5:10, 5:15].all() and np.count_nonzero(mask) == 50

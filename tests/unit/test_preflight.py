@@ -18,14 +18,7 @@ from launch.run import memory
 from launch.run.config import compose
 from perception.config import Config, DataConfig, LoraConfig, ModelConfig
 from perception.errors import DataError, UserError
-from perception.types import Sample
-from tests import builders
-from tests.builders import changed, config, target
-
-
-def sample(i: int, question: str = "the red circle", task: str = "segment", side: int = 112) -> Sample:
-    """Nothing is there, so that no truth is missing."""
-    return builders.sample(f"s{i}", question=question, task=task, height=side, width=side)
+from tests.builders import changed, config
 
 
 @pytest.fixture
@@ -255,64 +248,6 @@ def test_output_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
     with pytest.raises(UserError, match="cannot write"):
         preflight.check_output(config(tmp_path))
-
-
-def test_data_must_fill_a_step_and_have_templates(tmp_path: Path) -> None:
-    settings = config(tmp_path)
-    enough = [sample(i) for i in range(32)]
-    preflight.check_data(settings, enough, {"": enough[:1]})
-    with pytest.raises(UserError, match="holds 31 samples"):
-        preflight.check_data(settings, enough[:31], {"": enough})
-    with pytest.raises(UserError, match="sample s40 has the task 'count'"):
-        preflight.check_data(settings, enough, {"": [sample(40, task="count")]})
-    with pytest.raises(UserError, match=r"data/train\.json: sample s41 has the task 'dance', .* add task\.dance"):
-        preflight.check_data(settings, [*enough, sample(41, task="dance")], {"": enough})
-
-
-def objects(count: int, **parts: object) -> list[Sample]:
-    """Samples of one task about an object with a box and a point; with masks where `parts` say so."""
-    return [builders.sample(f"s{i}", target([(5, 5, 15, 10)]), **parts) for i in range(count)]
-
-
-@pytest.fixture
-def tasks(tmp_path: Path) -> Config:
-    """Prompt words for every task, and a reward that needs no masks."""
-    words = config().task["segment"]
-    settings = replace(config(tmp_path), task=dict.fromkeys(("segment", "ground", "count"), words))
-    return changed(settings, "reward", components={"count_ratio": 1.0}, ranked={})
-
-
-@pytest.mark.parametrize("task", ["count", "ground"])
-def test_a_task_without_masks_needs_none(tasks: Config, task: str) -> None:
-    """As README shows it: boxes alone make a data set for counting or grounding."""
-    samples = objects(32, task=task)
-    preflight.check_data(tasks, samples, {"": samples[:1]})
-    masked = changed(tasks, "reward", components={"count_ratio": 1.0, "mask_iou": 1.0})
-    with pytest.raises(UserError, match=r"train\.json: sample s0 has no masks, and reward=quickstart is measured by"):
-        preflight.check_data(masked, samples, {"": samples[:1]})
-    ranked = changed(tasks, "reward", rank="group")
-    with pytest.raises(UserError, match="sample s0 has no masks"):
-        preflight.check_data(ranked, samples, {"": samples[:1]})
-    looking = changed(tasks, "look", mode="relook")
-    with pytest.raises(UserError, match="reward=quickstart with look=relook is measured by them"):
-        preflight.check_data(looking, samples, {"": samples[:1]})
-
-
-def test_held_out_segments_need_masks_and_the_sample_is_named(tasks: Config) -> None:
-    train, held_out = objects(32, task="count"), objects(2, task="count")
-    mixed = [*held_out, builders.sample("masked", builders.target()), *objects(3, task="segment")[2:]]
-    said = r"eval\.json: sample s2 has no masks, and task segment is evaluated by mask_iou: add them"
-    with pytest.raises(UserError, match=said) as raised:
-        preflight.check_data(tasks, train, {"": mixed})
-    assert "\n" not in str(raised.value)
-    preflight.check_data(tasks, train, {"": mixed[:3]})
-    also = changed(tasks, "data", also={"shifted": "data/shifted.json"})
-    with pytest.raises(UserError, match=r"data/shifted\.json: sample s2 has no masks"):
-        preflight.check_data(also, train, {"": mixed[:3], "shifted": mixed})
-    # the published form of the task is measured alike
-    published = replace(tasks, task=tasks.task | {"mine": replace(tasks.task["segment"], form="dr_seg")})
-    with pytest.raises(UserError, match="task mine is evaluated by mask_iou"):
-        preflight.check_data(published, train, {"": objects(1, task="mine")})
 
 
 def test_check_stops_at_missing_data(model: ModelConfig, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from launch.record import rollouts, run_directory
@@ -17,9 +17,9 @@ from perception import metric_catalog as catalog
 from perception.config import Config, RunConfig, WandbConfig
 from perception.errors import UserError
 from perception.metric_catalog import GREEDY, HeldOut
-from perception.types import FailureKind
+from perception.types import FailureKind, ImageSource
 from tests import builders
-from tests.builders import changed
+from tests.builders import changed, noise
 from tests.fake_run import LOOK, N, config, scene_group, write_run
 
 
@@ -61,7 +61,8 @@ def test_rollouts_round_trip(tmp_path: Path) -> None:
         assert row["metrics"] == dict(score.metrics)
         assert row["boxes"] == [pytest.approx(answered.box) for answered in score.best.answer.objects]
         assert row["failure"] == (one.failure.kind if one.failure else None)
-        assert row["image"]["bytes"] == Path(asked.image.path).read_bytes()
+        assert row["image"] == asked.image.path
+        assert row["picture"].read_bytes() == Path(asked.image.path).read_bytes(), "small pictures are kept as they are"
         assert row["truth_masks"] == [mask.counts.decode() for mask in asked.target.masks]
 
 
@@ -97,14 +98,36 @@ def test_every_pass_is_kept_and_the_columns_describe_the_most_confident_one(tmp_
     assert {one.score.kept for one in about.trajectories if one.score} == {0, 1}, "the scene was chosen to have both"
 
 
-def test_image_bytes_lie_in_the_file_once(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).bytes(2_000_000)
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_a_picture_is_stored_once_per_run_and_no_larger_than_a_report_shows_it(tmp_path: Path, kind: str) -> None:
     about = scene_group(tmp_path, 5, 5.0, np.random.default_rng(0))
-    Path(about.prompt.sample.image.path).write_bytes(noise)
-    path = tmp_path / "train-000001.parquet"
-    rollouts.write(path, 1, [about])
-    assert pq.read_metadata(path).num_rows == N
-    assert len(noise) < path.stat().st_size < len(noise) + 100_000
+    large = np.kron(noise(0, 30, 40), np.ones((100, 100, 1), np.uint8))
+    file = tmp_path / f"large.{kind}"
+    cv2.imwrite(str(file), large)
+    sample = replace(about.prompt.sample, image=ImageSource(path=str(file)), height=3000, width=4000)
+    shown = replace(about, prompt=replace(about.prompt, sample=sample))
+    with Recorder(config(tmp_path)) as recorder:
+        for step in range(1, 4):
+            recorder.step(step, {}, [shown, shown])
+    folder = recorder.run_dir / run_directory.ROLLOUTS
+    (stored,) = (folder / "pictures").iterdir()
+    for table in folder.glob("*.parquet"):
+        assert {row["picture"] for row in rollouts.read(table)} == {stored}
+        assert table.stat().st_size < 50_000
+    small = cv2.imread(str(stored))
+    assert small.shape == (768, 1024, 3)
+    assert stored.stat().st_size < file.stat().st_size
+    assert np.abs(small[::26, ::26].astype(int) - cv2.resize(large, (1024, 768))[::26, ::26]).mean() < 12
+
+
+def test_rollouts_are_recorded_every_so_many_steps(tmp_path: Path) -> None:
+    about = scene_group(tmp_path, 5, 5.0, np.random.default_rng(0))
+    with Recorder(changed(config(tmp_path), "run", rollouts_every=3)) as recorder:
+        for step in range(1, 8):
+            recorder.step(step, {}, [about])
+        recorder.evaluation(7, {}, [about])
+    names = sorted(path.stem for path in (recorder.run_dir / run_directory.ROLLOUTS).glob("*.parquet"))
+    assert names == ["eval-000007", "train-000003", "train-000006"]
 
 
 def test_only_the_kept_groups_are_written(tmp_path: Path) -> None:

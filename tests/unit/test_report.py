@@ -92,6 +92,7 @@ def test_what_the_policy_wrote_stays_text(html: str) -> None:
 
 def test_headline_says_before_and_after(html: str) -> None:
     assert headline(html, "gIoU, greedy answers") == ["0.561", "0.598", "+0.037"]
+    assert "held-out data <b>reason_seg, ignore=drop</b>" in html
 
 
 def headline(html: str, label: str) -> list[str]:
@@ -250,8 +251,9 @@ def test_large_images_are_shown_smaller_and_overlays_keep_their_frame(tmp_path: 
     entry = scene_group(tmp_path, 5, 5.0, np.random.default_rng(0))
     image = np.random.default_rng(0).integers(0, 255, (900, 1800, 3), dtype=np.uint8)
     cv2.imwrite(entry.prompt.sample.image.path, image)
-    picture = drawn(entry, tmp_path)
-    assert picture.image is not None and (picture.width, picture.height) == (112, 112)
+    sample = replace(entry.prompt.sample, height=900, width=1800)
+    picture = drawn(replace(entry, prompt=replace(entry.prompt, sample=sample)), tmp_path)
+    assert picture.image is not None and (picture.width, picture.height) == (1800, 900)
     assert pixels_of(picture.image).shape == (MAX_SIDE // 2, MAX_SIDE, 3)
 
 

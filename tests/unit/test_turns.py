@@ -24,7 +24,8 @@ from launch.run.system import System
 from launch.train import train
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, Config, PlacementConfig, RolloutConfig
-from perception.types import Group, ImageSource, LearnerReport, UpdateReport, WeightBucket
+from perception.types import Group, ImageSource, LearnerReport
+from perception.weights import UpdateReport, WeightBucket
 from runtime.actors import ActorError, Call, Slot
 from runtime.placement import Seat
 from tests import builders

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perception.types import WeightBucket
+from perception.weights import WeightBucket
 from runtime.weights import (
     ALIGNMENT,
     Broadcast,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from learner.weights import Weight, WeightSender
 from perception.config import LearnerConfig
-from perception.types import WeightBucket
+from perception.weights import WeightBucket
 from runtime import weights
 from runtime.weights import Broadcast, Inbox, checksum, join_store, open_store, storage
 from tests.fake_gpu import Cuda, Ipc, Nccl, cuda

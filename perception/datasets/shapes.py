@@ -1,0 +1,135 @@
+"""Shapes as annotation tools draw them -> questions: one per image and label, about all objects of that label.
+
+Shapes of one group are one object. The truth has masks where every object has an outline or a mask; it has boxes where
+none is only a point; it always has points.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+
+from perception import masks
+from perception.datasets.files import read_bytes
+from perception.datasets.objects import TrueObject, read_segmentation, target
+from perception.datasets.records import Record, broken
+from perception.errors import DataError
+from perception.types import ImageSource, Point, Rle, Target
+
+
+class Shape(NamedTuple):
+    """One drawn thing."""
+
+    label: str
+    kind: str
+    """box (of two or more corners), polygon, point (each is an object) or mask; anything else is refused when drawn."""
+    points: Sequence[Point]
+    """x y in pixels, or in shares of width and height."""
+    group: Hashable = None
+    pixels: Callable[[int, int], np.ndarray] | None = None
+    """Of a mask: (height, width) of the image -> (h, w) bool, the part whose upper left pixel is `points[0]`."""
+
+
+class Drawn(NamedTuple):
+    """What was drawn on an image."""
+
+    image: ImageSource | str
+    shapes: Iterable[Shape]
+    size: tuple[int, int] = (0, 0)
+    """(height, width) as stated; 0: unknown."""
+    absent: Sequence[str] = ()
+    """Labels to ask for that are not there."""
+
+
+def questions(path: Path, place: str, read: Callable[[], Drawn], task: str, relative: bool = False) -> Iterator[Record]:
+    """A question per label of one image, which `place` names; a broken record where `read` meets malformed content.
+
+    `relative`: points are shares of width and height.
+    """
+    by_label: dict[str, list[Shape]] = {}
+    try:
+        drawn = read()
+        for shape in drawn.shapes:
+            each = [shape._replace(points=[one]) for one in shape.points] if shape.kind == "point" else [shape]
+            by_label.setdefault(shape.label, []).extend(each)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        unreadable = DataError(f"{path}: {place}: the annotation cannot be read ({error!r}); export it again")
+        yield broken(place, error if isinstance(error, DataError) else unreadable)
+        return
+    size, image = drawn.size if all(drawn.size) else None, drawn.image
+    for label in (*by_label, *drawn.absent):
+        where, truth = f"{place}: {label}", partial(_truth, by_label.get(label, ()), relative)
+        yield Record(id=where, image=image, question=label, task=task, truth=truth, place=where, size=size)
+
+
+def _truth(shapes: Sequence[Shape], relative: bool, height: int, width: int, where: str) -> Target:
+    parts: dict[Hashable, list[Shape]] = {}
+    for number, shape in enumerate(shapes):
+        points = [(x * width, y * height) for x, y in shape.points] if relative else shape.points
+        parts.setdefault((shape.group, number if shape.group is None else ""), []).append(shape._replace(points=points))
+    objects = [_object(own, height, width, where) for own in parts.values()]
+    if not all(one.mask for one in objects):
+        objects = [replace(one, box=masks.bounding_box(one.mask), mask=None) if one.mask else one for one in objects]
+    found = target(objects, height, width, where)
+    dots = any(all(part.kind == "point" for part in own) for own in parts.values())
+    return replace(found, boxes=np.zeros((0, 4), np.float32)) if dots else found
+
+
+def _object(parts: Sequence[Shape], height: int, width: int, where: str) -> TrueObject:
+    """A point alone gets a box of one pixel, by which it is checked."""
+    label, point = parts[0].label, next((part.points[0] for part in parts if part.kind == "point"), None)
+    if areas := [_area(part, height, width, where) for part in parts if part.kind not in ("box", "point")]:
+        return TrueObject(mask=masks.union(areas, height, width), point=point, label=label)
+    x, y = zip(*(xy for part in parts for xy in part.points), strict=True)
+    half = 0.0 if any(part.kind == "box" for part in parts) else 0.5
+    return TrueObject(box=(min(x) - half, min(y) - half, max(x) + half, max(y) + half), point=point, label=label)
+
+
+def _area(shape: Shape, height: int, width: int, where: str) -> Rle:
+    if shape.kind == "polygon":
+        return read_segmentation([np.ravel(shape.points).tolist()], height, width, where)
+    if shape.pixels is None:
+        raise DataError(f"{where}: a {shape.kind} has no area; draw a polygon, box, point or mask instead", "truth")
+    try:
+        part, (left, top) = shape.pixels(height, width), map(round, shape.points[0])
+        if not part.any():
+            raise ValueError("no pixel is set")
+        return masks.encode(np.pad(part, ((top, height - top - len(part)), (left, width - left - len(part[0])))))
+    except (TypeError, ValueError) as error:
+        why = f"the mask cannot be read, or leaves the image ({error}); draw it again"
+        raise DataError(f"{where}: {why}", "mask") from error
+
+
+def turned(points: Sequence[Point], about: Point, degrees: float) -> list[Point]:
+    """Points after a clockwise turn."""
+    (x, y), cos, sin = about, math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return [(x + cos * (px - x) - sin * (py - y), y + sin * (px - x) + cos * (py - y)) for px, py in points]
+
+
+def ellipse(x: float, y: float, across: float, down: float, degrees: float = 0.0) -> list[Point]:
+    """Outline around a centre, by two radii: 128 points."""
+    angles = [math.pi * one / 64 for one in range(128)]
+    return turned([(x + across * math.cos(one), y + down * math.sin(one)) for one in angles], (x, y), degrees)
+
+
+def rectangle(label: str, box: Sequence[float], about: Point, degrees: float, group: Hashable = None) -> Shape:
+    """A box x1 y1 x2 y2; a turned one is a polygon."""
+    x1, y1, x2, y2 = box
+    corners = turned([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], about, degrees)
+    return Shape(label, "polygon" if degrees else "box", corners, group)
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    """The root of an XML file. Raises DataError, for a file that could declare entities, too."""
+    data = read_bytes(path)
+    try:
+        if b"<!DOCTYPE" in data:
+            raise ElementTree.ParseError("a document type is declared, as no annotation tool does")
+        return ElementTree.fromstring(data, ElementTree.XMLParser(encoding="utf-8"))  # no encoding hides a declaration
+    except ElementTree.ParseError as error:
+        raise DataError(f"{path}: not valid XML ({error}); export it again") from error
