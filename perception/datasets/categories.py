@@ -42,8 +42,14 @@ def ask(
 def all_instances(
     read: Callable[..., TrueObject], complete: bool, name: str, instances: Instances, *frame: *Frame
 ) -> Target:
-    """The truth, where `read` makes an instance an object; a crowd without a mask is all of its box."""
-    items = [(read(instance, name, *frame), crowd) for instance, crowd in instances]
+    """The truth, where `read` makes an instance an object; a crowd without a mask is all of its box.
+
+    One whose mask is without a pixel is left out. Raises DataError where that is all there is.
+    """
+    given = [(read(instance, name, *frame), crowd) for instance, crowd in instances]
+    items = [(item, crowd) for item, crowd in given if item.mask is None or masks.area(item.mask)]
+    if given and all(crowd for _, crowd in items):
+        raise DataError(f"{frame[2]}: no mask of it has a pixel; leave it out", "mask")
     crowds = [item.mask or _rectangle(item.box, *frame[:2]) for item, crowd in items if crowd]
     ignore = masks.union(crowds, *frame[:2]) if crowds else None
     objects = [item for item, crowd in items if not crowd]

@@ -57,10 +57,11 @@ class Annotation(msgspec.Struct, gc=False):
     segmentation: Any = None
     point: Point | None = None
 
-    def object(self, label: str, *frame: *Frame) -> TrueObject:
-        """Raises DataError."""
+    def object(self, label: str, *frame: *Frame, empty: bool = False) -> TrueObject:
+        """Raises DataError. `empty`: its mask may be without a pixel."""
         x, y, across, down = self.bbox or (0, 0, 0, 0)
-        mask = read_segmentation(self.segmentation, *frame) if self.segmentation not in (None, []) else None
+        given = self.segmentation not in (None, [])
+        mask = read_segmentation(self.segmentation, *frame, empty) if given else None
         box = (x, y, x + across, y + down) if self.bbox else None
         return TrueObject(box=box, point=self.point, mask=mask, label=label)
 
@@ -141,7 +142,8 @@ def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowd
     """A question per image and category: all its instances, or none for `absent` categories annotated elsewhere.
 
     A category gives no question where it is there as a crowd alone, or LVIS says that not all of it is annotated.
-    Annotations whose box is of no size are left out. What cannot be read is a broken record.
+    Annotations whose box is of no size, or whose outline holds no pixel, are left out. What cannot be read is a broken
+    record.
     """
     names = {category.id: category.name for category in data.categories}
     if not names:
@@ -209,7 +211,7 @@ def _expression_truth(
 
 
 def _object(raw: msgspec.Raw, label: str, *frame: *Frame) -> TrueObject:
-    return parse(Annotation, raw, frame[2]).object(label, *frame)
+    return parse(Annotation, raw, frame[2]).object(label, *frame, empty=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,4 @@ def _object(folder: Path, instance: tuple[Any, ...], label: str, height: int, wi
             cure = f"({error.strerror}); set data.options.folder"
             raise DataError(f"{where}: no mask {folder / name} {cure}", "mask") from error
         mask = masks.encode(cv2.resize(shape, (width, height), interpolation=cv2.INTER_NEAREST))
-        if not masks.area(mask):
-            raise DataError(f"{where}: {name}: the mask has no pixel; leave its row out", "mask")
     return TrueObject(box=(x1 * width, y1 * height, x2 * width, y2 * height), mask=mask, label=label)

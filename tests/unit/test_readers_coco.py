@@ -109,6 +109,20 @@ def test_masks_are_those_of_pycocotools(tmp_path: Path, instances: dict[str, Any
             assert np.array_equal(masks.decode(mask), coco.annToMask(coco.anns[annotation]))
 
 
+def test_tiny_instances_do_not_end_a_run(tmp_path: Path, instances: dict[str, Any]) -> None:
+    """One between the centres of pixels is left out; the box of one of a pixel need not agree with its mask."""
+    between = entry(21, 285, 90, segmentation=[[3.6, 1.6, 3.9, 1.6, 3.9, 1.9, 3.6, 1.9]], bbox=[3.6, 1.6, 0.3, 0.3])
+    pixel = entry(22, 285, 90, segmentation=[[2.9, 1.8, 1.1, 1.0, 3.4, 3.7]], bbox=[1.1, 1.0, 2.3, 2.7])
+    instances["annotations"] += [between, pixel, between | {"id": 23, "category_id": 1}]
+    path = write(tmp_path, instances)
+    coco = COCO(str(path))
+    assert [coco.annToMask(coco.anns[key]).sum() for key in (21, 22)] == [0, 1]
+    data = opened(path, on_bad_record="skip")
+    target = {sample.id: sample for sample in data.usable()}["285:toothbrush"].target
+    assert [masks.area(mask) for mask in target.masks] == [20, 1] and target.complete
+    assert data.skipped == {"mask": 1}  # the person that has no pixel at all
+
+
 def test_crowds_may_be_objects_as_cvat_exports_them(tmp_path: Path) -> None:
     """CVAT "COCO 1.0": masks as uncompressed runs with iscrowd 1, ids from 1, file names with folders."""
     document = {

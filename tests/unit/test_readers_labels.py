@@ -267,7 +267,7 @@ def test_open_images_masks_are_brought_to_the_image_size(tmp_path: Path, picture
     assert sample.target.boxes[0] == pytest.approx([2, 0, 6, 4], abs=1e-4)
     assert "count" not in sample.target.known  # not every box has a mask
     (tmp_path / "masks" / name).write_bytes(encoded(half * 0))
-    with pytest.raises(DataError, match="the mask has no pixel"):
+    with pytest.raises(DataError, match="no mask of it has a pixel"):
         opened("open_images", path, pictures, **options)
     with pytest.raises(DataError, match=r"no mask .*; set data.options.folder") as error:
         opened("open_images", path, pictures, **options, folder="elsewhere")
