@@ -72,7 +72,7 @@ def load_sets(config: Config) -> dict[str, Dataset]:
     """Every data set of the settings by name, listed. Raises DataError, UserError."""
     find_plugins(config.plugins)
     paths = {"train": config.data.train, "eval": config.data.eval, **config.data.also}
-    return {name: load(config.data, path) for name, path in paths.items() if path}
+    return {name: load(config.data, path, held_out=name != "train") for name, path in paths.items() if path}
 
 
 def survey(name: str, dataset: Dataset, pixels: bool) -> Found:

@@ -158,7 +158,9 @@ def _further_passes(config: Config, prompts: PromptMaker, task: str) -> int:
 def _longest(data: Dataset, prompts: PromptMaker) -> Iterable[Sample]:
     """The sample whose question has most tokens. Most questions need not be encoded: a token is at least a byte of the
     normalised text, in which a space may become three and three may come before the first word."""
-    distinct = {clean(record.question): place for place, record in enumerate(data.records)}
+    distinct: dict[str, int] = {}
+    for place, record in enumerate(data.records):
+        distinct.setdefault(clean(record.question), place)
     normalizer = prompts.tokenizer.backend_tokenizer.normalizer
 
     def limit(question: str) -> int:

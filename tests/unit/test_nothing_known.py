@@ -260,8 +260,7 @@ def test_it_is_recorded_and_reported(tmp_path: Path, how: str) -> None:
     (path,) = (recorder.run_dir / run_directory.ROLLOUTS).glob("train-*.parquet")
     rows = rollouts.read(path)
     assert len(rows) == sum(len(one.trajectories) for one in groups)
-    kept = None if how == "gone" else Path(image.ref.path).read_bytes()
-    assert {row["image"]["bytes"] for row in rows} == {kept}
-    assert {row["image"]["path"] for row in rows} == {str(image.ref)}
+    assert {row["picture"] for row in rows} == {None}
+    assert {row["image"] for row in rows} == {str(image.ref)}
     page = write_report(recorder.run_dir).read_text(encoding="utf-8")
     assert "street-7" in page and "The image's bytes are gone or do not decode." in page

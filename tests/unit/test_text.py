@@ -97,7 +97,7 @@ def test_an_answer_is_scored_recorded_and_reported(tmp_path: Path, hostile: str,
     row, other = rollouts.read(tmp_path / "quickstart" / "rollouts" / "train-000001.parquet")
     expected = clean(json.loads(json.dumps(hostile))) if escaped else clean(hostile)  # escapes may make a pair
     assert row["labels"] == [expected] * bool(expected)
-    assert row["question"] == clean(hostile) and row["image"]["path"] == f"{clean(hostile)}.png"
+    assert row["question"] == clean(hostile) and row["image"] == f"{clean(hostile)}.png"
     assert other["failure_detail"] == f"no file {clean(hostile)}"
     assert write_report(recorder.run_dir).read_bytes().decode("utf-8")
 
