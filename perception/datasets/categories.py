@@ -19,19 +19,18 @@ from perception.errors import DataError
 from perception.types import Box, ImageSource, Rle, Target
 
 Instances = Sequence[tuple[Any, bool]]
+Found = Mapping[str, Instances]
+Frame = tuple[int, int, str]
+"""(height, width) of the image and the beginning of messages."""
 
 
 def ask(
-    key: int | str,
-    found: Mapping[str, Instances],
-    candidates: Collection[str],
-    absent: int,
-    truth: Callable[[str, Instances, int, int, str], Target],
-    **shared: Any,
+    key: int | str, found: Found, candidates: Collection[str], absent: int, truth: Callable[..., Target], **shared: Any
 ) -> Iterator[Record]:
     """A question for each category that is not there as a crowd alone, and for `absent` candidates that are not found.
 
-    `key` is the image's id, by which the absent ones are drawn; `shared` are the records' other fields.
+    `key` is the image's id, by which the absent ones are drawn; `truth` is given the category's name and instances, and
+    the frame; `shared` are the records' other fields.
     """
     missing = sorted(set(candidates) - found.keys()) if absent else []
     chosen = Random(str(key)).sample(missing, min(absent, len(missing)))
@@ -41,39 +40,34 @@ def ask(
 
 
 def all_instances(
-    read: Callable[[Any, str, int, int, str], TrueObject],
-    complete: bool,
-    name: str,
-    instances: Instances,
-    height: int,
-    width: int,
-    where: str,
+    read: Callable[..., TrueObject], complete: bool, name: str, instances: Instances, *frame: *Frame
 ) -> Target:
-    """The truth, where `read` makes an instance an object; a crowd without a mask is all of its box."""
-    items = [(read(instance, name, height, width, where), crowd) for instance, crowd in instances]
-    crowds = [item.mask or _rectangle(item.box, height, width) for item, crowd in items if crowd]
-    ignore = masks.union(crowds, height, width) if crowds else None
+    """The truth, where `read` makes an instance an object; a crowd without a mask is all of its box.
+
+    One whose mask is without a pixel is left out. Raises DataError where that is all there is.
+    """
+    given = [(read(instance, name, *frame), crowd) for instance, crowd in instances]
+    items = [(item, crowd) for item, crowd in given if item.mask is None or masks.area(item.mask)]
+    if given and all(crowd for _, crowd in items):
+        raise DataError(f"{frame[2]}: no mask of it has a pixel; leave it out", "mask")
+    crowds = [item.mask or _rectangle(item.box, *frame[:2]) for item, crowd in items if crowd]
+    ignore = masks.union(crowds, *frame[:2]) if crowds else None
     objects = [item for item, crowd in items if not crowd]
-    return target(objects, height, width, where, complete=complete and not crowds, ignore=ignore)
+    return target(objects, *frame, complete=(complete or not items) and not crowds, ignore=ignore)
 
 
-def labelled(
-    source: ImageSource, void: int, counted: bool, name: str, instances: Instances, height: int, width: int, where: str
-) -> Target:
+def labelled(source: ImageSource, void: int, counted: bool, name: str, instances: Instances, *frame: *Frame) -> Target:
     """The truth, where an instance is an id in the label map at `source`; pixels of id `void` are ignored."""
+    height, width, where = frame
     ids = label_map(source, where)
     check_mask_size(ids.shape, height, width, f"{where}: {source}")
     wanted, crowds = ([key for key, crowd in instances if crowd is which] for which in (False, True))
     if missing := set(wanted) - set(np.unique(ids).tolist()):
         raise DataError(f"{where}: {source} has no pixel of {min(missing)}; it belongs to another file", "mask")
-    ignore, objects = (
-        np.isin(ids, [void, *crowds]),
-        [TrueObject(mask=masks.encode(ids == key), label=name) for key in wanted],
-    )
-    complete = not crowds and (counted or not wanted)
-    return target(
-        objects, height, width, where, complete=complete, ignore=masks.encode(ignore) if ignore.any() else None
-    )
+    objects = [TrueObject(mask=masks.encode(ids == key), label=name) for key in wanted]
+    ignored = np.isin(ids, [void, *crowds])
+    ignore = masks.encode(ignored) if ignored.any() else None
+    return target(objects, *frame, complete=not crowds and (counted or not wanted), ignore=ignore)
 
 
 def label_map(source: ImageSource, where: str) -> np.ndarray:

@@ -23,7 +23,7 @@ import msgspec
 
 from perception import masks
 from perception.datasets import reader
-from perception.datasets.categories import all_instances, ask
+from perception.datasets.categories import Frame, all_instances, ask
 from perception.datasets.files import parse, read_bytes
 from perception.datasets.objects import TrueObject, read_segmentation, target
 from perception.datasets.records import Record, broken
@@ -57,14 +57,12 @@ class Annotation(msgspec.Struct, gc=False):
     segmentation: Any = None
     point: Point | None = None
 
-    def object(self, label: str, height: int, width: int, where: str) -> TrueObject:
-        """On an image of (height, width). Raises DataError."""
-        box = None
-        if self.bbox is not None:
-            x, y, across, down = self.bbox
-            box = (x, y, x + across, y + down)
-        empty = self.segmentation in (None, [])
-        mask = None if empty else read_segmentation(self.segmentation, height, width, where)
+    def object(self, label: str, *frame: *Frame, empty: bool = False) -> TrueObject:
+        """Raises DataError. `empty`: its mask may be without a pixel."""
+        x, y, across, down = self.bbox or (0, 0, 0, 0)
+        given = self.segmentation not in (None, [])
+        mask = read_segmentation(self.segmentation, *frame, empty) if given else None
+        box = (x, y, x + across, y + down) if self.bbox else None
         return TrueObject(box=box, point=self.point, mask=mask, label=label)
 
 
@@ -144,7 +142,8 @@ def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowd
     """A question per image and category: all its instances, or none for `absent` categories annotated elsewhere.
 
     A category gives no question where it is there as a crowd alone, or LVIS says that not all of it is annotated.
-    Annotations whose box is of no size are left out. What cannot be read is a broken record.
+    Annotations whose box is of no size, or whose outline holds no pixel, are left out. What cannot be read is a broken
+    record.
     """
     names = {category.id: category.name for category in data.categories}
     if not names:
@@ -197,28 +196,22 @@ def _index(entries: Sequence[msgspec.Raw], kind: str, path: Path) -> dict[Id, ms
 
 
 def _expression_truth(
-    expression: Expression,
-    annotations: Mapping[Id, msgspec.Raw],
-    names: Mapping[Id, str],
-    height: int,
-    width: int,
-    where: str,
+    expression: Expression, annotations: Mapping[Id, msgspec.Raw], names: Mapping[Any, str], *frame: *Frame
 ) -> Target:
+    height, width, where = frame
     objects = []
     for key in expression.annotation_ids:
         place = f"{where}, annotation {key}"
         annotation = parse(Annotation, annotations[key], place) if key in annotations else None
         if annotation is None or annotation.image_id != expression.image_id:
-            raise DataError(
-                f"{where}: image {expression.image_id} has no annotation {key}; mend annotation_ids", "truth"
-            )
-        label = "" if annotation.category_id is None else names.get(annotation.category_id, "")
-        objects.append(annotation.object(label, height, width, place))
-    return target(objects, height, width, where)
+            what = f"image {expression.image_id} has no annotation {key}"
+            raise DataError(f"{where}: {what}; mend annotation_ids", "truth")
+        objects.append(annotation.object(names.get(annotation.category_id, ""), height, width, place))
+    return target(objects, *frame)
 
 
-def _object(raw: msgspec.Raw, label: str, height: int, width: int, where: str) -> TrueObject:
-    return parse(Annotation, raw, where).object(label, height, width, where)
+def _object(raw: msgspec.Raw, label: str, *frame: *Frame) -> TrueObject:
+    return parse(Annotation, raw, frame[2]).object(label, *frame, empty=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from perception.datasets import reader
-from perception.datasets.categories import ask, label_map, labelled
-from perception.datasets.files import read_text
+from perception.datasets import categories, files, reader
 from perception.datasets.records import Record
 from perception.errors import DataError
 from perception.types import ImageSource
@@ -36,19 +34,19 @@ def read(
 
     Raises DataError where the maps are of both releases, or of no certain one and `release` does not say which.
     """
-    maps = [ImageSource(path=str(file)) for file in sorted(path.glob("*.png"))]
+    maps = [ImageSource(path=str(file)) for file in files.files_in(path, ".png")]
     with ThreadPoolExecutor() as pool:
-        present = list(pool.map(lambda one: np.unique(label_map(one, str(path))).tolist(), maps))
+        present = list(pool.map(lambda one: np.unique(categories.label_map(one, str(path))).tolist(), maps))
     values = {value for ids in present for value in ids}
     releases = {name for name, only in _ONLY.items() if values & only} | ({release} if release else set())
     if len(releases) != 1:
         why = "of both releases; part them" if releases else "of neither release for certain; set data.options.release"
         raise DataError(f"{path}: {len(maps)} label maps {why}")
     shift, void = (1, 255) if "stuffthingmaps" in releases else (0, 0)
-    lines = (line.partition(":") for line in read_text(Path(labels)).splitlines())
+    lines = (line.partition(":") for line in files.read_text(Path(labels)).splitlines())
     names = {int(key) - shift: name.strip() for key, _, name in lines if key.strip().isdigit() and int(key)}
     for source, ids in zip(maps, present, strict=True):
-        key, truth = Path(source.path).stem, partial(labelled, source, void, False)
+        key, truth = Path(source.path).stem, partial(categories.labelled, source, void, False)
         found = {names[value]: [(value, False)] for value in ids if value in names}
         known = {names[value] for value in values & names.keys()}
-        yield from ask(key, found, known, absent, truth, image=f"{key}.jpg", task=task)
+        yield from categories.ask(key, found, known, absent, truth, image=f"{key}.jpg", task=task)

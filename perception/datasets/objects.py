@@ -14,7 +14,8 @@ from perception.matching import pairwise_iou
 from perception.types import Box, Point, Rle, Target
 
 _TOLERANCE = 1.0  # pixels a box or point may lie outside its image; it is clipped
-_AGREEMENT = 0.5  # IoU that a box has at least with the box around its mask
+_AGREEMENT = 0.5  # IoU that a box has at least with the box around its mask,
+_GRAIN = 3.0  # or pixels by which its sides may differ: of a tiny or thin outline few pixels are drawn
 _ROUNDING = 0.01  # of the longer side: a point may lie so far outside its box, as where coordinates were scaled
 
 
@@ -56,15 +57,18 @@ def mask_target(mask: np.ndarray, height: int, width: int, where: str, **known: 
     return target(objects, height, width, where, **known)
 
 
-def read_segmentation(value: Any, height: int, width: int, where: str) -> Rle:
-    """COCO's `segmentation`: polygons, or run-length encoding with counts as text or as a list. Raises DataError."""
+def read_segmentation(value: Any, height: int, width: int, where: str, empty: bool = False) -> Rle:
+    """COCO's `segmentation`: polygons, or run-length encoding with counts as text or as a list. Raises DataError.
+
+    `empty`: it may be without a pixel, as where an outline lies between the pixels' centres.
+    """
     try:
         mask = _polygons(value, height, width) if isinstance(value, list) else _run_lengths(value)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         why = f"unreadable segmentation ({error!r}); give polygons or run lengths"
         raise DataError(f"{where}: {why}", "mask") from error
     check_mask_size((mask.height, mask.width), height, width, where)
-    if masks.area(mask) == 0:
+    if not empty and masks.area(mask) == 0:
         raise DataError(f"{where}: the mask has no pixel; remove the object, or mend its segmentation", "mask")
     return mask
 
@@ -112,7 +116,7 @@ def _box(item: TrueObject, height: int, width: int, where: str) -> Box:
         fault = f"leaves the {width}x{height} image"
     elif not (np.float32(box[0]) < np.float32(box[2]) and np.float32(box[1]) < np.float32(box[3])):
         fault = "is empty; it needs x1 < x2 and y1 < y2"
-    elif around and _overlap(box, around) < _AGREEMENT:
+    elif around and not _agree(box, around):
         fault = f"and its mask, around {_show(around)}, are hardly the same object"
     elif not around and max(item.box) <= 1 < min(height, width):
         fault = "covers one pixel of the corner at most"
@@ -130,13 +134,14 @@ def _other_meaning(box: Box, around: Box | None, height: int, width: int) -> str
     meanings |= {"x1 y1 x2 y2 where x y width height belongs": given - corner, "per mille": given * sides / 1000}
     for meaning, one in meanings.items():
         inside = (one >= 0).all() and (one <= sides).all() and (one[2:] >= one[:2] + 1).all()
-        if inside and (around is None or _overlap(one, around) >= _AGREEMENT):
+        if inside and (around is None or _agree(one, around)):
             return f" (perhaps it is {meaning})"
     return ""
 
 
-def _overlap(box: Sequence[float] | np.ndarray, other: Box) -> float:
-    return float(pairwise_iou(np.array([box]), np.array([other]))[0, 0])
+def _agree(box: Sequence[float] | np.ndarray, around: Box) -> bool:
+    overlap = float(pairwise_iou(np.array([box]), np.array([around]))[0, 0])
+    return bool(overlap >= _AGREEMENT or np.abs(np.subtract(box, around)).max() <= _GRAIN)
 
 
 def _point(item: TrueObject, box: Box, height: int, width: int, where: str) -> Point:

@@ -10,15 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
 from perception import masks
-from perception.datasets import reader
-from perception.datasets.categories import all_instances, ask
-from perception.datasets.files import read_bytes, read_text
-from perception.datasets.mask_files import read_mask
+from perception.datasets import categories, files, mask_files, reader
 from perception.datasets.objects import TrueObject
 from perception.datasets.records import Record
 from perception.errors import DataError
@@ -33,31 +31,40 @@ def read(
     `classes` and `negatives`: the paths of class-descriptions-boxable.csv, with or without a header, and of the image
     labels. `folder`: where the masks are. Raises DataError for a file that is not of this form.
     """
-    names = dict(row[:2] for row in csv.reader(read_text(Path(classes)).splitlines()) if len(row) > 1)
-    found: dict[str, dict[str, list[tuple[tuple[str, ...], bool]]]] = defaultdict(lambda: defaultdict(list))
+    if absent and not negatives:
+        raise DataError(f"{path}: nothing is known to be absent; set data.options.negatives to the image labels")
+    names = dict(row[:2] for row in csv.reader(files.read_text(Path(classes)).splitlines()) if len(row) > 1)
+    found: dict[str, dict[str, list[tuple[tuple[Any, ...], bool]]]] = defaultdict(lambda: defaultdict(list))
     none: dict[str, set[str]] = defaultdict(set)
     try:
-        for row in csv.DictReader(read_text(Path(negatives)).splitlines()) if absent else ():
+        for row in _rows(Path(negatives)) if absent else ():
             if float(row["Confidence"]) == 0 and row["LabelName"] in names:
                 none[row["ImageID"]].add(names[row["LabelName"]])
-        lines = csv.DictReader(read_text(path).splitlines())
-        masked = "MaskPath" in (lines.fieldnames or ())
-        sides = [f"{'Box' if masked else ''}{side}" for side in ("XMin", "YMin", "XMax", "YMax")]
-        for row in lines:
-            instance = (*(row[side] for side in sides), row.get("MaskPath", ""))
-            found[row["ImageID"]][names[row["LabelName"]]].append((instance, row.get("IsGroupOf") == "1"))
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{path}: no column or class {error}; are the CSV files those the reader names?") from error
-    truth = partial(all_instances, partial(_object, path.parent / folder), not masked)
+        masked = "MaskPath" in next(_rows(path), {})
+        for row in _rows(path):
+            box = tuple(float(row.get(side) or row[f"Box{side}"]) for side in ("XMin", "YMin", "XMax", "YMax"))
+            instance = (*box, row.get("MaskPath")), row.get("IsGroupOf") == "1"
+            found[row["ImageID"]][names[row["LabelName"]]].append(instance)
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: {error!r}: no such file, column or class; give the files the reader names") from error
+    truth = partial(categories.all_instances, partial(_object, path.parent / folder), not masked)
     for key in dict.fromkeys([*found, *none]):
-        yield from ask(key, found.get(key, {}), none[key], absent, truth, image=f"{key}.jpg", task=task)
+        yield from categories.ask(key, found.get(key, {}), none[key], absent, truth, image=f"{key}.jpg", task=task)
 
 
-def _object(folder: Path, instance: tuple[str, ...], label: str, height: int, width: int, where: str) -> TrueObject:
-    *sides, name = instance
-    x1, y1, x2, y2 = map(float, sides)
-    box, mask = (x1 * width, y1 * height, x2 * width, y2 * height), None
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _object(folder: Path, instance: tuple[Any, ...], label: str, height: int, width: int, where: str) -> TrueObject:
+    x1, y1, x2, y2, name = instance
+    mask = None
     if name:
-        whole = read_mask(read_bytes(folder / name), f"{where}: {name}").astype(np.uint8)
-        mask = masks.encode(cv2.resize(whole, (width, height), interpolation=cv2.INTER_NEAREST) > 0)
-    return TrueObject(box=box, mask=mask, label=label)
+        try:
+            shape = mask_files.read_mask((folder / name).read_bytes(), f"{where}: {name}").astype(np.uint8)
+        except OSError as error:
+            cure = f"({error.strerror}); set data.options.folder"
+            raise DataError(f"{where}: no mask {folder / name} {cure}", "mask") from error
+        mask = masks.encode(cv2.resize(shape, (width, height), interpolation=cv2.INTER_NEAREST))
+    return TrueObject(box=(x1 * width, y1 * height, x2 * width, y2 * height), mask=mask, label=label)

@@ -13,10 +13,7 @@ from typing import Any
 
 import msgspec
 
-from perception.datasets import reader
-from perception.datasets.categories import ask, labelled
-from perception.datasets.coco import Category, Id, Image
-from perception.datasets.files import parse, read_bytes
+from perception.datasets import categories, coco, files, reader
 from perception.datasets.records import Record, broken
 from perception.errors import DataError
 from perception.tables import rows
@@ -25,22 +22,22 @@ from perception.types import ImageSource
 
 class Segment(msgspec.Struct, gc=False):
     id: int
-    category_id: Id
+    category_id: coco.Id
     iscrowd: bool = False
 
 
 class Annotation(msgspec.Struct):
-    image_id: Id
+    image_id: coco.Id
     segments_info: list[Segment]
 
 
 class Row(msgspec.Struct):
-    image_info: Image
+    image_info: coco.Image
     segments_info: Annotation
 
 
 class PanopticFile(msgspec.Struct):
-    categories: list[Category]
+    categories: list[coco.Category]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
 
@@ -53,27 +50,27 @@ class PanopticFile(msgspec.Struct):
 
 
 @reader("panoptic")
-def read(
-    path: Path, *, task: str = "segment", absent: int = 0, split: str = "", categories: str = ""
-) -> Iterator[Record]:
+def read(path: Path, *, task: str = "segment", absent: int = 0, split: str = "", names: str = "") -> Iterator[Record]:
     """Every category in an image with all its segments, except where it is there as a crowd alone; `absent` others.
 
-    `categories`: for a table, a JSON file with COCO's list `categories`, whose names the table lacks.
+    `names`: for a table, a JSON file with COCO's list `categories`, whose names the table lacks.
     """
-    described = path if path.suffix == ".json" else Path(categories)
-    data = parse(PanopticFile, read_bytes(described), str(described))
-    names = {category.id: category.name for category in data.categories}
+    if path.suffix != ".json" and not names:
+        raise DataError(f"{path}: a table without names; set data.options.names to a JSON file with `categories`")
+    described = path if path.suffix == ".json" else Path(names)
+    data = files.parse(PanopticFile, files.read_bytes(described), str(described))
+    named = {category.id: category.name for category in data.categories}
     table = path != described
     for source, cells in rows(path, split, *Row.__struct_fields__) if table else data.rows(path.with_suffix("")):
         found: dict[str, list[tuple[int, bool]]] = defaultdict(list)
         try:
             row = msgspec.convert(cells, Row, strict=False)
             for one in row.segments_info.segments_info:
-                found[names[one.category_id]].append((one.id, one.iscrowd))
+                found[named[one.category_id]].append((one.id, one.iscrowd))
         except (msgspec.ValidationError, KeyError) as error:
             cure = "add the image or category that it names, or mend the field"
             yield broken(str(source), DataError(f"{path}: {source}: {error!r}; {cure}"))
             continue
-        truth = partial(labelled, replace(source, column="mask"), 0, True)
+        truth = partial(categories.labelled, replace(source, column="mask"), 0, True)
         key, shared = row.segments_info.image_id, row.image_info.described()
-        yield from ask(key, found, names.values(), absent, truth, task=task, **shared)
+        yield from categories.ask(key, found, named.values(), absent, truth, task=task, **shared)

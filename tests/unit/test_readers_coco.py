@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
 from perception import masks
@@ -104,6 +107,20 @@ def test_masks_are_those_of_pycocotools(tmp_path: Path, instances: dict[str, Any
         found = by_id(opened(path))[key].target.masks
         for mask, annotation in zip(found, expected, strict=True):
             assert np.array_equal(masks.decode(mask), coco.annToMask(coco.anns[annotation]))
+
+
+def test_tiny_instances_do_not_end_a_run(tmp_path: Path, instances: dict[str, Any]) -> None:
+    """One between the centres of pixels is left out; the box of one of a pixel need not agree with its mask."""
+    between = entry(21, 285, 90, segmentation=[[3.6, 1.6, 3.9, 1.6, 3.9, 1.9, 3.6, 1.9]], bbox=[3.6, 1.6, 0.3, 0.3])
+    pixel = entry(22, 285, 90, segmentation=[[2.9, 1.8, 1.1, 1.0, 3.4, 3.7]], bbox=[1.1, 1.0, 2.3, 2.7])
+    instances["annotations"] += [between, pixel, between | {"id": 23, "category_id": 1}]
+    path = write(tmp_path, instances)
+    coco = COCO(str(path))
+    assert [coco.annToMask(coco.anns[key]).sum() for key in (21, 22)] == [0, 1]
+    data = opened(path, on_bad_record="skip")
+    target = {sample.id: sample for sample in data.usable()}["285:toothbrush"].target
+    assert [masks.area(mask) for mask in target.masks] == [20, 1] and target.complete
+    assert data.skipped == {"mask": 1}  # the person that has no pixel at all
 
 
 def test_crowds_may_be_objects_as_cvat_exports_them(tmp_path: Path) -> None:
@@ -215,6 +232,46 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         opened(tmp_path / "instances.json")
     with pytest.raises(DataError, match="cannot be read"):
         opened(tmp_path)
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> dict[str, Any]:
+    """Annotations anywhere in two images, in three categories, some of them crowds."""
+    annotations = []
+    for key in range(1, draw(st.integers(1, 8)) + 1):
+        x, y = draw(st.integers(0, W - 2)), draw(st.integers(0, H - 2))
+        across, down = draw(st.integers(1, W - x)), draw(st.integers(1, H - y))
+        crowd = draw(st.integers(0, 1))
+        zeros = [x * H + y, *[down, H - down] * (across - 1), down]
+        corners = [x, y, x + across, y, x + across, y + down, x, y + down]
+        runs = {"size": [H, W], "counts": [*zeros, H * W - sum(zeros)]}
+        image, category = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+        shape = {"segmentation": runs if crowd else [corners], "bbox": [x, y, across, down]}
+        annotations.append(entry(key, image, category, iscrowd=crowd, **shape))
+    names = [{"id": key, "name": f"name {key}", "supercategory": "all"} for key in (1, 2, 3)]
+    return {"images": [picture(1), picture(2)], "annotations": annotations, "categories": names}
+
+
+@settings(max_examples=40, deadline=None)
+@given(document=documents())
+def test_any_file_is_read_as_pycocotools_reads_it(document: dict[str, Any], tmp_path_factory: Any) -> None:
+    path = write(tmp_path_factory.mktemp("coco"), document)
+    coco = COCO(str(path))
+    asked = {}
+    for image, category in itertools.product((1, 2), (1, 2, 3)):
+        if whole := coco.getAnnIds(imgIds=image, catIds=category, iscrowd=False):
+            crowds = coco.getAnnIds(imgIds=image, catIds=category, iscrowd=True)
+            asked[f"{image}:name {category}"] = [
+                np.array([coco.annToMask(coco.anns[key]) for key in keys], bool).reshape(-1, H, W)
+                for keys in (whole, crowds)
+            ]
+    samples = by_id(opened(path)) if asked else {}
+    assert samples.keys() == asked.keys()
+    for key, (whole, crowds) in asked.items():
+        target = samples[key].target
+        assert np.array_equal([masks.decode(mask) for mask in target.masks], whole)
+        assert target.complete == (not len(crowds)) == (target.ignore is None)
+        assert target.ignore is None or np.array_equal(masks.decode(target.ignore), crowds.any(0))
 
 
 # ---------------------------------------------------------------- expressions

@@ -139,7 +139,9 @@ def test_coconut_tables(tmp_path: Path, pictures: Path) -> None:
     datasets.Dataset.from_dict(row).cast_column("mask", datasets.Image()).to_parquet(tmp_path / "coconut.parquet")
     names = tmp_path / "panoptic_coco_categories.json"
     names.write_text(json.dumps({"categories": CATEGORIES}))
-    samples = opened("panoptic", tmp_path / "coconut.parquet", pictures, categories=str(names))
+    with pytest.raises(DataError, match=r"a table without names; set data.options.names"):
+        opened("panoptic", tmp_path / "coconut.parquet", pictures)
+    samples = opened("panoptic", tmp_path / "coconut.parquet", pictures, names=str(names))
     assert list(samples) == ["139:person", "139:rug-merged"]
     assert samples["139:person"].target.boxes.tolist() == [[0, 0, 2, 2], [4, 0, 6, 2]]
 
@@ -191,6 +193,19 @@ def test_the_releases_of_coco_stuff_are_never_mixed(
     path = stuff(tmp_path, np.array([values] * 4))
     with pytest.raises(DataError, match=says):
         opened("coco_stuff", path, pictures, labels=str(tmp_path / "labels.txt"))
+
+
+def test_folders_and_maps_that_cannot_be_read(tmp_path: Path, pictures: Path) -> None:
+    path = stuff(tmp_path, np.full((H, W), 255), np.full((H + 1, W), 255))
+    labels = str(tmp_path / "labels.txt")
+    with pytest.raises(DataError, match=r"no .png file there"):
+        opened("coco_stuff", tmp_path, pictures, labels=labels)
+    (path / "000000000139.png").write_bytes(encoded(np.full((H + 1, W), 91)))
+    with pytest.raises(DataError, match="the mask is 6x5 but the image 6x4"):
+        opened("coco_stuff", path, pictures, labels=labels)
+    (path / "000000000139.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"000000000139.png cannot be read as a label map"):
+        opened("coco_stuff", path, pictures, labels=labels)
 
 
 def test_the_release_may_be_stated(tmp_path: Path, pictures: Path) -> None:
@@ -246,10 +261,17 @@ def test_open_images_masks_are_brought_to_the_image_size(tmp_path: Path, picture
     row = f'{name},0001eeaf4aed83f9,/m/011k07,9a041d52,0.333333,1.0,0.0,1.0,0.86864,"0.95498 0.65197 1;0.8 0.6 0"'
     path = tmp_path / "validation-annotations-object-segmentation.csv"
     path.write_text(f"{header}\n{row}\n")
-    (sample,) = opened("open_images", path, pictures, **options).values()
+    sample, man = opened("open_images", path, pictures, **options, absent=1).values()
+    assert man.question == "Man" and man.target.count == 0 and man.target.complete  # verified, whatever has a mask
     assert pixels(sample.target.masks[0]) == [[0, 0, 0, 0, 1, 1]] * 2 + [[0, 0, 1, 1, 1, 1]] * 2
     assert sample.target.boxes[0] == pytest.approx([2, 0, 6, 4], abs=1e-4)
     assert "count" not in sample.target.known  # not every box has a mask
+    (tmp_path / "masks" / name).write_bytes(encoded(half * 0))
+    with pytest.raises(DataError, match="no mask of it has a pixel"):
+        opened("open_images", path, pictures, **options)
+    with pytest.raises(DataError, match=r"no mask .*; set data.options.folder") as error:
+        opened("open_images", path, pictures, **options, folder="elsewhere")
+    assert error.value.reason == "mask"
 
 
 def test_open_images_files_of_another_form(tmp_path: Path, pictures: Path) -> None:
@@ -259,6 +281,13 @@ def test_open_images_files_of_another_form(tmp_path: Path, pictures: Path) -> No
         opened("open_images", path, pictures)
     with pytest.raises(DataError, match="no such file"):
         opened("open_images", path, pictures, **options | {"classes": str(tmp_path / "none.csv")})
-    path.write_text(HEADER.replace("XMax", "X2") + "\n" + BOXES[0] + "\n")
-    with pytest.raises(DataError, match="no column or class 'XMax'"):
-        opened("open_images", path, pictures, **options)
+    with pytest.raises(DataError, match=r"nothing is known to be absent; set data.options.negatives"):
+        opened("open_images", path, pictures, classes=options["classes"], absent=1)
+    for text, says in (
+        (HEADER.replace("XMax", "X2") + "\n" + BOXES[0], "KeyError.*BoxXMax"),
+        (HEADER + "\n" + BOXES[0].replace("0.25", "left"), "ValueError.*left"),
+        (HEADER + "\n" + BOXES[0].replace("/m/011k07", "/m/0none"), "KeyError.*/m/0none"),
+    ):
+        path.write_text(text + "\n")
+        with pytest.raises(DataError, match=says):
+            opened("open_images", path, pictures, **options)
