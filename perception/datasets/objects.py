@@ -14,7 +14,6 @@ from perception.matching import pairwise_iou
 from perception.types import Box, Point, Rle, Target
 
 _TOLERANCE = 1.0  # pixels a box or point may lie outside its image; it is clipped
-_AGREEMENT = 0.5  # IoU that a box has at least with the box around its mask
 _ROUNDING = 0.01  # of the longer side: a point may lie so far outside its box, as where coordinates were scaled
 
 
@@ -101,7 +100,7 @@ def _box(item: TrueObject, height: int, width: int, where: str) -> Box:
         fault = f"leaves the {width}x{height} image"
     elif not (np.float32(box[0]) < np.float32(box[2]) and np.float32(box[1]) < np.float32(box[3])):
         fault = "is empty; it needs x1 < x2 and y1 < y2"
-    elif around and _overlap(box, around) < _AGREEMENT:
+    elif around and not _agree(box, around):
         fault = f"and its mask, around {_show(around)}, are hardly the same object"
     elif not around and max(item.box) <= 1 < min(height, width):
         fault = "covers one pixel of the corner at most"
@@ -119,13 +118,15 @@ def _other_meaning(box: Box, around: Box | None, height: int, width: int) -> str
     meanings |= {"x1 y1 x2 y2 where x y width height belongs": given - corner, "per mille": given * sides / 1000}
     for meaning, one in meanings.items():
         inside = (one >= 0).all() and (one <= sides).all() and (one[2:] >= one[:2] + 1).all()
-        if inside and (around is None or _overlap(one, around) >= _AGREEMENT):
+        if inside and (around is None or _agree(one, around)):
             return f" (perhaps it is {meaning})"
     return ""
 
 
-def _overlap(box: Sequence[float] | np.ndarray, other: Box) -> float:
-    return float(pairwise_iou(np.array([box]), np.array([other]))[0, 0])
+def _agree(box: Sequence[float] | np.ndarray, around: Box) -> bool:
+    """A box and the one around its mask; of a tiny object whole pixels may be half as large again as what was drawn."""
+    near = np.abs(np.subtract(box, around)).max() <= 2
+    return bool(near or pairwise_iou(np.array([box]), np.array([around]))[0, 0] >= 0.5)
 
 
 def _point(item: TrueObject, box: Box, height: int, width: int, where: str) -> Point:
