@@ -21,7 +21,7 @@ from tests.plugin_run import readme_plugin
 def write_lines(folder: Path, split: str, tasks: dict[str, int]) -> Path:
     """Questions of the synthetic world as README's JSONL, with boxes alone: so many of each task."""
     source = str(folder / "world" / f"{split}.json")
-    samples = [s for s in load(DataConfig(format="coco", train=source, eval=source), "train") if s.target.count]
+    samples = [s for s in load(DataConfig(format="coco", train=source, eval=source), source) if s.target.count]
     lines = [
         {
             "image": str(Path(sample.image.path).relative_to(folder)),
