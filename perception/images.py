@@ -18,17 +18,7 @@ from perception.types import ImageHandle, ImageSource
 
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 _PHOTOGRAPHS = ("JPEG", "MPO", "WEBP", "AVIF")  # Pillow turns a TIFF itself; elsewhere it would decode to look for EXIF
-BROKEN = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    ArithmeticError,
-    LookupError,
-    MemoryError,
-)
+BROKEN = OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, MemoryError
 """What Pillow raises for bytes that it cannot read."""
 Image.MAX_IMAGE_PIXELS = None  # `data.max_pixels` is the limit
 

@@ -38,7 +38,7 @@ def arguments(folder: Path) -> list[str]:
 def _write_table(folder: Path, split: str, count: int) -> Path:
     """The first questions of the synthetic world that mean one object, in the plugin's own layout: boxes in shares."""
     source = folder / "world" / f"{split}.json"
-    samples = load(DataConfig(format="coco", train=str(source), eval=str(source)), "train")
+    samples = load(DataConfig(format="coco", train=str(source), eval=str(source)), str(source))
     lines = []
     for sample in samples:
         if sample.target.count == 1:

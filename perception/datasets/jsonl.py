@@ -77,10 +77,6 @@ def _meant(key: str) -> str | None:
 
 
 def _truth(line: Line, folder: Path, height: int, width: int, where: str) -> Target:
-    return target(_objects(line, folder, height, width, where), height, width, where)
-
-
-def _objects(line: Line, folder: Path, height: int, width: int, where: str) -> list[TrueObject]:
     if line.boxes is None and line.mask is None:
         raise DataError(f'{where}: neither boxes nor mask; give one ("boxes": [] says that nothing is there)', "truth")
     given = line.mask if isinstance(line.mask, list) else [line.mask] if line.mask is not None else None
@@ -90,7 +86,7 @@ def _objects(line: Line, folder: Path, height: int, width: int, where: str) -> l
             raise DataError(
                 f"{where}: {len(values)} in {name} for {count} objects; give one for each, or leave it out", "truth"
             )
-    return [
+    objects = [
         TrueObject(
             box=line.boxes[i] if line.boxes is not None else None,
             point=line.points[i] if line.points is not None else None,
@@ -98,6 +94,7 @@ def _objects(line: Line, folder: Path, height: int, width: int, where: str) -> l
         )
         for i in range(count)
     ]
+    return target(objects, height, width, where)
 
 
 def _mask(value: str | dict[str, Any], folder: Path, height: int, width: int, where: str) -> Rle:

@@ -12,6 +12,7 @@ from perception.datasets.objects import check_mask_size
 from perception.errors import DataError
 from perception.types import Rle
 
+_MOST_PIXELS = 1 << 28  # a few bytes can unpack to more than the memory holds
 _SLACK = 8  # values by which lossy compression parts equal channels
 _VOID = 255  # a palette's index of what nobody judged, as the borders in PASCAL VOC
 
@@ -37,7 +38,10 @@ def read_mask(data: bytes, where: str) -> np.ndarray:
     grey            as JPEG and smooth edges make it: more than half of the largest value, which is said once per file
     """
     try:
-        image = images.upright(Image.open(io.BytesIO(data)))
+        opened = Image.open(io.BytesIO(data))
+        if opened.width * opened.height > _MOST_PIXELS:
+            raise ValueError(f"it has more than {_MOST_PIXELS} pixels")
+        image = images.upright(opened)
         image.load()
     except images.BROKEN as error:
         raise DataError(f"{where}: not a readable mask ({error}); replace or remove it", "mask") from error

@@ -140,6 +140,7 @@ def _other_meaning(box: Box, around: Box | None, height: int, width: int) -> str
 
 
 def _agree(box: Sequence[float] | np.ndarray, around: Box) -> bool:
+    """A box and the one around its mask; of a tiny object whole pixels may be half as large again as what was drawn."""
     overlap = float(pairwise_iou(np.array([box]), np.array([around]))[0, 0])
     return bool(overlap >= _AGREEMENT or np.abs(np.subtract(box, around)).max() <= _GRAIN)
 

@@ -29,7 +29,7 @@ from tests.builders import case
 config = compose(["recipe=quickstart", *sys.argv[1:]])
 find_plugins(config.plugins)
 check_registered(config)
-(sample,) = load(config.data, "train")
+(sample,) = load(config.data, config.data.train)
 print(json.dumps([TASKS["find"].question(sample), sample.target.boxes.tolist()]))
 answer = TASKS["find"].parse('<answer>[{"bbox_2d": [10, 20, 30, 36]}]</answer>')
 print(reward_terms(config.reward)["edge_error"](case("", sample.target, answer=answer)))

@@ -180,6 +180,7 @@ def test_a_mask_is_turned_as_its_photograph_is() -> None:
         (encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 9), np.uint8)))[:-40], "truncated"),
         (encoded(Image.fromarray(SHAPE[:9])), "the mask is 128x9 but the image 128x96"),
         (encoded(Image.fromarray(np.zeros((H, W), np.uint8))), "the mask has no pixel"),
+        (encoded(Image.new("1", (20_000, 20_000))), "more than 268435456 pixels"),
         (None, "no such mask file in"),
     ],
 )

@@ -124,6 +124,12 @@ def test_what_could_be_right_is_taken(box: tuple) -> None:
     assert one(box=box).count == 1
 
 
+@pytest.mark.parametrize("box", [(10.6, 20.3, 11.2, 21.4), (10.1, 20.8, 11.9, 21.1), (9.5, 19.2, 12.4, 22.9)])
+def test_a_tiny_box_is_drawn_between_the_pixels_of_its_mask(box: tuple) -> None:
+    """COCO's boxes are those of the polygons. IoU with the mask's pixels: .17, .14, .37."""
+    assert one(box=box, mask=(10, 20, 12, 22)).count == 1
+
+
 def test_one_pixel_with_its_mask_is_an_object() -> None:
     assert one(box=(0, 0, 1, 1), mask=(0, 0, 1, 1)).boxes.tolist() == [[0, 0, 1, 1]]
 
