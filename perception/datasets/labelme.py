@@ -48,7 +48,7 @@ def _drawn(file: Path, place: str, numbered: bool) -> Drawn:
 
 
 def _shape(given: dict[str, Any], numbered: bool) -> Shape:
-    label, kind, group = given["label"], given.get("shape_type") or "polygon", given.get("group_id")
+    label, kind, group = str(given["label"]), given.get("shape_type") or "polygon", given.get("group_id")
     points = [(float(x), float(y)) for x, y in given["points"]]
     if kind == "circle":
         points = ellipse(*points[0], *[math.dist(*points)] * 2)

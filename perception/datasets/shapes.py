@@ -5,7 +5,7 @@ none is only a point; it always has points.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ class Shape(NamedTuple):
     """box (of two or more corners), polygon, point (each is an object) or mask; anything else is refused when drawn."""
     points: Sequence[Point]
     """x y in pixels, or in shares of width and height."""
-    group: Hashable = None
+    group: object = None
     pixels: Callable[[int, int], np.ndarray] | None = None
     """Of a mask: (height, width) of the image -> (h, w) bool, the part whose upper left pixel is `points[0]`."""
 
@@ -55,9 +55,11 @@ def questions(path: Path, place: str, read: Callable[[], Drawn], task: str, rela
     try:
         drawn = read()
         for shape in drawn.shapes:
+            if not shape.label or (shape.kind in ("box", "point") and not shape.points):
+                raise ValueError(f"a {shape.kind} without label or coordinates")
             each = [shape._replace(points=[one]) for one in shape.points] if shape.kind == "point" else [shape]
             by_label.setdefault(shape.label, []).extend(each)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         unreadable = DataError(f"{path}: {place}: the annotation cannot be read ({error!r}); export it again")
         yield broken(place, error if isinstance(error, DataError) else unreadable)
         return
@@ -68,10 +70,11 @@ def questions(path: Path, place: str, read: Callable[[], Drawn], task: str, rela
 
 
 def _truth(shapes: Sequence[Shape], relative: bool, height: int, width: int, where: str) -> Target:
-    parts: dict[Hashable, list[Shape]] = {}
+    parts: dict[str, list[Shape]] = {}
     for number, shape in enumerate(shapes):
         points = [(x * width, y * height) for x, y in shape.points] if relative else shape.points
-        parts.setdefault((shape.group, number if shape.group is None else ""), []).append(shape._replace(points=points))
+        key = f"shape {number}" if shape.group is None else f"group {shape.group}"
+        parts.setdefault(key, []).append(shape._replace(points=points))
     objects = [_object(own, height, width, where) for own in parts.values()]
     if not all(one.mask for one in objects):
         objects = [replace(one, box=masks.bounding_box(one.mask), mask=None) if one.mask else one for one in objects]
@@ -100,7 +103,7 @@ def _area(shape: Shape, height: int, width: int, where: str) -> Rle:
         if not part.any():
             raise ValueError("no pixel is set")
         return masks.encode(np.pad(part, ((top, height - top - len(part)), (left, width - left - len(part[0])))))
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         why = f"the mask cannot be read, or leaves the image ({error}); draw it again"
         raise DataError(f"{where}: {why}", "mask") from error
 
@@ -117,7 +120,7 @@ def ellipse(x: float, y: float, across: float, down: float, degrees: float = 0.0
     return turned([(x + across * math.cos(one), y + down * math.sin(one)) for one in angles], (x, y), degrees)
 
 
-def rectangle(label: str, box: Sequence[float], about: Point, degrees: float, group: Hashable = None) -> Shape:
+def rectangle(label: str, box: Sequence[float], about: Point, degrees: float, group: object = None) -> Shape:
     """A box x1 y1 x2 y2; a turned one is a polygon."""
     x1, y1, x2, y2 = box
     corners = turned([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], about, degrees)

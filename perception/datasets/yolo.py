@@ -35,9 +35,9 @@ def read(path: Path, *, split: str = "train", absent: int = 0, task: str = "segm
         classes, poses = {int(key): str(name) for key, name in names}, bool(settings.get("kpt_shape"))
     except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{file}: no names of classes can be read ({' '.join(str(error).split())}); mend it") from error
-    given = settings.get(split) or () if path in (file, file.parent) else str(path.absolute())
-    root = file.parent / (settings.get("path") or "")
-    folders = [_folder(root, file.parent, one) for one in ([given] if isinstance(given, str) else given)]
+    given = settings.get(split) or [] if path in (file, file.parent) else str(path.absolute())
+    root = file.parent / str(settings.get("path") or "")
+    folders = [_folder(root, file.parent, str(one)) for one in (given if isinstance(given, list) else [given])]
     found = sorted(one for folder in folders for one in folder.rglob("*") if one.suffix.lower() in PICTURES)
     if not found:
         raise DataError(f"{file}: no image of {split} in {', '.join(map(str, folders)) or 'it'}; mend path or {split}")
