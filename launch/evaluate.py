@@ -12,6 +12,7 @@ confident of counts; no truth is used for that.
 
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,12 +29,15 @@ from launch.run.step_metrics import look_metrics
 from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.config import Config
+from perception.datasets import stated
+from perception.errors import DataError
 from perception.types import Group, Sample, Score, Trajectory
 from runtime import cluster
 
 EVALUATION_SEED_STEP = 0
 """Training steps count from 1, so evaluation draws from seeds of its own."""
 SAMPLED_ANSWERS = 4
+log = logging.getLogger(__name__)
 
 
 async def evaluate(
@@ -41,7 +45,8 @@ async def evaluate(
 ) -> tuple[dict[str, float], list[Group]]:
     """Metrics by `catalog.HeldOut.name`, and the greedy answers for pictures.
 
-    Scorer failures raise RuntimeError: a held-out number is whole or absent.
+    A held-out number is whole or absent: of a task of which an answer could not be measured there is none, and a
+    warning says why.
     """
     prompts = system.prompts(samples, EVALUATION_SEED_STEP)
     several = sampled(SAMPLED_ANSWERS, system.config.rollout)
@@ -50,7 +55,11 @@ async def evaluate(
     metrics: dict[str, float] = {}
     for task in sorted({sample.task for sample in samples}):
         own = {way: [group for group in groups if group.prompt.sample.task == task] for way, groups in answered.items()}
-        measured = _measured(own, relooks=system.config.look.mode == "relook")
+        try:
+            measured = _measured(own, relooks=system.config.look.mode == "relook")
+        except DataError as error:
+            log.warning(f"no held-out numbers of task {task}{held_out and f' of {held_out}'}: {error}")
+            continue
         metrics |= {catalog.HeldOut(task, *key, held_out).name: value for key, value in measured.items()}
     return metrics, answered[catalog.GREEDY]
 
@@ -85,7 +94,7 @@ def _measured(groups: Mapping[str, Sequence[Group]], relooks: bool) -> dict[tupl
 def _score(group: Group, trajectory: Trajectory) -> Score:
     if trajectory.score is None:
         why = trajectory.failure.detail if trajectory.failure else "it was not scored"
-        raise RuntimeError(f"evaluation of {group.prompt.sample.id}: {why}")
+        raise DataError(f"sample {group.prompt.sample.id}: {why}")
     return trajectory.score
 
 
@@ -107,7 +116,7 @@ def run(config: Config) -> None:
     prepare(config, say=print)
     train, held_out = check_files(config)
     cluster.connect(config.placement, config.plugins)
-    print(json.dumps(asyncio.run(_evaluate_once(config, train, held_out))))
+    print(json.dumps({**asyncio.run(_evaluate_once(config, train, held_out)), "data": stated(config.data)}))
 
 
 if __name__ == "__main__":

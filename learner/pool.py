@@ -62,10 +62,8 @@ class LearnerPool:
     async def update(self, groups: Sequence[Group]) -> LearnerReport:
         """`algorithm.updates` optimizer steps over all groups, cut in the order they come, `algorithm.epochs` times.
 
-        Raises ValueError when no trajectory holds a sampled token.
+        Where none of them holds a sampled token that counts, the steps have no gradient.
         """
-        if not any(one.sampled_tokens for group in groups for one in group.trajectories if not one.excluded):
-            raise ValueError(f"nothing to learn from: none of the step's {len(groups)} groups holds a sampled token")
         ranks = len(self.actors.slots)
         batches = [deal(batch, ranks) for batch in mini_batches([*map(_bare, groups)], self._algorithm.updates)]
         calls = [call(LearnerRank.update, [batch[rank] for batch in batches]) for rank in range(ranks)]
@@ -76,7 +74,8 @@ class LearnerPool:
     async def parity(self, groups: Sequence[Group]) -> dict[str, float]:
         """How far the learner's log-probs are from those the rollout engines reported, over all sampled tokens.
 
-        Mean and maximum of |difference|, and the mean importance ratio learner / engine: 1 up to rounding.
+        Mean and maximum of |difference|, and the mean importance ratio learner / engine: 1 up to rounding. There must
+        be a token that counts.
         """
         learner = [tokens for found in await self._of_groups(LearnerRank.logprobs, groups) for tokens in found]
         rollout = [_logprobs(one) for group in groups for one in group.trajectories]

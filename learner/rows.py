@@ -12,7 +12,7 @@ answer 6 3 is, as a `Tail`,
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from learner.loss import TokenBatch
+from perception.errors import DataError
 from perception.types import Group, ImageHandle, Trajectory
 
 
@@ -128,18 +129,19 @@ Expand = Callable[[Sequence[int], Sequence[ImageHandle]], Segment]
 def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = False) -> Iterator[Piece]:
     """Groups in pieces of at most `budget` tokens, or of one trajectory where that alone is longer.
 
-    Trajectories without a sampled token take no part, nor do those that engine or reward worker failed. Raises
-    ValueError, naming the sample, where placeholders and images do not match or a trajectory does not begin with the
-    prompt.
+    Trajectories without a sampled token take no part, nor do those that engine or reward worker failed; a group of
+    nothing else is not looked at, nor is its image. Raises ValueError, naming the sample, where placeholders and images
+    do not match, a trajectory does not begin with the prompt, or an image cannot be read (DataError).
     """
-    pictures = _pictures(groups, layout)
-    for number, group in enumerate(groups):
+    taking_part = {i: group for i, group in enumerate(groups) if any(one.learnable for one in group.trajectories)}
+    pictures = _pictures(taking_part.values(), layout)
+    for number, group in taking_part.items():
         prompt, name = group.prompt, group.prompt.sample.id
         expand = partial(_segment, layout, pictures, name)
         first = expand(prompt.token_ids, prompt.images)
         tails: list[Tail] = []
         for index, trajectory in enumerate(group.trajectories):
-            if not trajectory.sampled_tokens or trajectory.excluded:
+            if not trajectory.learnable:
                 continue
             if trajectory.turns[0].input_ids != prompt.token_ids or trajectory.turns[0].images != prompt.images:
                 raise ValueError(f"sample {name}: trajectory {index} does not begin with its group's prompt")
@@ -178,14 +180,23 @@ def token_batch(tails: Sequence[Tail]) -> TokenBatch:
     )
 
 
-def _pictures(groups: Sequence[Group], layout: Layout) -> dict[str, Picture]:
+def _pictures(groups: Iterable[Group], layout: Layout) -> dict[str, Picture]:
     """Every image of the groups by key, each prepared once, on all cores: decoding leaves Python's lock."""
-    handles: dict[str, ImageHandle] = {}
+    shown: dict[str, tuple[str, ImageHandle]] = {}
     for group in groups:
-        fed = [turn.images for trajectory in group.trajectories for turn in trajectory.turns]
-        handles |= {handle.key: handle for images in (group.prompt.images, *fed) for handle in images}
+        fed = [turn.images for trajectory in group.trajectories if trajectory.learnable for turn in trajectory.turns]
+        name = group.prompt.sample.id
+        shown |= {handle.key: (name, handle) for images in (group.prompt.images, *fed) for handle in images}
+
+    def prepared(one: tuple[str, ImageHandle]) -> Picture:
+        sample, handle = one
+        try:
+            return layout.picture(handle)
+        except DataError as error:
+            raise DataError(f"sample {sample}: {error}", error.reason) from error
+
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return dict(zip(handles, threads.map(layout.picture, handles.values()), strict=True))
+        return dict(zip(shown, threads.map(prepared, shown.values()), strict=True))
 
 
 def _segment(

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 
 def scratch_path(path: Path) -> Path:
@@ -12,25 +13,30 @@ def scratch_path(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A path to write a file or a folder to. It takes the place of `path` when the block ends well.
 
-    A reader sees the old one or the new one, never half of it; an interrupted write leaves the old one.
+    A reader sees the old one or the new one, never half of it; an interrupted write leaves the old one. `shared`:
+    others may be writing the same; a folder that is there by then stays, since somebody may be reading it.
     """
-    scratch = scratch_path(path)
+    scratch = path.with_name(f".{path.name}.{uuid4().hex}.partial") if shared else scratch_path(path)
     _remove(scratch)
     try:
         yield scratch
-        if scratch.is_dir():
+        if scratch.is_dir() and not shared:
             _remove(path)
-        scratch.replace(path)
+        try:
+            scratch.replace(path)
+        except OSError:
+            if not (shared and path.is_dir()):
+                raise
     finally:
         _remove(scratch)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    with replacing(path) as scratch:
+    with replacing(path, shared=True) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 

@@ -3,14 +3,33 @@ bounded, and nothing is raised that a docstring does not name."""
 
 import gc
 import json
+import re
 from typing import Any
 
-MAX_OBJECTS = 120
-"""A longer list is cut here, in the truth as in the answer: the rule of VisionReasoner's and Dr. Seg's code."""
+MAX_OBJECTS = 4096
+"""A longer answer is cut here; a sample with more objects is refused."""
 LONGEST = 1_000_000
 """Characters. A longer answer is not read, nor are sentences beyond: each would become some 30 times its size in Python
 objects. The published limit of 3,000 tokens is below a fiftieth of it."""
+_HALF = re.compile("[\ud800-\udfff]")
+_ESCAPE = re.compile(
+    r"(\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|\\[^u])|\\u[dD][89a-fA-F][\da-fA-F]{2}"
+)
+"""A whole surrogate pair or any other escape (group 1), or half a pair."""
 _LARGEST = 1e6  # a coordinate beyond this is no place in any image
+
+
+def clean(text: str) -> str:
+    """The text without lone halves of surrogate pairs, which no file and no tokenizer takes: U+FFFD in their place.
+
+    All text that a model, a data set or the settings bring in goes through this.
+    """
+    return _HALF.sub("\ufffd", text)
+
+
+def clean_json(text: str) -> str:
+    """JSON that spells no half of a surrogate pair, as a character or as an escape."""
+    return _ESCAPE.sub(lambda found: found[1] or r"\ufffd", clean(text))
 
 
 def section(text: str, tag: str) -> str | None:
@@ -24,13 +43,13 @@ def section(text: str, tag: str) -> str | None:
 
 
 def load(body: str) -> Any:
-    """Any JSON value. Raises ValueError for what is none, is longer than `LONGEST` or too deeply nested."""
+    """Any JSON value, its texts clean. Raises ValueError for what is none, too deeply nested or beyond `LONGEST`."""
     if len(body) > LONGEST:
         raise ValueError(f"longer than {LONGEST:,} characters")
     collecting = gc.isenabled()
     gc.disable()  # JSON holds no cycles, and looking for some after every 700 lists takes ten times as long as reading
     try:
-        return json.loads(body)
+        return json.loads(clean_json(body))
     except RecursionError:
         raise ValueError("too deeply nested") from None
     finally:

@@ -5,21 +5,32 @@ Everywhere an image is what a viewer shows: the EXIF orientation of photographs 
 
 import hashlib
 import io
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from cachetools import LRUCache
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 from perception.errors import DataError
 from perception.tables import cell
 from perception.types import ImageHandle, ImageSource
 
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
-_PHOTOGRAPHS = ("JPEG", "MPO", "TIFF", "WEBP")  # elsewhere PIL would decode the pixels only to look for EXIF
-_BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError)  # what PIL raises for bytes it cannot read
+_PHOTOGRAPHS = ("JPEG", "MPO", "WEBP", "AVIF")  # Pillow turns a TIFF itself; elsewhere it would decode to look for EXIF
+BROKEN = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+)
+"""What Pillow raises for bytes that it cannot read."""
+Image.MAX_IMAGE_PIXELS = None  # `data.max_pixels` is the limit
 
 
 def content_key(data: bytes) -> str:
@@ -51,39 +62,50 @@ def probe(path: ImageSource, max_pixels: int) -> tuple[int, int]:
         opened = path.path if path.row is None and path.data is None else io.BytesIO(read(path))
         if isinstance(opened, str) and Path(opened).stat().st_size == 0:
             raise DataError(f"{path}: the image file is empty (0 bytes); copy it again", "image")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
-            image = Image.open(opened)
+        with Image.open(opened) as image:
+            mode, (width, height) = image.mode, image.size
+            sideways = image.format in _PHOTOGRAPHS and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
     except DataError:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image file; check the path in the annotations", "image") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: the image has more than {max_pixels} pixels; make it smaller", "size") from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DataError(f"{path}: not a readable image ({error}); replace or remove it", "image") from error
-    with image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise DataError(
-                f"{path}: {width}x{height} is {width * height} pixels, more than {max_pixels}; "
-                "make it smaller or raise data.max_pixels",
-                "size",
-            )
-        if image.mode[0] in "IF":
-            raise DataError(f"{path}: more than 8 bits per channel (mode {image.mode}); convert it to 8 bits", "image")
-        sideways = image.format in _PHOTOGRAPHS and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
-        return (width, height) if sideways else (height, width)
+    if width * height > max_pixels:
+        many = f"{width}x{height} is {width * height} pixels, more than {max_pixels}"
+        raise DataError(f"{path}: {many}; make it smaller or raise data.max_pixels", "size")
+    if mode[0] in "IF":
+        raise DataError(f"{path}: more than 8 bits per channel (mode {mode}); convert it to 8 bits", "image")
+    return (width, height) if sideways else (height, width)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image as a viewer shows it."""
+    return ImageOps.exif_transpose(image) if image.format in _PHOTOGRAPHS else image
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Pixels of an encoded image: (H, W, 3) uint8 RGB, contiguous. Raises DataError when the bytes do not decode."""
+    """Pixels of an encoded image: (H, W, 3) uint8 RGB, contiguous; of an animated one the first frame.
+
+    What is transparent is laid on white, as vLLM and Qwen's own loader do. Raises DataError.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            upright = ImageOps.exif_transpose(image) if image.format in _PHOTOGRAPHS else image
-            return np.ascontiguousarray(upright.convert("RGB"))
-    except _BROKEN as error:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = upright(opened)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return np.ascontiguousarray(image.convert("RGB"))
+    except BROKEN as error:
         raise DataError(f"{len(data)} bytes do not decode as an image: {error}", "image") from error
+
+
+def pixels(handle: ImageHandle, fetch: Callable[[ImageHandle], bytes]) -> np.ndarray:
+    """`decode` of what `fetch` gives. Raises DataError naming an image that has gone or does not decode."""
+    try:
+        return decode(fetch(handle))
+    except (DataError, OSError) as error:
+        named = handle.ref if isinstance(handle.ref, ImageSource) else f"image {handle.key}"
+        raise DataError(f"{named}: the image is damaged or gone ({error}); replace or remove it", "image") from error
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -96,18 +118,13 @@ def encode(pixels: np.ndarray) -> bytes:
 def preview(data: bytes, side: int) -> bytes:
     """An encoded image with at most `side` pixels on its longer side: the bytes themselves where it has no more, else a
     JPEG. Raises DataError when they do not decode."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if max(image.size) <= side:
-                return data
-            image.draft("RGB", (side, side))  # a JPEG is decoded at an eighth to a half of its size
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((side, side))
-            buffer = io.BytesIO()
-            small.save(buffer, "JPEG", quality=90)
-            return buffer.getvalue()
-    except _BROKEN as error:
-        raise DataError(f"{len(data)} bytes do not decode as an image: {error}", "image") from error
+    image = Image.fromarray(decode(data))
+    if max(image.size) <= side:
+        return data
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 class ImageCache:
@@ -119,10 +136,10 @@ class ImageCache:
         self._kept: LRUCache[str, np.ndarray] = LRUCache(capacity, getsizeof=lambda image: image.nbytes)
 
     def get(self, handle: ImageHandle) -> np.ndarray:
-        """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError when it does not decode."""
+        """(H, W, 3) uint8 RGB, read-only since it is shared. Raises DataError as `pixels` does."""
         if (found := self._kept.get(handle.key)) is not None:
             return found
-        image = decode(self._fetch(handle))
+        image = pixels(handle, self._fetch)
         image.flags.writeable = False
         if image.nbytes <= self._kept.maxsize:
             self._kept[handle.key] = image

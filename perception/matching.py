@@ -16,7 +16,6 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from perception.frames import METRIC, Frame, convert_boxes, convert_points
-from perception.grammar import MAX_OBJECTS
 from perception.types import Answer, Target
 
 Cost = Literal["binary", "continuous"]
@@ -63,8 +62,8 @@ def objects_of_answer(answer: Answer, frame: Frame) -> Objects:
 
 
 def objects_of_target(target: Target, frame: Frame) -> Objects:
-    """The truth about an image of size `frame`, cut at 120 objects as published."""
-    return objects_in(frame, target.boxes[:MAX_OBJECTS], target.points[:MAX_OBJECTS])
+    """The truth about an image of size `frame`."""
+    return objects_in(frame, target.boxes, target.points)
 
 
 def objects_in(frame: Frame, boxes: np.ndarray, points: np.ndarray) -> Objects:

@@ -3,11 +3,13 @@
 A table is opened once per process and stays on disk: a row is read when it is asked for.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from perception.errors import DataError, UserError
+from perception.types import ImageSource
 
 
 @lru_cache(maxsize=16)
@@ -52,6 +54,19 @@ def _load(datasets: Any, path: Path, split: str) -> Any:
     if path.exists():
         raise FileNotFoundError("no parquet file and no saved data set in it")
     return datasets.load_dataset(str(path), split=split or None)
+
+
+def rows(path: Path, split: str, *columns: str) -> Iterator[tuple[ImageSource, dict[str, Any]]]:
+    """Each row's picture and those of the columns that there are. Raises DataError where there is none of them.
+
+    Name light columns alone: masks are read when a question is drawn.
+    """
+    table = open_table(str(path), split)
+    if not (found := [name for name in columns if name in table.column_names]):
+        raise DataError(f"{path}: none of the columns {', '.join(columns)}, only {', '.join(table.column_names)}")
+    picture = "images" if "images" in table.column_names else "image"
+    for number, cells in enumerate(table.select_columns(found)):
+        yield ImageSource(path=str(path), split=split, row=number, column=picture), cells
 
 
 def cell(path: str, split: str, row: int, column: str) -> bytes:

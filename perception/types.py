@@ -302,6 +302,11 @@ class Trajectory:
         """The infrastructure failed, which says nothing of the policy: no part of baseline, loss or statistics."""
         return self.failure is not None and self.failure.kind in INFRASTRUCTURE
 
+    @property
+    def learnable(self) -> bool:
+        """Holds sampled tokens that say something of the policy."""
+        return self.sampled_tokens > 0 and not self.excluded
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:

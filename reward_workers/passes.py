@@ -86,17 +86,20 @@ def judge(
     """One candidate per pass, segmented in the same order.
 
     `truth`: union of the true masks, (H, W) bool, where the answers' masks are to be compared with it. An answer that
-    did not parse overlaps with nothing, also where nothing is there.
+    did not parse overlaps with nothing, also where nothing is there; so does one whose objects have no pixel in the
+    image: only the empty list says that nothing is there.
     """
     segmented = segmentation.features if segmentation is not None else np.zeros((len(passes), 3))
     overlaps = segmentation.overlaps(truth) if segmentation is not None and truth is not None else None
     features = confidence_features(passes, segmented)
     sure = confidence(look.weights if look is not None else (), features)
+    there = truth is not None and bool(truth.any())
     candidates = []
     for i, one in enumerate(passes):
         candidate = Candidate(answer=one.answer, features=tuple(features[i].tolist()), confidence=float(sure[i]))
         if overlaps is not None:
-            iou, dice = overlaps[i].tolist() if one.answer.failure is None else (0.0, 0.0)
+            said = one.answer.failure is None and (there or not one.answer.objects)
+            iou, dice = overlaps[i].tolist() if said else (0.0, 0.0)
             candidate = replace(candidate, mask_iou=iou, mask_dice=dice)
         if segmentation is not None and want_masks and one.answer.objects:
             candidate = replace(candidate, mask=masks.encode(segmentation.mask(i)))

@@ -75,6 +75,10 @@ class Segmentation:
         some = np.maximum(total, 1)
         return np.where(total[:, None] == 0, 1.0, np.stack([both / np.maximum(total - both, 1), 2 * both / some], 1))
 
+    def within(self, judged: np.ndarray) -> Segmentation:
+        """The same masks, in the pixels of (H, W) bool alone."""
+        return Segmentation(self.masks & torch.from_numpy(judged).to(self.masks.device), self.features)
+
     def mask(self, index: int) -> np.ndarray:
         """One answer's mask, (H, W) bool on the host."""
         return self.masks[index].cpu().numpy()

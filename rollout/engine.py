@@ -20,6 +20,7 @@ from PIL import Image
 from perception.config import RolloutConfig
 from perception.errors import UserError
 from perception.families import engine_name
+from perception.grammar import clean
 from perception.images import ImageCache
 from perception.types import (
     BANNED_LOGIT,
@@ -265,7 +266,7 @@ class RolloutEngine:
             token_ids=ids,
             logprobs=tuple(logprobs.logprobs),
             versions=self._updates.spans(request.request_id, completion),
-            text=str(self._tokenizer.decode(list(ids), skip_special_tokens=True)),
+            text=clean(str(self._tokenizer.decode(list(ids), skip_special_tokens=True))),
             finish_reason=completion.finish_reason or "unfinished",
             view=feed.view,
             prompt_tokens=len(request.prompt_token_ids or ()),

@@ -68,6 +68,7 @@ def write_run(output: Path, steps: int = 60, image_dir: Path | None = None, look
             {
                 "before": evaluation(0.0, look), "after": evaluation(1.0, look),
                 "steps": steps, "seconds": 402.7, "restarts": {"rollout engines": 0}, "seed": 42,
+                "data": "reason_seg, ignore=drop",
             }
         )  # fmt: skip
         return recorder.run_dir

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from perception import images
 from perception.errors import DataError
 from perception.files import replacing
+from perception.grammar import clean
 from perception.types import Candidate, Group, Sample, Trajectory, Turn
 
 _COORDINATES = pa.list_(pa.list_(pa.float32()))
@@ -105,7 +106,7 @@ def _group_columns(step: int, sample: Sample, folder: Path) -> dict[str, Any]:
         "sample_id": sample.id,
         "task": sample.task,
         "question": sample.question,
-        "image": str(sample.image),
+        "image": clean(str(sample.image)),
         "picture": _store_picture(sample, folder),
         "height": sample.height,
         "width": sample.width,
@@ -133,7 +134,7 @@ def _trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
         "metrics": dict(score.metrics) if score else {},
         "confidence": score.best.confidence if score else 0.0,
         "failure": failure.kind.value if failure else None,
-        "failure_detail": failure.detail if failure else None,
+        "failure_detail": clean(failure.detail) if failure else None,
         "labels": [one.label for one in score.best.answer.objects if one.label] if score else [],
     }
 

@@ -55,7 +55,7 @@ def show(run_dir: Path) -> None:
     summary = json.loads((run_dir / run_directory.SUMMARY).read_text())
     before, after = summary["before"], summary["after"]
     title = f"{summary['steps']} GRPO steps, {summary['seconds']:.0f} s, {samples(after)} held-out samples"
-    table = Table(title=title)
+    table = Table(title=title, caption=f"data: {summary['data']}" if "data" in summary else None)
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="right" if heading else "left")
     for one in changes(before, after):

@@ -29,5 +29,5 @@ async def calibrate(system: System, samples: Sequence[Sample]) -> str:
             "(python -m launch.sft), or use look=none or look=inline"
         )
     system.calibrator.learn(one for group in groups for one in group.trajectories)
-    learned = f"calibrated on {len(groups) * ANSWERS} answers and {len(later)} second looks"
+    learned = f"calibrated on {len(passes)} answers and {len(later)} second looks"
     return f"look: {learned}; threshold {system.calibrator.state.threshold:.2f}"

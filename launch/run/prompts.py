@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor
 from perception.config import ModelConfig, TaskConfig
 from perception.families import engine_renames, family_of
 from perception.frames import smart_resize
+from perception.grammar import clean
 from perception.tasks import TASKS
 from perception.types import ImageHandle, PolicySpec, Prompt, Sample, View
 from perception.views import Rect
@@ -48,6 +49,7 @@ class PromptMaker:
             raise ValueError(f"{type(self.processor).__name__} has no placeholder for images")
         self.tokenizer: Any = self.processor.tokenizer
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        self._special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         ended = self._encode(self._chat(_turn("user", ""), _turn("assistant", _ANSWER)).partition(_ANSWER)[2])[:1]
         own = [token for token in ended if token in self.tokenizer.added_tokens_decoder]
         self.ends: tuple[int, ...] = tuple(dict.fromkeys([self.tokenizer.eos_token_id, *own]))
@@ -64,10 +66,16 @@ class PromptMaker:
     def tokens(self, sample: Sample, inline: bool = False) -> tuple[int, ...]:
         """Chat-formatted ids of one image and one question; raises KeyError for a task without a template."""
         template, question = self._tasks[sample.task], TASKS[self.form(sample.task)].question(sample)
-        asked = (template.inline if inline else template.template).replace("{question}", question)
-        text = self._chat(_turn("system", template.system), _turn("user", asked, image=True), ask=True)
+        words = template.inline if inline else template.template
+
+        def chat(question: str) -> str:
+            asked = words.replace("{question}", question)
+            return self._chat(_turn("system", template.system), _turn("user", asked, image=True), ask=True)
+
+        text, marked = chat(question), chat(_ANSWER)
+        plain = len(marked.partition(_ANSWER)[0]), len(text) - len(marked.rpartition(_ANSWER)[2])
         # The tokenizer puts its first token before, unless the chat format has.
-        return self._encode(text, special=not text.startswith(self.tokenizer.bos_token or text))
+        return self._encode(text, not text.startswith(self.tokenizer.bos_token or text), plain)
 
     def again(self, task: str) -> tuple[int, ...]:
         """What is fed after an answer's end-of-turn id to show a second image and ask again."""
@@ -82,10 +90,20 @@ class PromptMaker:
     def _chat(self, *messages: dict[str, Any], ask: bool = False) -> str:
         """With `ask`, up to where an answer begins."""
         form = {"chat_template": self.processor.chat_template or self.tokenizer.chat_template, "tokenize": False}
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, **form))
+        return clean(str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=ask, **form)))
 
-    def _encode(self, text: str, special: bool = False) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=special))
+    def spelled(self, text: str) -> list[int]:
+        """Ids of plain text: a special token in it is written out like any other word."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _encode(self, text: str, special: bool = False, plain: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
+        """`plain`: the first character, and the one after the last, of a part in which special tokens are spelled."""
+        made = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        ids: list[int] = []
+        for token, (start, end) in zip(made["input_ids"], made["offset_mapping"], strict=True):
+            spells = token in self._special and start < plain[1] and end > plain[0]
+            ids += self.spelled(text[start:end]) if spells else [token]
+        return tuple(ids)
 
     def answer_frame(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the frame the policy answers in for an image of this size."""

@@ -17,10 +17,12 @@ from jinja2 import TemplateError
 from perception.config import Config, TaskConfig
 from perception.datasets import Dataset, load
 from perception.errors import DataError, UserError
-from perception.images import decode, read
+from perception.grammar import clean
+from perception.images import pixels
 from perception.tasks import TASKS
 from perception.types import Sample, Truth
 from reward_workers.components import held_out_terms, needed_truth, needs
+from runtime.objects import fetch, handle
 
 if TYPE_CHECKING:
     from launch.run.prompts import PromptMaker
@@ -40,7 +42,7 @@ def load_samples(config: Config, say: Callable[[str], None] = print) -> tuple[Da
     """
     data = config.data
     train = load(data, data.train)
-    held_out = {name: load(data, path) for name, path in {MAIN: data.eval, **data.also}.items()}
+    held_out = {name: load(data, path, held_out=True) for name, path in {MAIN: data.eval, **data.also}.items()}
     if config.algorithm.prompts_per_step > len(train):
         few = f"{config.algorithm.prompts_per_step=}, but {data.train} holds {len(train)} samples"
         raise UserError(f"{few}: lower prompts_per_step or give more data")
@@ -115,7 +117,10 @@ class Check:
             where = f"model.path={self.config.model.path}"
             raise UserError(f"{where}: the chat template shows {shown} images for one; correct it")
         text = len(ids) - 1
-        image = prompts.image_tokens(sample.height, sample.width)
+        try:
+            image = prompts.image_tokens(sample.height, sample.width)
+        except ValueError as error:  # as Qwen's, which takes no image that is 200 times as long as it is wide
+            raise DataError(f"the image does not fit the policy's processor ({error}); crop it", "size") from error
         further = _further_passes(self.config, prompts, sample.task)
         needed = text + image + rollout.max_new_tokens + further
         if needed > rollout.max_model_len:
@@ -151,21 +156,24 @@ def _further_passes(config: Config, prompts: PromptMaker, task: str) -> int:
 
 
 def _longest(data: Dataset, prompts: PromptMaker) -> Iterable[Sample]:
-    """The sample with most text tokens. A text has at most one token a byte, so most questions need not be encoded."""
-    longest = sorted(range(len(data)), key=lambda index: -len(data.records[index].question.encode()))
+    """The sample whose question has most tokens. Most questions need not be encoded: a token is at least a byte of the
+    normalised text, in which a space may become three and three may come before the first word."""
+    distinct = {clean(record.question): place for place, record in enumerate(data.records)}
+    normalizer = prompts.tokenizer.backend_tokenizer.normalizer
+
+    def limit(question: str) -> int:
+        normal = normalizer.normalize_str(question) if normalizer else question
+        return len(normal.encode()) + 2 * normal.count(" ") + 3
+
     most, found = -1, 0
-    for index in longest:
-        question = data.records[index].question
-        if len(question.encode()) <= most:
+    for most_possible, question in sorted(((limit(one), one) for one in distinct), reverse=True):
+        if most_possible <= most:
             break
-        if (count := len(prompts.tokenizer.encode(question, add_special_tokens=False))) > most:
-            most, found = count, index
+        if (count := len(prompts.spelled(question))) > most:
+            most, found = count, distinct[question]
     return islice(data.usable(found), 1)
 
 
 def _decode(samples: Sequence[Sample]) -> None:
-    for source in dict.fromkeys(sample.image for sample in samples):
-        try:
-            decode(read(source))
-        except (DataError, OSError) as error:
-            raise DataError(f"{source}: the image is damaged ({error}); replace or remove it", "image") from error
+    for image in {one.key: one for one in map(handle, samples)}.values():
+        pixels(image, fetch)

@@ -37,7 +37,7 @@ class Session:
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by Ctrl-C and SIGTERM."""
     checked: bool = False
-    """The first batch has passed the parity gate."""
+    """A batch has passed the parity gate."""
 
     def pipeline(self) -> Pipeline:
         return Pipeline(self.system, self.state.cursor, self.state.ledger)
@@ -50,9 +50,9 @@ class Session:
                 return
 
     async def next_batch(self, scored: Pipeline, step: int) -> Batch:
-        """Ranked, rewarded, advantaged. The first one must pass the parity gate."""
+        """Ranked, rewarded, advantaged. The first one that holds anything must pass the parity gate."""
         batch = await next_batch(scored, step, self.config, self.system.learner, self.state.ranks)
-        if not self.checked:
+        if not self.checked and any(one.learnable for group in batch.groups for one in group.trajectories):
             await parity_gate(self.system, batch.groups, self.progress)
             self.checked = True
         return batch

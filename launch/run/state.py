@@ -22,6 +22,7 @@ from launch.run.cursor import Cursor
 from launch.run.pipeline import Ticket
 from launch.run.system import System
 from perception.config import Config
+from perception.datasets import stated
 from perception.errors import UserError
 from perception.files import write_text
 from perception.types import Sample
@@ -114,6 +115,7 @@ class RunState:
             "seconds": round(self.seconds, 1),
             "restarts": dict(restarts),
             "seed": self.config.run.seed,
+            "data": stated(self.config.data),
         }
 
 

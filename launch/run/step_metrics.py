@@ -38,7 +38,7 @@ def step_metrics(step: int, batch: Batch, report: LearnerReport, sync: Sync) -> 
     }
     if any(one.kl is not None for one in trajectories):
         penalty = sum(sum(one.kl or 0.0 for one in group.trajectories) for group in batch.groups)
-        metrics[catalog.KL] = penalty / sum(one.sampled_tokens for one in trajectories if one.kl is not None)
+        metrics[catalog.KL] = penalty / max(1, sum(one.sampled_tokens for one in trajectories if one.kl is not None))
     return metrics
 
 
@@ -52,15 +52,20 @@ def look_metrics(groups: Sequence[Group]) -> dict[str, float]:
     judged = [one for score in measured for one in score.candidates if one.mask_iou is not None]
     sure = np.array([one.confidence for one in judged])
     return {
-        catalog.LOOK_PASSES: float(np.mean([len(score.candidates) for score in measured])),
+        catalog.LOOK_PASSES: _mean([len(score.candidates) for score in measured]),
         catalog.RELOOK_RATE: len(again) / max(1, len(measured)),
         catalog.RELOOK_GAIN: float(np.mean(gains)) if gains else 0.0,
         catalog.RELOOK_CHANGED: float(np.mean([score.kept > 0 for score in again])) if again else 0.0,
-        catalog.CONFIDENCE: float(np.mean([score.best.confidence for score in measured])),
+        catalog.CONFIDENCE: _mean([score.best.confidence for score in measured]),
         catalog.CALIBRATION_ERROR: calibration_error(sure, np.array([one.mask_iou for one in judged], np.float64)),
         catalog.PREFIX_HITS: sum(turn.prefix_cached for turn in turns)
         / max(1, sum(turn.prefix_tokens for turn in turns)),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN, which is recorded as null, where nothing was measured."""
+    return float(np.mean(values or [np.nan]))
 
 
 def _iou(score: Score, candidate: int) -> float:
@@ -89,11 +94,11 @@ def _rewards(groups: Sequence[Group]) -> dict[str, float]:
     if "mask_iou" in values:
         metrics[catalog.GIOU] = values["mask_iou"]
     return metrics | {
-        catalog.REWARD_MEAN: float(np.mean(rewards)),
-        catalog.REWARD_STD: float(np.std(rewards)),
+        catalog.REWARD_MEAN: _mean(rewards),
+        catalog.REWARD_STD: float(np.std(rewards or [np.nan])),
         catalog.ZERO_VARIANCE: float(np.mean([not group.teaches for group in groups])),
-        catalog.PARSE_OK: float(np.mean([score.best.answer.failure is None for score in scores])),
-        catalog.BOXES_ANSWERED: float(np.mean([len(score.best.answer.objects) for score in scores])),
+        catalog.PARSE_OK: _mean([score.best.answer.failure is None for score in scores]),
+        catalog.BOXES_ANSWERED: _mean([len(score.best.answer.objects) for score in scores]),
         catalog.BOXES_TRUE: float(np.mean([group.prompt.sample.target.count for group in groups])),
     }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from learner.rows import Picture, Piece
-from perception.images import decode
+from perception.images import pixels
 from perception.registry import Registry
 from perception.types import ImageHandle, PolicySpec
 
@@ -52,8 +52,8 @@ class Family:
         return PaddedPolicy
 
     def picture(self, handle: ImageHandle) -> Picture:
-        """The image as the model takes it. Called from several threads."""
-        return self.prepare(handle.key, torch.tensor(decode(self.fetch(handle))).permute(2, 0, 1))
+        """The image as the model takes it. Called from several threads. Raises DataError where it cannot be read."""
+        return self.prepare(handle.key, torch.tensor(pixels(handle, self.fetch)).permute(2, 0, 1))
 
     def prepare(self, key: str, pixels: Tensor) -> Picture:
         """(3, H, W) uint8 -> what the processor makes of one placeholder and this image, alone."""

@@ -32,6 +32,8 @@ class DataConfig:
     """The held-out annotations, same format; a run is judged by them."""
     also: dict[str, str] = field(default_factory=dict)
     """Further held-out sets, evaluated with the first one: name -> path of the annotations."""
+    eval_options: dict[str, Any] = field(default_factory=dict)
+    """What differs of `options` for all held-out sets, as {split: val}."""
     images: str | None = None
     """Folder of the pictures. None: beside the annotations, or in `images/` there."""
     on_bad_record: Literal["stop", "skip"] = "stop"

@@ -8,16 +8,19 @@ question - image, truth - is read and checked when the question is drawn: start-
 bad record is one bad record. The keyword-only parameters are `data.options`, checked against the signature.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from perception.config import DataConfig
 from perception.datasets.files import Images
 from perception.datasets.objects import target as objects_target
 from perception.datasets.records import Record
 from perception.errors import DataError, SkippedRecordError
+from perception.grammar import MAX_OBJECTS, clean
 from perception.registry import Registry, check_arguments, import_all
 from perception.types import Sample
 
@@ -26,12 +29,26 @@ reader = READERS.register
 """Decorator: register a reader under the name that `data.format` takes."""
 
 
-def load(config: DataConfig, path: str) -> "Dataset":
-    """The data set at `path`. Raises DataError where it cannot be listed, UserError for an unknown format or option."""
+def stated(config: DataConfig) -> str:
+    """What the held-out sets were read as, which goes with every figure: reason_seg, ignore=drop, texts=first, ..."""
+    used = _options(config, held_out=True)
+    return ", ".join([config.format, *(f"{name}={value}" for name, value in used.items() if value != "")])
+
+
+def _options(config: DataConfig, held_out: bool) -> dict[str, Any]:
+    """Every option of the reader as it is used, defaults included. Raises UserError for an unknown one."""
     read = READERS[config.format]
-    options = check_arguments(read, config.options, "data.options")
+    changed = config.eval_options if held_out else {}
+    defaults = {one.name: one.default for one in signature(read).parameters.values() if one.kind is one.KEYWORD_ONLY}
+    where = "data.eval_options" if changed else "data.options"
+    return defaults | check_arguments(read, config.options | changed, where)
+
+
+def load(config: DataConfig, path: str, held_out: bool = False) -> "Dataset":
+    """The data set at `path`. Raises DataError where it cannot be listed, UserError for an unknown format or option."""
+    records = READERS[config.format](Path(path), **_options(config, held_out))
     images = Images(Path(path), config.images, config.max_pixels)
-    return Dataset(path, read(Path(path), **options), images, skip=config.on_bad_record == "skip")
+    return Dataset(path, records, images, skip=config.on_bad_record == "skip")
 
 
 class Dataset(Sequence[Sample]):
@@ -39,7 +56,13 @@ class Dataset(Sequence[Sample]):
 
     def __init__(self, path: str, records: Iterable[Record], images: Images, skip: bool = False) -> None:
         """Raises DataError where there is no record, or two have one id."""
-        self.path, self.records, self._images, self._skip = path, list(records), images, skip
+        gc.disable()  # nothing is freed while listing: to look for it would take most of the time, then and ever after
+        try:
+            self.records = list(records)
+        finally:
+            gc.freeze()
+            gc.enable()
+        self.path, self._images, self._skip = path, images, skip
         self.check: Callable[[Sample], None] = lambda sample: None
         """A further check of every sample; raises DataError without naming the sample."""
         self.bad: dict[str, DataError] = {}
@@ -95,15 +118,17 @@ class Dataset(Sequence[Sample]):
             raise DataError(f"{where}: {source} is {width}x{height} but the annotations say {stated}: {why}", "size")
         truth = record.truth
         sample = Sample(
-            id=record.id,
+            id=clean(record.id),
             image=source,
             height=height,
             width=width,
-            question=record.question,
+            question=clean(record.question),
             task=record.task,
             target=truth(height, width, where) if callable(truth) else objects_target(truth, height, width, where),
         )
         try:
+            if (count := sample.target.count) > MAX_OBJECTS:
+                raise DataError(f"{count} objects, more than the {MAX_OBJECTS} of an answer; ask for fewer", "truth")
             self.check(sample)
         except DataError as error:
             raise DataError(f"{where}: {error}", error.reason) from error

@@ -1,50 +1,80 @@
-"""COCO format with referring expressions: read it, and write it.
+"""COCO's JSON, `images`, `annotations`, `categories`: read it, and write it.
 
-The standard JSON (`images`, `annotations`, `categories`) plus a list `expressions`, one per question:
+As it is published (instances_val2017.json) and as CVAT and Roboflow export it, every category in an image is a question
+about all its instances. With a further list `expressions` these are the questions:
 
     {"id": 7, "image_id": 3, "question": "the red circle", "task": "segment", "annotation_ids": [12]}
 
 `annotation_ids` may be empty: nothing is there. An annotation's `segmentation` is a list of polygons or run-length
 encoding, its `bbox` is [x, y, width, height]; either may be missing. A key `point` [x, y] inside the object is
 optional; the default is the centre of the largest inscribed circle. Image names are relative to the JSON file or to
-`images/` beside it.
+`images/` beside it. What no question needs is never read.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from perception import masks
 from perception.datasets import reader
+from perception.datasets.categories import all_instances, ask
 from perception.datasets.files import parse, read_bytes
 from perception.datasets.objects import TrueObject, read_segmentation, target
-from perception.datasets.records import Record
+from perception.datasets.records import Record, broken
 from perception.errors import DataError
 from perception.files import write_text
-from perception.types import Target
+from perception.types import Box, Point, Target
 
 Id = int | str
 
 
 class Image(msgspec.Struct, gc=False):
-    id: Id
-    file_name: str
+    file_name: str = ""
+    coco_url: str = ""  # LVIS has no file_name
     height: int | None = None
     width: int | None = None
+    neg_category_ids: list[Id] | None = None  # LVIS: the only categories known to be absent,
+    not_exhaustive_category_ids: list[Id] = []  # and those of which not all instances are annotated
+
+    def described(self) -> dict[str, Any]:
+        """Fields of a record."""
+        size = (self.height, self.width) if self.height and self.width else None
+        return {"image": self.file_name or "/".join(self.coco_url.split("/")[-2:]), "size": size}
 
 
 class Annotation(msgspec.Struct, gc=False):
-    id: Id
+    """Read when the question is drawn."""
+
     image_id: Id
     category_id: Id | None = None
-    bbox: tuple[float, float, float, float] | None = None
-    segmentation: msgspec.Raw = msgspec.Raw(b"null")  # read only where an expression uses it
-    point: tuple[float, float] | None = None
+    bbox: Box | None = None
+    segmentation: Any = None
+    point: Point | None = None
+
+    def object(self, label: str, height: int, width: int, where: str) -> TrueObject:
+        """On an image of (height, width). Raises DataError."""
+        box = None
+        if self.bbox is not None:
+            x, y, across, down = self.bbox
+            box = (x, y, x + across, y + down)
+        empty = self.segmentation in (None, [])
+        mask = None if empty else read_segmentation(self.segmentation, height, width, where)
+        return TrueObject(box=box, point=self.point, mask=mask, label=label)
+
+
+class _Listed(msgspec.Struct, gc=False):
+    """As much of an annotation as its question needs."""
+
+    image_id: Id
+    category_id: Id
+    iscrowd: bool = False
+    bbox: list[Any] | None = None
 
 
 class Category(msgspec.Struct, gc=False):
@@ -61,82 +91,134 @@ class Expression(msgspec.Struct, gc=False):
 
 
 class CocoFile(msgspec.Struct):
-    images: list[Image]
-    annotations: list[Annotation]
-    expressions: list[Expression]
+    """Entries stay as they stand in the file until one is needed: a file may hold a million."""
+
+    images: list[msgspec.Raw]
+    annotations: list[msgspec.Raw]
+    expressions: list[msgspec.Raw] | None = None
     categories: list[Category] = []
 
 
-Entry = TypeVar("Entry", Image, Annotation, Category)
+class _Key(msgspec.Struct, gc=False):
+    id: Id
 
 
 @reader("coco")
-def read(path: Path) -> Iterator[Record]:
-    """Every expression. Raises DataError where the file is not of this form or an id stands twice."""
+def read(
+    path: Path, *, task: str = "segment", absent: int = 0, crowds: Literal["ignore", "objects"] = "ignore"
+) -> Iterator[Record]:
+    """Every expression; without any, every category in an image, and `absent` others that are not there.
+
+    `crowds`: whether iscrowd marks pixels to ignore, as COCO means it, or objects like all others, as with CVAT.
+    Raises DataError where the file is not of this form or an id stands twice.
+    """
     data = parse(CocoFile, read_bytes(path), str(path))
-    images, annotations = _index(data.images, path), _index(data.annotations, path)
-    names = {key: one.name for key, one in _index(data.categories, path).items()}
-    for expression in data.expressions:
-        image = images.get(expression.image_id)
-        height, width = (image.height, image.width) if image else (None, None)
-        yield Record(
-            id=str(expression.id),
-            image=image.file_name if image else "",
-            question=expression.question,
-            task=expression.task,
-            truth=partial(_truth, expression, annotations, names),
-            place=f"expression {expression.id}",
-            size=(height, width) if height and width else None,
-            fault=None if image else _no_image(path, expression),
-        )
+    if data.expressions is not None:
+        yield from records(data, data.expressions, path)
+    else:
+        yield from by_category(data, path, task, absent, crowds == "ignore")
 
 
-def _no_image(path: Path, expression: Expression) -> DataError:
-    where = f"{path}: expression {expression.id}"
-    return DataError(f"{where}: no image has id {expression.image_id}; add it or mend image_id")
+def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], path: Path) -> Iterator[Record]:
+    """Each expression about `data`, which was read from `path`. Raises DataError where an id stands twice."""
+    images, annotations = _index(data.images, "image", path), _index(data.annotations, "annotation", path)
+    names = {category.id: category.name for category in data.categories}
+    described = cache(lambda key: parse(Image, images[key], f"{path}: image {key}").described())
+    for number, given in enumerate(expressions, start=1):
+        place = f"expression {number} of the list"
+        try:
+            one = given if isinstance(given, Expression) else parse(Expression, given, place)
+            if one.image_id not in images:
+                where = f"expression {one.id}"
+                raise DataError(f"{where}: no image has id {one.image_id}; add it or mend image_id")
+            shared = described(one.image_id)
+        except DataError as error:
+            yield broken(place, DataError(f"{path}: {error}"))
+            continue
+        truth = partial(_expression_truth, one, annotations, names)
+        where = f"expression {one.id}"
+        yield Record(id=str(one.id), question=one.question, task=one.task, truth=truth, place=where, **shared)
 
 
-def _index(entries: Sequence[Entry], path: Path) -> dict[Id, Entry]:
-    index = {entry.id: entry for entry in entries}
-    if len(index) < len(entries):
-        kind = type(entries[0]).__name__.lower()
-        twice = next(entry.id for entry in entries if index[entry.id] is not entry)
-        raise DataError(f"{path}: two {kind} entries have id {twice}; make ids unique")
+def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowds: bool = True) -> Iterator[Record]:
+    """A question per image and category: all its instances, or none for `absent` categories annotated elsewhere.
+
+    A category gives no question where it is there as a crowd alone, or LVIS says that not all of it is annotated.
+    Annotations whose box is of no size are left out. What cannot be read is a broken record.
+    """
+    names = {category.id: category.name for category in data.categories}
+    if not names:
+        raise DataError(f"{path}: neither expressions nor categories: nothing to ask; give an instances file")
+    found: dict[Id, dict[str, list[tuple[msgspec.Raw, bool]]]] = defaultdict(lambda: defaultdict(list))
+    for number, raw in enumerate(data.annotations, start=1):
+        place = f"annotation {number} of the list"
+        try:
+            one = parse(_Listed, raw, place)
+            if one.category_id not in names:
+                raise DataError(f"{place}: no category has id {one.category_id}; add it or mend category_id")
+        except DataError as error:
+            yield broken(place, DataError(f"{path}: {error}"))
+            continue
+        instances = found[one.image_id][names[one.category_id]]
+        if 0 not in (one.bbox or ())[2:]:
+            instances.append((raw, ignore_crowds and one.iscrowd))
+    known, truth = {name for groups in found.values() for name in groups}, partial(all_instances, _object, True)
+    if found and all(crowd for groups in found.values() for group in groups.values() for _, crowd in group):
+        raise DataError(f"{path}: every annotation is a crowd; if they are objects, set data.options.crowds=objects")
+    for key, raw in _index(data.images, "image", path).items():
+        groups = found.pop(key, {})
+        try:
+            image = parse(Image, raw, f"{path}: image {key}")
+        except DataError as error:
+            yield broken(f"image {key}", error)
+            continue
+        vague = {names.get(one) for one in image.not_exhaustive_category_ids}
+        here = {name: [] if name in vague else group for name, group in groups.items()}
+        negative = image.neg_category_ids
+        candidates = known if negative is None else {names[one] for one in negative if one in names}
+        yield from ask(key, here, candidates, absent, truth, task=task, **image.described())
+    for key in found:
+        yield broken(f"image {key}", DataError(f"{path}: no image has id {key}, which annotations name; add it"))
+
+
+def _index(entries: Sequence[msgspec.Raw], kind: str, path: Path) -> dict[Id, msgspec.Raw]:
+    """Entries by id; without one, nothing can mean it, and it is left out."""
+    index: dict[Id, msgspec.Raw] = {}
+    decode = msgspec.json.Decoder(_Key, strict=False).decode
+    for entry in entries:
+        try:
+            key = decode(entry).id
+        except msgspec.ValidationError:
+            continue
+        if key in index:
+            raise DataError(f"{path}: two {kind} entries have id {key}; make ids unique")
+        index[key] = entry
     return index
 
 
-def _truth(
+def _expression_truth(
     expression: Expression,
-    annotations: dict[Id, Annotation],
-    names: dict[Id, str],
+    annotations: Mapping[Id, msgspec.Raw],
+    names: Mapping[Id, str],
     height: int,
     width: int,
     where: str,
 ) -> Target:
     objects = []
     for key in expression.annotation_ids:
-        annotation = annotations.get(key)
+        place = f"{where}, annotation {key}"
+        annotation = parse(Annotation, annotations[key], place) if key in annotations else None
         if annotation is None or annotation.image_id != expression.image_id:
             raise DataError(
                 f"{where}: image {expression.image_id} has no annotation {key}; mend annotation_ids", "truth"
             )
-        objects.append(_object(annotation, names, height, width, f"{where}, annotation {key}"))
+        label = "" if annotation.category_id is None else names.get(annotation.category_id, "")
+        objects.append(annotation.object(label, height, width, place))
     return target(objects, height, width, where)
 
 
-def _object(annotation: Annotation, names: dict[Id, str], height: int, width: int, where: str) -> TrueObject:
-    box = None
-    if annotation.bbox is not None:
-        x, y, box_width, box_height = annotation.bbox
-        box = (x, y, x + box_width, y + box_height)
-    segmentation = parse(object, bytes(annotation.segmentation), where)
-    has_mask = segmentation not in (None, [])
-    return TrueObject(
-        box=box,
-        point=annotation.point,
-        mask=read_segmentation(segmentation, height, width, where) if has_mask else None,
-        label=names.get(annotation.category_id, "") if annotation.category_id is not None else "",
-    )
+def _object(raw: msgspec.Raw, label: str, height: int, width: int, where: str) -> TrueObject:
+    return parse(Annotation, raw, where).object(label, height, width, where)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,28 +8,30 @@ image     path relative to the JSONL file, or to a folder `images/` beside it; a
 question  what to find, in words
 boxes     list of [x1, y1, x2, y2] in pixels of the image; [] says that nothing is there. May be left out with `mask`
 points    optional: one [x, y] inside each object. Default: deepest point of the mask, else the centre of the box
-mask      optional: one per box (or just one, not in a list): the path of a PNG of the image's size whose non-zero
-          pixels are the object, or COCO run-length encoding {"size": [height, width], "counts": text or list}
+mask      optional: one per box (or just one, not in a list): the path of a mask file of the image's size, best black
+          and white (`mask_files`), or COCO run-length encoding {"size": [height, width], "counts": text or list}
 task      what is asked for: an entry of the settings' `task`, as segment (default), ground or count
 id        optional, unique. Default: file name and line number
 """
 
-import sys
 from collections.abc import Iterator
-from functools import partial
+from difflib import get_close_matches
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 
-from perception import images, masks
 from perception.datasets import reader
 from perception.datasets.files import parse, read_bytes
-from perception.datasets.objects import TrueObject, check_mask_size, read_segmentation, target
+from perception.datasets.mask_files import load_mask
+from perception.datasets.objects import TrueObject, read_segmentation, target
 from perception.datasets.records import Record, broken
 from perception.errors import DataError
-from perception.types import ImageSource, Rle, Target
+from perception.types import Rle, Target
+
+_NAMES = {"bbox": "boxes", "bbox_2d": "boxes", "box": "boxes", "point_2d": "points", "segmentation": "mask"}
+_NAMES |= {name: name for name in ("boxes", "points", "mask", "task")}
 
 
 class Line(msgspec.Struct, gc=False):
@@ -48,8 +50,12 @@ def read(path: Path) -> Iterator[Record]:
     for number, text in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not text.strip():
             continue
+        where = f"{path}: line {number}"
         try:
-            line = parse(Line, text, f"{path}: line {number}")
+            line, keys = parse(Line, text, where), parse(dict[str, msgspec.Raw], text, where)
+            for key in keys:
+                if (meant := _meant(key)) and meant not in keys:
+                    raise DataError(f"{where}: unknown key {key!r}; did you mean {meant!r}?")
         except DataError as error:
             yield broken(f"{path.stem}:{number}", error)
             continue
@@ -61,6 +67,13 @@ def read(path: Path) -> Iterator[Record]:
             truth=partial(_truth, line, path.parent),
             place=f"line {number}",
         )
+
+
+@cache
+def _meant(key: str) -> str | None:
+    """The optional field that a key stands for; under a wrong name it would be left out in silence."""
+    near = get_close_matches(key.lower(), _NAMES, 1, 0.8)
+    return _NAMES[near[0]] if near else None
 
 
 def _truth(line: Line, folder: Path, height: int, width: int, where: str) -> Target:
@@ -90,10 +103,4 @@ def _objects(line: Line, folder: Path, height: int, width: int, where: str) -> l
 def _mask(value: str | dict[str, Any], folder: Path, height: int, width: int, where: str) -> Rle:
     if isinstance(value, dict):
         return read_segmentation(value, height, width, where)
-    path = folder / value
-    size = images.probe(ImageSource(path=str(path)), max_pixels=sys.maxsize)
-    check_mask_size(size, height, width, f"{where}: {value}")
-    mask = np.asarray(images.decode(path.read_bytes()).any(-1))
-    if not mask.any():
-        raise DataError(f"{where}: {value}: the mask has no pixel; non-zero pixels are the object")
-    return masks.encode(mask)
+    return load_mask(folder, value, height, width, where)

@@ -10,9 +10,12 @@ from pycocotools import mask as coco
 
 from perception import masks
 from perception.errors import DataError
+from perception.matching import pairwise_iou
 from perception.types import Box, Point, Rle, Target
 
 _TOLERANCE = 1.0  # pixels a box or point may lie outside its image; it is clipped
+_AGREEMENT = 0.5  # IoU that a box has at least with the box around its mask
+_ROUNDING = 0.01  # of the longer side: a point may lie so far outside its box, as where coordinates were scaled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,13 +28,15 @@ class TrueObject:
     label: str = ""
 
 
-def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -> Target:
-    """The truth about one question on an image of (height, width). `where` opens the message of a DataError."""
+def target(objects: Sequence[TrueObject], height: int, width: int, where: str, **known: Any) -> Target:
+    """The truth about one question on an image of (height, width). `where` opens the message of a DataError.
+
+    `known`: further fields of `Target`, as number, text or ignore.
+    """
     with_mask = [item.mask for item in objects if item.mask]
     if with_mask and len(with_mask) < len(objects):
-        raise DataError(
-            f"{where}: {len(with_mask)} of {len(objects)} objects have a mask; give one to all or to none", "truth"
-        )
+        some = f"{len(with_mask)} of {len(objects)} objects have a mask"
+        raise DataError(f"{where}: {some}; give one to all or to none", "truth")
     boxes = [_box(item, height, width, where) for item in objects]
     points = [_point(item, box, height, width, where) for item, box in zip(objects, boxes, strict=True)]
     labels = tuple(item.label for item in objects)
@@ -40,7 +45,15 @@ def target(objects: Sequence[TrueObject], height: int, width: int, where: str) -
         points=np.array(points, np.float32).reshape(-1, 2),
         masks=tuple(with_mask),
         labels=labels if any(labels) else (),
+        **known,
     )
+
+
+def mask_target(mask: np.ndarray, height: int, width: int, where: str, **known: Any) -> Target:
+    """One object, of (H, W) bool; nothing is there where no pixel is set."""
+    check_mask_size(mask.shape, height, width, where)
+    objects = [TrueObject(mask=masks.encode(mask))] if mask.any() else []
+    return target(objects, height, width, where, **known)
 
 
 def read_segmentation(value: Any, height: int, width: int, where: str) -> Rle:
@@ -81,40 +94,69 @@ def _run_lengths(value: dict[str, Any]) -> Rle:
     return mask
 
 
-def check_mask_size(size: tuple[int, int], height: int, width: int, where: str) -> None:
+def check_mask_size(size: tuple[int, ...], height: int, width: int, where: str) -> None:
     if size != (height, width):
-        sizes = f"the mask is {size[1]}x{size[0]} but the image {width}x{height}"
+        sizes = f"the mask is {'x'.join(map(str, size[::-1]))} but the image {width}x{height}"
         raise DataError(f"{where}: {sizes}; resize the mask", "mask")
 
 
 def _box(item: TrueObject, height: int, width: int, where: str) -> Box:
+    """As it is kept, so that it is checked after clipping and in float32."""
+    around = masks.bounding_box(item.mask) if item.mask else None
     if item.box is None:
-        if item.mask is None:
+        if around is None:
             raise DataError(f"{where}: an object has neither box nor mask; give it one", "truth")
-        return masks.bounding_box(item.mask)
-    x1, y1, x2, y2 = _inside("box", item.box, height, width, where)
-    if not (x1 < x2 and y1 < y2):
-        raise DataError(f"{where}: box {_show(item.box)} is empty; it needs x1 < x2 and y1 < y2", "box")
-    return x1, y1, x2, y2
+        return around
+    box = _clipped(item.box, height, width)
+    if box is None:
+        fault = f"leaves the {width}x{height} image"
+    elif not (np.float32(box[0]) < np.float32(box[2]) and np.float32(box[1]) < np.float32(box[3])):
+        fault = "is empty; it needs x1 < x2 and y1 < y2"
+    elif around and _overlap(box, around) < _AGREEMENT:
+        fault = f"and its mask, around {_show(around)}, are hardly the same object"
+    elif not around and max(item.box) <= 1 < min(height, width):
+        fault = "covers one pixel of the corner at most"
+    else:
+        return box[0], box[1], box[2], box[3]
+    fault += _other_meaning(item.box, around, height, width)
+    raise DataError(f"{where}: box {_show(item.box)} {fault}; give original pixels", "box")
+
+
+def _other_meaning(box: Box, around: Box | None, height: int, width: int) -> str:
+    """What else the numbers may be, if that fits the image and the box around the mask."""
+    given, sides = np.array(box), np.array([width, height, width, height])
+    corner = np.array([0, 0, box[0], box[1]])
+    meanings = {"shares of the sides": given * sides, "x y width height": given + corner}
+    meanings |= {"x1 y1 x2 y2 where x y width height belongs": given - corner, "per mille": given * sides / 1000}
+    for meaning, one in meanings.items():
+        inside = (one >= 0).all() and (one <= sides).all() and (one[2:] >= one[:2] + 1).all()
+        if inside and (around is None or _overlap(one, around) >= _AGREEMENT):
+            return f" (perhaps it is {meaning})"
+    return ""
+
+
+def _overlap(box: Sequence[float] | np.ndarray, other: Box) -> float:
+    return float(pairwise_iou(np.array([box]), np.array([other]))[0, 0])
 
 
 def _point(item: TrueObject, box: Box, height: int, width: int, where: str) -> Point:
     if item.point is None:
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
         return masks.extent(masks.decode(item.mask), cv2.DIST_MASK_PRECISE)[1] if item.mask else middle
-    x, y = _inside("point", item.point, height, width, where)
-    return x, y
+    point, slack = _clipped(item.point, height, width), max(_TOLERANCE, _ROUNDING * max(height, width))
+    told = f"{where}: point {_show(item.point)}"
+    if point is None:
+        raise DataError(f"{told} leaves the {width}x{height} image; give original pixels", "point")
+    if max(box[0] - point[0], box[1] - point[1], point[0] - box[2], point[1] - box[3]) > slack:
+        raise DataError(f"{told} lies outside its box {_show(box)}; give both in one order and frame", "point")
+    return point[0], point[1]
 
 
-def _inside(what: str, values: Sequence[float], height: int, width: int, where: str) -> list[float]:
-    """`values`, x y x y ..., clipped and in float32, as they are kept. Raises DataError where one lies farther outside
-    the image than the tolerance."""
-    given, limits = np.array(values, np.float32), np.array([width, height] * (len(values) // 2), np.float32)
-    if not ((given >= -_TOLERANCE) & (given <= limits + _TOLERANCE)).all():  # NaN is not inside
-        raise DataError(
-            f"{where}: {what} {_show(values)} leaves the {width}x{height} image; give original pixels", what
-        )
-    return np.clip(given, 0, limits).tolist()
+def _clipped(values: Sequence[float], height: int, width: int) -> list[float] | None:
+    """`values`, x y x y ..., inside the image; None where one is farther outside than the tolerance, or no number."""
+    given, limits = np.array(values, np.float64), np.array([width, height] * (len(values) // 2))
+    near = ((given >= -_TOLERANCE) & (given <= limits + _TOLERANCE)).all()
+    return np.clip(given, 0, limits).tolist() if near else None
 
 
 def _show(numbers: Sequence[float]) -> str:

@@ -34,7 +34,7 @@ class ObjectList:
 
     def parse(self, text: str) -> Answer:
         """The failure is UNPARSED when there is no closed answer block, no JSON list in it, or no readable item in a
-        list that is not empty. Lists are cut at 120 objects, as published."""
+        list that is not empty. Lists are cut at 4,096 objects."""
         body = section(text, "answer")
         if body is None:
             return _unparsed("no <answer>...</answer> in the completion")

@@ -43,7 +43,8 @@ class Case:
     view: View
     """The part of the image that `text` is about, and the frame of the numbers in it."""
     mask_iou: float = 0.0
-    """IoU of the unions of the answered and of the true masks, at the original size; 1 where both are empty."""
+    """IoU of the unions of the answered and of the true masks, at the original size; 1 where nothing is there and the
+    answer says so."""
     mask_dice: float = 0.0
     masks: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
     """Makes the answered and the true mask, (H, W) bool at the original size, where masks are compared."""

@@ -20,8 +20,8 @@ def point_score(case: Case) -> float:
 
 @component(needs={"boxes"})
 def box_iou(case: Case) -> float:
-    """IoU of the areas covered by all answered and by all true boxes."""
-    if not case.answered:
+    """IoU of the areas covered by all answered and by all true boxes. Of neither any, the empty list alone is 1."""
+    if not case.answered or (case.answer.objects and not len(case.target.boxes)):
         return 0.0
     answered = np.array([one.box for one in case.answer.objects if one.box]).reshape(-1, 4)
     return metrics.box_iou(answered, case.target.boxes)

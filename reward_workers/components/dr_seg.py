@@ -11,10 +11,12 @@ import numpy as np
 
 from perception import metrics
 from perception.frames import view_arrays_to_image
-from perception.grammar import MAX_OBJECTS
-from perception.matching import Matched, match, objects_in, objects_of_target
+from perception.matching import Matched, match, objects_in
 from reward_workers.components import Case, component
 from reward_workers.components.format import json_answer
+
+MAX_OBJECTS = 120
+"""Of the truth as of the answer, those beyond are not looked at."""
 
 
 @component(needs={"boxes", "points"})
@@ -77,7 +79,8 @@ def _published(case: Case) -> Matched:
     with np.errstate(over="ignore", invalid="ignore"):  # a model may answer 1e308
         boxes, points = view_arrays_to_image(read.boxes, read.points, case.view)
         objects = objects_in(case.image, boxes, points)
-    return match(objects, objects_of_target(case.target, case.image), "binary", pixel=1.0)
+    true = objects_in(case.image, case.target.boxes[:MAX_OBJECTS], case.target.points[:MAX_OBJECTS])
+    return match(objects, true, "binary", pixel=1.0)
 
 
 def _has_arithmetic(boxes: list[Any], points: list[Any]) -> bool:

@@ -1,7 +1,11 @@
 """Components about the answer's SAM2 mask and the true one, each the union of its objects' masks.
 
-A completion without an answer is worth 0; one that rightly says that nothing is there is worth 1.
+A completion without an answer is worth 0, and so is one whose objects have no pixel where nothing is there; one that
+rightly says that nothing is there is worth 1.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -24,15 +28,18 @@ def mask_dice(case: Case) -> float:
 @component(needs={"masks"})
 def boundary_iou(case: Case, *, ratio: float = 0.02) -> float:
     """IoU of the outlines, `ratio` image diagonals wide (Cheng et al., CVPR 2021)."""
-    return metrics.boundary_iou(*_masks(case), ratio) if case.answered else 0.0
+    return _of_masks(case, partial(metrics.boundary_iou, ratio=ratio))
 
 
 @component(needs={"masks"})
 def s_measure(case: Case, *, alpha: float = 0.5) -> float:
     """Likeness of structure (Fan et al., ICCV 2017), as Seg-R1 rewards it."""
-    return metrics.s_measure(*_masks(case), alpha) if case.answered else 0.0
+    return _of_masks(case, partial(metrics.s_measure, alpha=alpha))
 
 
-def _masks(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def _of_masks(case: Case, metric: Callable[[np.ndarray, np.ndarray], float]) -> float:
+    if not case.answered:
+        return 0.0
     assert case.masks is not None, "a component that needs masks is measured where they are compared"
-    return case.masks()
+    answered, true = case.masks()
+    return metric(answered, true) if answered.any() or true.any() or not case.answer.objects else 0.0

@@ -1,4 +1,5 @@
-"""Counting and grounding from boxes alone, in one mixed set, rollouts one step ahead and with README's plugin."""
+"""Counting and grounding from boxes alone, in one mixed set, rollouts one step ahead and with README's plugin; one of
+the images that are not decoded at the start is cut off."""
 
 from __future__ import annotations
 
@@ -17,11 +18,14 @@ from perception.datasets import load
 from runtime.cluster import ROOT
 from tests.plugin_run import readme_plugin
 
+QUESTIONS, DAMAGED = 36, 35
+"""Of the training questions the one whose image is cut off; step 2 asks it."""
+
 
 def write_lines(folder: Path, split: str, tasks: dict[str, int]) -> Path:
     """Questions of the synthetic world as README's JSONL, with boxes alone: so many of each task."""
     source = str(folder / "world" / f"{split}.json")
-    samples = [s for s in load(DataConfig(format="coco", train=source, eval=source), "train") if s.target.count]
+    samples = [s for s in load(DataConfig(format="coco", train=source, eval=source), source) if s.target.count]
     lines = [
         {
             "image": str(Path(sample.image.path).relative_to(folder)),
@@ -40,10 +44,12 @@ def write_lines(folder: Path, split: str, tasks: dict[str, int]) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("boxes")
-    world.write(folder / "world", train=24, eval=16)
+    world.write(folder / "world", train=64, eval=16)
     train, held_out = (
-        write_lines(folder, split, {"count": n, "ground": 3}) for split, n in (("train", 5), ("eval", 2))
+        write_lines(folder, split, {"count": n, "ground": 3}) for split, n in (("train", QUESTIONS - 3), ("eval", 2))
     )
+    damaged = folder / json.loads(train.read_text().splitlines()[DAMAGED])["image"]
+    damaged.write_bytes(damaged.read_bytes()[:500])
     plugin, _ = readme_plugin(folder)
     command = [
         *(sys.executable, "-m", "launch.train", "recipe=quickstart", "data=jsonl", "data.world_side=null"),
@@ -91,3 +97,14 @@ def test_no_mask_was_asked_of_the_data(run: Path) -> None:
     assert rows and {row["task"] for row in rows} <= {"count", "ground"}
     for row in rows:
         assert row["truth_masks"] == [] and row["truth_boxes"] and not {"mask_iou"} & dict(row["metrics"]).keys()
+
+
+def test_a_damaged_image_costs_its_own_answers_and_nothing_else(run: Path) -> None:
+    """It fails in the engine, is left alone by reward worker and learner, and is recorded with its name."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(row["failure/engine"] for row in metrics) == [0.0, 0.0, 0.25]
+    rows = [row for step in (1, 2, 3) for row in pq.read_table(run / f"rollouts/train-{step:06d}.parquet").to_pylist()]
+    failed = [row for row in rows if row["failure"] == "engine"]
+    assert len(failed) == 4 and {row["sample_id"] for row in failed} == {f"train:{DAMAGED + 1}"}
+    assert all("the image is damaged" in row["failure_detail"] for row in failed)
+    assert f"train:{DAMAGED + 1}" in (run / "report.html").read_text()

@@ -83,7 +83,7 @@ def change(*keys: str | int, to: Any) -> Callable[[dict], Any]:
     [
         (lambda _: "{", "annotations.json: not valid JSON"),
         (lambda _: [], "Expected `object`, got `array`"),
-        (lambda content: {k: v for k, v in content.items() if k != "expressions"}, "missing required field `expressi"),
+        (lambda content: {k: content[k] for k in ("images", "annotations")}, "neither expressions nor categories"),
         (change("expressions", to=[]), "the data set is empty"),
         (change("expressions", 1, "id", to="a"), "two samples have the id 'a'"),
         (change("annotations", 1, "id", to=11), "two annotation entries have id 11"),

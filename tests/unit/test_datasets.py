@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from perception import masks
-from perception.datasets import READERS
+from perception.config import DataConfig
+from perception.datasets import READERS, load, stated
 from perception.datasets.objects import TrueObject, read_segmentation
 from perception.datasets.records import Record
 from perception.errors import DataError, SkippedRecordError, UserError
@@ -187,6 +189,25 @@ def test_a_reader_takes_the_options_of_its_signature(folder: Path, monkeypatch: 
     ):
         with pytest.raises(UserError, match=said):
             dataset(folder / "x.txt", "mine", options=options)
+
+
+def test_held_out_sets_may_be_read_otherwise_and_figures_say_how(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, str]] = []
+
+    def read(path: Path, /, *, split: str, every: int = 1, name: str = "") -> Iterator[Record]:
+        seen.append((every, split))
+        yield record(id="mine")
+
+    monkeypatch.setitem(READERS._entries, "mine", read)
+    config = DataConfig(format="mine", train="x", eval="x", options={"split": "train", "every": 2})
+    held_out = replace(config, eval_options={"split": "val"})
+    load(held_out, str(folder / "x"))
+    load(held_out, str(folder / "x"), held_out=True)
+    assert seen == [(2, "train"), (2, "val")]
+    assert stated(held_out) == "mine, split=val, every=2"
+    assert stated(replace(config, options={"split": "train"})) == "mine, split=train, every=1"
+    with pytest.raises(UserError, match=r"data\.eval_options: unknown key 'splt'"):
+        load(replace(config, eval_options={"splt": "val"}), "x", held_out=True)
 
 
 def test_an_unknown_format_or_option_is_named(folder: Path) -> None:

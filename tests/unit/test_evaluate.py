@@ -7,12 +7,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from launch import evaluate as evaluation
 from launch.evaluate import SAMPLED_ANSWERS, evaluate, evaluate_all
 from launch.record import run_directory
 from launch.record.summary import changes, samples, show
+from launch.run.state import RunState
 from perception import metric_catalog as catalog
 from perception.metric_catalog import GREEDY, SAMPLED, HeldOut, read_held_out
 from perception.types import FailureKind, Group, Prompt, Sample, SamplingSpec, Trajectory
@@ -101,9 +104,17 @@ def test_looks_are_reported_where_the_policy_looks_again() -> None:
     assert HeldOut("count", catalog.LOOK_GAIN).name not in found
 
 
-def test_a_held_out_number_is_whole_or_absent() -> None:
-    with pytest.raises(RuntimeError, match="evaluation of c0: the disk is full"):
-        run(Answers(fails="c0"), {"": [*SEGMENT, *COUNT]})
+@pytest.mark.parametrize(("fails", "lost", "kept"), [("c0", "count", "segment"), ("s1", "segment", "count")])
+def test_a_held_out_number_is_whole_or_absent(fails: str, lost: str, kept: str, caplog: Any) -> None:
+    found = run(Answers("relook", fails=fails), {"": [*SEGMENT, *COUNT], "shifted": [*SEGMENT, *COUNT]})
+    assert found and {one.task for one in read_held_out(found)} == {kept}
+    assert caplog.messages[0] == f"no held-out numbers of task {lost}: sample {fails}: the disk is full"
+    assert caplog.messages[1].startswith(f"no held-out numbers of task {lost} of shifted: sample {fails}")
+
+
+def test_a_run_goes_on_where_nothing_could_be_evaluated() -> None:
+    assert run(Answers(fails="c0"), {"": COUNT}) == {}
+    assert changes({}, {"count/count_exact/greedy": 1.0}) == [] and samples({}) == 0
 
 
 # ---------------------------------------------------------------- names
@@ -161,14 +172,36 @@ def test_the_table_names_tasks_where_there_are_several() -> None:
     assert samples(BEFORE) == 3  # of the set a run is judged by
 
 
+def test_the_summary_says_what_the_held_out_set_was_read_as() -> None:
+    settings = changed(config(), "data", format="reason_seg", options={"ignore": "drop"})
+    state = RunState.fresh(settings, [*SEGMENT] * 16)
+    assert state.summary({}, {})["data"] == "reason_seg, ignore=drop, texts=first, task=segment"
+
+
+def test_an_evaluation_says_what_the_held_out_set_was_read_as(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def measured(*_: object) -> dict[str, float]:
+        return {"giou": 0.5}
+
+    for name in ("check_machine", "prepare", "cluster"):
+        monkeypatch.setattr(evaluation, name, Mock())
+    monkeypatch.setattr(evaluation, "check_files", lambda settings: (SEGMENT, {"": SEGMENT}))
+    monkeypatch.setattr(evaluation, "_evaluate_once", measured)
+    options = {"options": {"split": "train"}, "eval_options": {"split": "testA"}}
+    evaluation.run(changed(config(), "data", format="ref_coco", **options))
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"giou": 0.5, "data": "ref_coco, split=testA, texts=all, task=segment"}
+
+
 def test_what_a_finished_run_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = {"before": BEFORE, "after": AFTER, "steps": 12, "seconds": 34.4}
+    summary = {"before": BEFORE, "after": AFTER, "steps": 12, "seconds": 34.4, "data": "reason_seg, ignore=drop"}
     restarts = {"rollout engines": 2, "reward workers": 0}
     left_out = {"image": 2, "box": 1}
     (tmp_path / run_directory.SUMMARY).write_text(json.dumps(summary | {"restarts": restarts, "left_out": left_out}))
     show(tmp_path)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "12 GRPO steps, 34 s, 3 held-out samples" in lines
+    assert "12 GRPO steps, 34 s, 3 held-out samples" in lines and "data: reason_seg, ignore=drop" in lines
     assert any("segment: gIoU, greedy answers" in line and "0.500 │ 0.750 │ +0.250" in line for line in lines)
     assert "restarted rollout engines 2x" in lines and "left out 2 image, 1 box records" in lines
     (tmp_path / run_directory.SUMMARY).unlink()

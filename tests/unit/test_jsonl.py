@@ -81,7 +81,7 @@ def test_lines_end_as_on_any_system(folder: Path, ending: str) -> None:
         ('{"image": "a.png", ', "not valid JSON", "record"),
         ("[1, 2]", "Expected `object`, got `array`", "record"),
         ("[" * 100_000, "Expected `object`, got `array`", "record"),
-        ('{"image": "a.png", "question": "q", "mask": {"a": ' + "[" * 100_000, "too deeply nested", "record"),
+        ('{"image": "a.png", "question": "q", "mask": {"a": ' + "[" * 100_000, "not valid JSON .*recursion", "record"),
         (b'{"image": "a.png", "question": "\xff\xfe"}', "not valid JSON", "record"),
         ({"image": "a.png", "boxes": []}, "missing required field `question`", "record"),
         (line(question=""), r"length >= 1 - at `\$\.question`", "record"),

@@ -92,6 +92,7 @@ def test_what_the_policy_wrote_stays_text(html: str) -> None:
 
 def test_headline_says_before_and_after(html: str) -> None:
     assert headline(html, "gIoU, greedy answers") == ["0.561", "0.598", "+0.037"]
+    assert "held-out data <b>reason_seg, ignore=drop</b>" in html
 
 
 def headline(html: str, label: str) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from perception import masks
+from perception import masks, metrics
 from perception.calibration import FEATURES
 from perception.config import LookConfig, ModelConfig, RewardConfig
 from perception.images import decode
@@ -96,6 +96,31 @@ def test_masks_are_compared_with_the_truth(worker: RewardWorker, scene: Scene) -
     assert unparsed.metrics == {"mask_iou": 0, "matched_iou": 0, "parsed": 0}
     assert nothing.metrics == {"mask_iou": 0, "matched_iou": 0, "parsed": 1} and nothing.best.mask is None
     assert worker.score(asked(scene, texts)).cached
+
+
+def test_ignored_pixels_belong_to_neither_mask(model: ModelConfig, scene: Scene) -> None:
+    names = ("mask_iou", "mask_dice", "s_measure", "boundary_iou")
+    one, truth = (
+        made(model, RewardConfig(name="all", components=dict.fromkeys(names, 1.0))),
+        scene_target(scene.objects),
+    )
+    (plain,) = scores(one.score(asked(scene, [answer(scene)]), want_masks=True))
+    assert plain.best.mask is not None
+    answered, true = masks.decode(plain.best.mask), np.any([o.mask for o in scene.objects], axis=0)
+    left = np.arange(true.shape[1]) < np.nonzero(true.any(0))[0].mean()  # the left half of what is there
+    ignored = np.broadcast_to(left, true.shape)
+    a, t = answered & ~ignored, true & ~ignored
+    assert 0 < t.sum() < true.sum() and 0 < a.sum() < answered.sum()
+    (cut,) = scores(one.score(asked(scene, [answer(scene)], truth=replace(truth, ignore=masks.encode(ignored)))))
+    assert cut.metrics == {
+        "mask_iou": (a & t).sum() / (a | t).sum(),
+        "mask_dice": 2 * (a & t).sum() / (a.sum() + t.sum()),
+        "s_measure": metrics.s_measure(a, t),
+        "boundary_iou": metrics.boundary_iou(a, t),
+    }
+    assert (cut.best.mask_iou, cut.best.features) == (cut.metrics["mask_iou"], plain.best.features)
+    none = replace(truth, ignore=masks.encode(np.zeros_like(true)))
+    assert scores(one.score(asked(scene, [answer(scene)], truth=none)))[0].metrics == plain.metrics
 
 
 def test_an_image_is_encoded_once(model: ModelConfig, scene: Scene) -> None:

@@ -87,6 +87,16 @@ def test_counts_and_areas_by_hand() -> None:
     assert COMPONENTS["box_accuracy"].measure(one, threshold=0.49) == 1
 
 
+@pytest.mark.parametrize(
+    ("answered", "exact", "ratio"), [(130, 1.0, 1.0), (120, 0.0, 120 / 130), (129, 0.0, 129 / 130)]
+)
+def test_more_than_120_objects_are_counted(answered: int, exact: float, ratio: float) -> None:
+    said = ", ".join(['{"bbox_2d": [0, 0, 8, 10]}'] * answered)
+    many = case(f"<answer>[{said}]</answer>", target([(0, 0, 8, 10)] * 130))
+    assert values(many, "count_exact", "count_ratio") == [exact, ratio]
+    assert many.matched.true == 130
+
+
 def test_no_target_questions() -> None:
     names = ("matched_iou", "count_ratio", "point_score", "box_iou", "count_exact")
     assert values(case(said("[]"), NOTHING), *names) == [1, 1, 1, 1, 1]
