@@ -72,7 +72,7 @@ def load_sets(config: Config) -> dict[str, Dataset]:
     """Every data set of the settings by name, listed. Raises DataError, UserError."""
     find_plugins(config.plugins)
     paths = {"train": config.data.train, "eval": config.data.eval, **config.data.also}
-    return {name: load(config.data, path) for name, path in paths.items() if path}
+    return {name: load(config.data, path, held_out=name != "train") for name, path in paths.items() if path}
 
 
 def survey(name: str, dataset: Dataset, pixels: bool) -> Found:
@@ -96,9 +96,7 @@ def _read(index: int) -> Seen | DataError:
     try:
         one = dataset[index]
         if pixels and (size := decoded(one.image).shape[:2]) != (one.height, one.width):
-            raise DataError(
-                f"{one.image}: {size} (height, width) decoded, {one.height, one.width} by its header", "size"
-            )
+            raise DataError(f"{one.image}: {size} decoded, {one.height, one.width} (height, width) by header", "size")
     except DataError as error:
         return error
     return Seen(one.task, one.target.count if "count" in one.target.known else None, one.height, one.width)

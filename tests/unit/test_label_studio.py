@@ -92,7 +92,7 @@ def test_both_exports(tmp_path: Path, export: str) -> None:
     found = {sample.question: sample for sample in read(path, task="ground")}
     assert list(found) == ["car", "turned", "tree", "plant", "nose", "plate", "stain"]
     assert {sample.image.path for sample in found.values()} == {str(tmp_path / "images" / "1f2e-a b.png")}
-    assert found["car"].id == "task 7: car" and found["car"].task == "ground"
+    assert found["car"].id == "task 7:car" and found["car"].task == "ground"
     truth = {name: sample.target for name, sample in found.items()}
     assert truth["car"].boxes.tolist() == [[10, 10, 20, 14]] and not truth["car"].masks
     assert truth["nose"].points.tolist() == [[20, 10]] and truth["nose"].known == {"points", "count", "labels"}
@@ -151,6 +151,6 @@ def test_a_task_without_annotations_asks_nothing_and_another_key_may_name_the_pi
     empty = {"id": 1, "data": {"photo": "x"}, "annotations": []}
     one = {"id": 2, "data": {"photo": "images/1f2e-a b.png"}, "annotations": [{"result": [REGIONS[0]]}]}
     (sample,) = read(write(tmp_path, [empty, one]), image="photo")
-    assert sample.id == "task 2: car"
+    assert sample.id == "task 2:car"
     with pytest.raises(DataError, match=r"task 2: the annotation cannot be read \(KeyError\('image'\)\)"):
         _ = read(write(tmp_path, [one]))[0]
