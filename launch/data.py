@@ -96,9 +96,7 @@ def _read(index: int) -> Seen | DataError:
     try:
         one = dataset[index]
         if pixels and (size := decoded(one.image).shape[:2]) != (one.height, one.width):
-            raise DataError(
-                f"{one.image}: {size} (height, width) decoded, {one.height, one.width} by its header", "size"
-            )
+            raise DataError(f"{one.image}: {size} decoded, {one.height, one.width} (height, width) by header", "size")
     except DataError as error:
         return error
     return Seen(one.task, one.target.count if "count" in one.target.known else None, one.height, one.width)

@@ -53,5 +53,7 @@ def _shape(kind: str, given: dict[str, str]) -> Shape:
 
 def _pixels(runs: Sequence[int], height: int, width: int, *image: int) -> np.ndarray:
     """Runs of 0, 1, 0, ... pixels of a window, row by row."""
+    if height > image[0] or width > image[1]:
+        raise ValueError(f"its window is {width}x{height}")
     masks.check_runs(np.array(runs), height, width)
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)

@@ -24,8 +24,11 @@ Json = dict[str, Any]
 @reader("label_studio")
 def read(path: Path, *, image: str = "image", task: str = "segment") -> Iterator[Record]:
     """Every label of every task. Raises DataError where the file is no list of tasks."""
+    tasks: dict[str, Json] = {}
     for number, one in enumerate(parse(list[Json], read_bytes(path), str(path)), start=1):
-        yield from questions(path, f"task {one.get('id', number)}", partial(_drawn, one, image), task)
+        tasks.setdefault(f"task {one.get('id', number)}", one)  # JSON-MIN repeats it for each annotator
+    for place, one in tasks.items():
+        yield from questions(path, place, partial(_drawn, one, image), task)
 
 
 def _drawn(task: Json, image: str) -> Drawn:
@@ -41,7 +44,7 @@ def _regions(task: Json) -> Iterator[Json]:
     """Each region as JSON-MIN has it: what was drawn, its labels and the image's size in one dictionary."""
     if "annotations" in task:
         whole = [one["result"] for one in task["annotations"] if not one.get("was_cancelled")]
-        found = [one | one["value"] for one in (whole or [[]])[0]]
+        found = [one | one.get("value", {}) for one in (whole or [[]])[0]]
     else:
         found = [one for value in task.values() if isinstance(value, list) for one in value if isinstance(one, dict)]
     return (one for one in found if "original_width" in one)

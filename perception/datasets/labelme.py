@@ -6,57 +6,43 @@ Polygons, circles and masks are masks, rectangles boxes, points points; a line h
 
 import base64
 import math
-import posixpath
 import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from perception import images
 from perception.datasets import reader
-from perception.datasets.files import parse, read_bytes
+from perception.datasets.files import files_in, find_file, parse, read_bytes
+from perception.datasets.mask_files import read_mask
 from perception.datasets.records import Record
 from perception.datasets.shapes import Drawn, Shape, ellipse, questions
-from perception.errors import DataError
-from perception.types import ImageSource
 
 KINDS = {"rectangle": "box", "oriented_rectangle": "polygon", "circle": "polygon", "points": "point"}
 
 
 @reader("labelme")
 def read(path: Path, *, numbered: bool = False, task: str = "segment") -> Iterator[Record]:
-    """Every label of every file in the folder and those below."""
-    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"{path}: no .json file there; is data.train the folder of labelme's files?")
-    for file in files:
-        place = file.relative_to(path if path.is_dir() else path.parent).as_posix()
-        yield from questions(path, place, partial(_drawn, file, place, numbered), task)
+    """Every label of every file of the folder."""
+    for file in [path] if path.is_file() else files_in(path, ".json"):
+        yield from questions(path, file.name, partial(_drawn, file, numbered), task)
 
 
-def _drawn(file: Path, place: str, numbered: bool) -> Drawn:
+def _drawn(file: Path, numbered: bool) -> Drawn:
     content = parse(dict[str, Any], read_bytes(file), str(file))
-    named, inside = content["imagePath"].replace("\\", "/"), content.get("imageData")
-    image: ImageSource | str = posixpath.normpath(posixpath.join(posixpath.dirname(place), named))
-    if inside and not (file.parent / named).is_file():
-        image = ImageSource(path=f"{file}: imageData", data=base64.b64decode(inside))
-    shapes = [_shape(one, numbered) for one in content["shapes"]]
+    image, inside = str(content["imagePath"]), content.get("imageData")
+    if inside and not find_file([file.parent], image):
+        image = f"data:image;base64,{inside}"
+    shapes = [_shape(one, numbered, str(file)) for one in content["shapes"]]
     return Drawn(image, shapes, (content.get("imageHeight") or 0, content.get("imageWidth") or 0))
 
 
-def _shape(given: dict[str, Any], numbered: bool) -> Shape:
+def _shape(given: dict[str, Any], numbered: bool, where: str) -> Shape:
     label, kind, group = given["label"], given.get("shape_type") or "polygon", given.get("group_id")
     points = [(float(x), float(y)) for x, y in given["points"]]
     if kind == "circle":
         points = ellipse(*points[0], *[math.dist(*points)] * 2)
     if numbered and (numeral := re.fullmatch(r"(.+)-\d+", label)):
         label, group = numeral[1], label if group is None else group
-    pixels = partial(_pixels, given["mask"]) if kind == "mask" else None
+    pixels = (lambda *_: read_mask(base64.b64decode(given.get("mask") or ""), where)) if kind == "mask" else None
     return Shape(label, KINDS.get(kind, kind), points, group, pixels)
-
-
-def _pixels(mask: str, height: int, width: int) -> np.ndarray:
-    return np.asarray(images.decode(base64.b64decode(mask)).any(-1))

@@ -5,7 +5,7 @@ none is only a point; it always has points.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from perception import masks
+from perception.datasets.categories import Instances, ask
 from perception.datasets.files import read_bytes
 from perception.datasets.objects import TrueObject, read_segmentation, target
 from perception.datasets.records import Record, broken
@@ -30,7 +31,7 @@ class Shape(NamedTuple):
     """box (of two or more corners), polygon, point (each is an object) or mask; anything else is refused when drawn."""
     points: Sequence[Point]
     """x y in pixels, or in shares of width and height."""
-    group: Hashable = None
+    group: object = None
     pixels: Callable[[int, int], np.ndarray] | None = None
     """Of a mask: (height, width) of the image -> (h, w) bool, the part whose upper left pixel is `points[0]`."""
 
@@ -42,37 +43,40 @@ class Drawn(NamedTuple):
     shapes: Iterable[Shape]
     size: tuple[int, int] = (0, 0)
     """(height, width) as stated; 0: unknown."""
-    absent: Sequence[str] = ()
-    """Labels to ask for that are not there."""
+    labels: Collection[str] = ()
+    """Those that may be asked for where they are absent."""
 
 
-def questions(path: Path, place: str, read: Callable[[], Drawn], task: str, relative: bool = False) -> Iterator[Record]:
+def questions(
+    path: Path, place: str, read: Callable[[], Drawn], task: str, absent: int = 0, relative: bool = False
+) -> Iterator[Record]:
     """A question per label of one image, which `place` names; a broken record where `read` meets malformed content.
 
-    `relative`: points are shares of width and height.
+    `absent`: so many labels are asked for that are not there. `relative`: points are shares of width and height.
     """
-    by_label: dict[str, list[Shape]] = {}
+    found: dict[str, list[tuple[Shape, bool]]] = {}
     try:
         drawn = read()
         for shape in drawn.shapes:
+            if not shape.label or (shape.kind in ("box", "point") and not shape.points):
+                raise ValueError(f"a {shape.kind} without label or coordinates")
             each = [shape._replace(points=[one]) for one in shape.points] if shape.kind == "point" else [shape]
-            by_label.setdefault(shape.label, []).extend(each)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+            found.setdefault(str(shape.label), []).extend((one, False) for one in each)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         unreadable = DataError(f"{path}: {place}: the annotation cannot be read ({error!r}); export it again")
         yield broken(place, error if isinstance(error, DataError) else unreadable)
         return
-    size, image = drawn.size if all(drawn.size) else None, drawn.image
-    for label in (*by_label, *drawn.absent):
-        where, truth = f"{place}: {label}", partial(_truth, by_label.get(label, ()), relative)
-        yield Record(id=where, image=image, question=label, task=task, truth=truth, place=where, size=size)
+    shared = {"image": drawn.image, "task": task, "size": drawn.size if all(drawn.size) else None}
+    yield from ask(place, found, drawn.labels, absent, partial(_truth, relative), **shared)
 
 
-def _truth(shapes: Sequence[Shape], relative: bool, height: int, width: int, where: str) -> Target:
-    parts: dict[Hashable, list[Shape]] = {}
-    for number, shape in enumerate(shapes):
+def _truth(relative: bool, label: str, shapes: Instances, height: int, width: int, where: str) -> Target:
+    parts: dict[str, list[Shape]] = {}
+    for number, (shape, _) in enumerate(shapes):
         points = [(x * width, y * height) for x, y in shape.points] if relative else shape.points
-        parts.setdefault((shape.group, number if shape.group is None else ""), []).append(shape._replace(points=points))
-    objects = [_object(own, height, width, where) for own in parts.values()]
+        key = f"shape {number}" if shape.group is None else f"group {shape.group}"
+        parts.setdefault(key, []).append(shape._replace(points=points))
+    objects = [_object(own, label, height, width, where) for own in parts.values()]
     if not all(one.mask for one in objects):
         objects = [replace(one, box=masks.bounding_box(one.mask), mask=None) if one.mask else one for one in objects]
     found = target(objects, height, width, where)
@@ -80,9 +84,9 @@ def _truth(shapes: Sequence[Shape], relative: bool, height: int, width: int, whe
     return replace(found, boxes=np.zeros((0, 4), np.float32)) if dots else found
 
 
-def _object(parts: Sequence[Shape], height: int, width: int, where: str) -> TrueObject:
+def _object(parts: Sequence[Shape], label: str, height: int, width: int, where: str) -> TrueObject:
     """A point alone gets a box of one pixel, by which it is checked."""
-    label, point = parts[0].label, next((part.points[0] for part in parts if part.kind == "point"), None)
+    point = next((part.points[0] for part in parts if part.kind == "point"), None)
     if areas := [_area(part, height, width, where) for part in parts if part.kind not in ("box", "point")]:
         return TrueObject(mask=masks.union(areas, height, width), point=point, label=label)
     x, y = zip(*(xy for part in parts for xy in part.points), strict=True)
@@ -100,7 +104,7 @@ def _area(shape: Shape, height: int, width: int, where: str) -> Rle:
         if not part.any():
             raise ValueError("no pixel is set")
         return masks.encode(np.pad(part, ((top, height - top - len(part)), (left, width - left - len(part[0])))))
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         why = f"the mask cannot be read, or leaves the image ({error}); draw it again"
         raise DataError(f"{where}: {why}", "mask") from error
 
@@ -117,7 +121,7 @@ def ellipse(x: float, y: float, across: float, down: float, degrees: float = 0.0
     return turned([(x + across * math.cos(one), y + down * math.sin(one)) for one in angles], (x, y), degrees)
 
 
-def rectangle(label: str, box: Sequence[float], about: Point, degrees: float, group: Hashable = None) -> Shape:
+def rectangle(label: str, box: Sequence[float], about: Point, degrees: float, group: object = None) -> Shape:
     """A box x1 y1 x2 y2; a turned one is a polygon."""
     x1, y1, x2, y2 = box
     corners = turned([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], about, degrees)

@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from perception.datasets import reader
-from perception.datasets.files import read_text
+from perception.datasets.files import files_in, read_text
 from perception.datasets.records import Record
 from perception.datasets.shapes import Drawn, Shape, questions, read_xml
-from perception.errors import DataError
 
 
 @reader("voc")
@@ -20,9 +19,7 @@ def read(path: Path, *, split: str = "", task: str = "segment") -> Iterator[Reco
     root = path.parent if path.name == "Annotations" else path
     folder = root / "Annotations" if (root / "Annotations").is_dir() else root
     lines = read_text(root / "ImageSets" / "Main" / f"{split}.txt").splitlines() if split else []
-    names = [line.split()[0] for line in lines if line.strip()] or sorted(file.stem for file in folder.glob("*.xml"))
-    if not names:
-        raise DataError(f"{folder}: no .xml file there; is data.train the folder that holds Annotations/?")
+    names = [line.split()[0] for line in lines if line.strip()] or [file.stem for file in files_in(folder, ".xml")]
     for name in names:
         yield from questions(path, name, partial(_drawn, folder / f"{name}.xml", root / "JPEGImages"), task)
 

@@ -9,18 +9,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from random import Random
 
 import yaml
 
 from perception.datasets import reader
-from perception.datasets.files import read_text
+from perception.datasets.files import PICTURES, read_text
 from perception.datasets.records import Record
 from perception.datasets.shapes import Drawn, Shape, questions
 from perception.errors import DataError
 from perception.types import ImageSource
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _OUTSIDE = 0.02  # share of the image by which labels leave it in practice; they are clipped
 
 
@@ -35,15 +33,15 @@ def read(path: Path, *, split: str = "train", absent: int = 0, task: str = "segm
         classes, poses = {int(key): str(name) for key, name in names}, bool(settings.get("kpt_shape"))
     except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{file}: no names of classes can be read ({' '.join(str(error).split())}); mend it") from error
-    given = settings.get(split) or () if path in (file, file.parent) else str(path.absolute())
-    root = file.parent / (settings.get("path") or "")
-    folders = [_folder(root, file.parent, one) for one in ([given] if isinstance(given, str) else given)]
+    given = settings.get(split) or [] if path in (file, file.parent) else str(path.absolute())
+    root = file.parent / str(settings.get("path") or "")
+    folders = [_folder(root, file.parent, str(one)) for one in (given if isinstance(given, list) else [given])]
     found = sorted(one for folder in folders for one in folder.rglob("*") if one.suffix.lower() in PICTURES)
     if not found:
         raise DataError(f"{file}: no image of {split} in {', '.join(map(str, folders)) or 'it'}; mend path or {split}")
     for image in found:
         place = os.path.relpath(image, file.parent)
-        yield from questions(path, place, partial(_drawn, image, classes, poses, absent), task, relative=True)
+        yield from questions(path, place, partial(_drawn, image, classes, poses), task, absent, relative=True)
 
 
 def _folder(root: Path, beside: Path, entry: str) -> Path:
@@ -52,14 +50,12 @@ def _folder(root: Path, beside: Path, entry: str) -> Path:
     return next((one for one in likely if one.is_dir()), likely[0])
 
 
-def _drawn(image: Path, classes: Mapping[int, str], poses: bool, absent: int) -> Drawn:
+def _drawn(image: Path, classes: Mapping[int, str], poses: bool) -> Drawn:
     head, below, tail = str(image.absolute()).rpartition("/images/")
     file = Path(f"{head}/labels/{tail}" if below else image).with_suffix(".txt")
     rows = [line.partition("#")[0].split() for line in read_text(file).splitlines()] if file.is_file() else []
     shapes = [_shape(row, classes, poses, f"{file}:{number}") for number, row in enumerate(rows, start=1) if row]
-    missing = sorted(set(classes.values()) - {shape.label for shape in shapes})
-    chosen = Random(image.name).sample(missing, min(absent, len(missing)))
-    return Drawn(ImageSource(path=str(image.absolute())), shapes, absent=chosen)
+    return Drawn(ImageSource(path=str(image.absolute())), shapes, labels=classes.values())
 
 
 def _shape(row: Sequence[str], classes: Mapping[int, str], poses: bool, where: str) -> Shape:

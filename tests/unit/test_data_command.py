@@ -6,6 +6,7 @@ import html
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,12 @@ def test_no_text_of_the_data_is_code(
     assert text.count(shown.replace("&#x27;", "&#39;").replace("&quot;", "&#34;")) >= 7
     assert "a region is ignored" in text and "not all objects are given" in text
     assert "[bold]" in capsys.readouterr().out
+
+
+def test_the_documents_name_every_layout_and_its_options() -> None:
+    table = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1:] for row in table.splitlines() if row.startswith("| `") and row.count("|") == 5]
+    named = {name: set(re.findall(r"\w+", row[3])) for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    for name in (one for one in READERS if READERS[one].__module__.startswith("perception.")):
+        options = {one.name for one in signature(READERS[name]).parameters.values() if one.kind is one.KEYWORD_ONLY}
+        assert options <= named[name], name
