@@ -12,6 +12,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -82,9 +83,11 @@ class Dataset(Sequence[Sample]):
     @overload
     def __getitem__(self, index: slice) -> list[Sample]: ...
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        """Raises DataError for a record that cannot be used: SkippedRecordError where such are left out."""
+        """Raises DataError for a record that cannot be used: SkippedRecordError where such are left out. A slice holds
+        so many samples that can be used, from its start on."""
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+            start, stop, _ = index.indices(len(self))
+            return list(islice(self.usable(start), stop - start))
         record = self.records[index]
         try:
             return self._read(record)
