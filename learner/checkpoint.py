@@ -2,8 +2,8 @@
 
 A file for each rank, safetensors: for every trained parameter NAME that it has a part of, (n,) float32 `master.NAME`,
 `exp_avg.NAME` and `exp_avg_sq.NAME`, the parameter's flat elements from metadata `starts[NAME]` on; the state of its
-random generators as `random.cpu` and `random.cuda.0`, ...; in the metadata also `steps` (`Zero.steps`). It is the same
-for all ZeRO stages, bit for bit where it is read as it was written. What is frozen is not in it.
+random generators as `random.0` (the CPU's), `random.1`, ...; in the metadata also `steps` (`Zero.steps`). States are
+exact whoever reads them; as many ranks under the same ZeRO stage also go on bit for bit. What is frozen is not there.
 """
 
 import json
@@ -21,21 +21,20 @@ from learner.policy import Policy
 from learner.zero import Zero
 from perception.files import sha256
 
-RANK = "rank-{:04d}.safetensors"
 TOKENIZER_AND_PROCESSOR = (".json", ".jinja", ".txt", ".model")
 WRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
 """Files of the same kinds that `save_pretrained` writes itself."""
 
 
 def save(zero: Zero, folder: Path) -> dict[str, str]:
-    """Write this rank's file to `folder`, on a file system all ranks share. Returns its sha256 by its name."""
-    cuda = {f"random.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    tensors, starts = {"random.cpu": torch.get_rng_state(), **cuda}, {}
+    """Write this rank's file to `folder`, on a file system all ranks share. Returns its SHA-256 by its name."""
+    random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    tensors, starts = {f"random.{index}": state for index, state in enumerate(random)}, {}
     for name, start, parts in zero.slices():
         starts[name] = start
         tensors |= {f"{part}.{name}": values for part, values in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RANK.format(dist.get_rank())
+    path = folder / f"rank-{dist.get_rank():04d}.safetensors"
     save_file(tensors, path, {"starts": json.dumps(starts), "steps": json.dumps(zero.steps)})
     path.chmod(0o644)  # safetensors': for its owner alone
     with path.open("rb+") as file:
@@ -48,30 +47,25 @@ def load(zero: Zero, folder: Path, weights_only: bool = False) -> None:
 
     `weights_only`: the optimizer stays as it is. Raises ValueError where a parameter is not there whole.
     """
-    files = [safe_open(path, "pt") for path in sorted(folder.glob(RANK.replace("{:04d}", "*")))]
-    saved = [(file, json.loads(file.metadata()["starts"])) for file in files]
+    files = [safe_open(path, "pt") for path in sorted(folder.glob("rank-*.safetensors"))]
+    starts = [json.loads(file.metadata()["starts"]) for file in files]
     for name, start, parts in zero.slices():
-        missing = end = len(parts["master"])
-        for file, starts in saved:
-            if name not in starts:
-                continue
-            there = file.get_slice(f"master.{name}").get_shape()[0]
-            low, high = max(start, starts[name]), min(start + end, starts[name] + there)
-            for part, values in parts.items() if low < high else ():
-                if part == "master" or not weights_only:
-                    theirs = file.get_slice(f"{part}.{name}")[low - starts[name] : high - starts[name]]
-                    values[low - start : high - start].copy_(theirs)
+        missing = count = len(parts["master"])
+        for file, at in ((file, own[name]) for file, own in zip(files, starts, strict=True) if name in own):
+            (there,) = file.get_slice(f"master.{name}").get_shape()
+            low, high = max(start, at), min(start + count, at + there)
+            for part in () if low >= high else ("master",) if weights_only else parts:
+                parts[part][low - start : high - start].copy_(file.get_slice(f"{part}.{name}")[low - at : high - at])
             missing -= max(0, high - low)
         if missing:
-            raise ValueError(f"{folder}: {missing} elements of {name} are missing; it is of another policy")
+            raise ValueError(f"{folder}: {missing} elements of {name} are missing: it is of another policy")
     zero.refresh()
-    if weights_only:
-        return
-    zero.steps = json.loads(files[0].metadata()["steps"])
-    if (rank := dist.get_rank()) < len(files):  # a further rank keeps the seed it has
-        torch.set_rng_state(files[rank].get_tensor("random.cpu"))
-        cuda = range(sum(name.startswith("random.cuda.") for name in files[rank].keys()))  # noqa: SIM118
-        torch.cuda.set_rng_state_all([files[rank].get_tensor(f"random.cuda.{index}") for index in cuda])
+    if not weights_only:
+        zero.steps = json.loads(files[0].metadata()["steps"])
+        for own in files[dist.get_rank() :][:1]:  # a rank more than there were keeps what it has
+            cpu, *cuda = (own.get_tensor(name) for name in sorted(own.keys()) if name.startswith("random."))
+            torch.set_rng_state(cpu)
+            torch.cuda.set_rng_state_all(cuda)
 
 
 def export(policy: Policy, weights: dict[str, Tensor], source: Path, folder: Path) -> None:

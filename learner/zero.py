@@ -16,9 +16,6 @@ from torch import Tensor, nn
 
 from perception.config import LearnerConfig
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of every element besides its float32 master."""
-
 
 def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
     """Rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then constant or linear to 0 at `total_steps`."""
@@ -66,28 +63,35 @@ class Zero:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Optimizer steps taken, and those asked for: `learning_rate` goes by these."""
-        return max(int(state["step"]) for _, state in self._partitions()), self._deepspeed.global_steps
+        """Optimizer steps taken, and those asked for, by which `learning_rate` goes."""
+        return int(next(self._partitions())["step"]), self._deepspeed.global_steps
 
     @steps.setter
     def steps(self, steps: tuple[int, int]) -> None:
-        for _, state in self._partitions():
-            state["step"].fill_(steps[0])
+        for partition in self._partitions():
+            partition["step"].fill_(steps[0])
         self._deepspeed.global_steps = steps[1]
 
     def slices(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
         """What this rank owns: a parameter's name, an element's place in it, and from there on (n,) float32 views of
         its `master`, `exp_avg` and `exp_avg_sq`. After a change of masters: `refresh`."""
-        partitions = list(self._partitions())
+        optimizer, partitions = self._deepspeed.optimizer, list(self._partitions())
         for name, parameter in self._deepspeed.module.named_parameters():
-            if parameter.requires_grad and (owned := self._place(parameter)) is not None:
-                group, at, start, count = owned
-                flat, state = partitions[group]
-                whole = {"master": flat.detach(), **{moment: state[moment] for moment in MOMENTS}}
-                yield name, start, {part: values[at : at + count] for part, values in whole.items()}
+            if parameter.requires_grad and hasattr(parameter, "ds_id"):  # ZeRO-3: even parts, the last ones padded
+                group, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = size * dist.get_rank()
+                count = min(size, parameter.ds_numel - start)
+            elif link := getattr(parameter, "_hp_mapping", None):
+                group, at = link.param_group_index, link.hp_fragment_address.start
+                start, count = link.lp_fragment_address.start, link.lp_fragment_address.numel
+            else:
+                continue
+            if count > 0:
+                whole = partitions[group].items()
+                yield name, start, {part: values[at : at + count] for part, values in whole if part != "step"}
 
     def refresh(self) -> None:
-        """Make the weights anew from their masters."""
+        """Make the weights anew from their masters. Collective."""
         optimizer = self._deepspeed.optimizer
         if self._deepspeed.zero_optimization_stage() < 3:
             optimizer.update_lp_params()
@@ -97,29 +101,15 @@ class Zero:
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         optimizer.checkpoint_event_epilogue()
 
-    def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """The (n,) masters of each of DeepSpeed's groups on this rank, and AdamW's state of them, made if absent."""
-        optimizer = self._deepspeed.optimizer
-        adam = optimizer.optimizer
+    def _partitions(self) -> Iterator[dict[str, Tensor]]:
+        """(n,) `master` and AdamW's state of each of DeepSpeed's groups on this rank."""
+        optimizer, adam = self._deepspeed.optimizer, self._deepspeed.optimizer.optimizer
         groups = (group["params"][0] for group in adam.param_groups if group["params"])  # none under ZeRO-3
         for flat in getattr(optimizer, "fp32_partitioned_groups_flat", groups):
             if not (state := adam.state[flat]):  # as torch's AdamW makes it in its first step
                 state["step"] = torch.zeros((), device=flat.device)
-                state |= {moment: torch.zeros_like(flat.detach()) for moment in MOMENTS}
-            yield flat, state
-
-    def _place(self, parameter: Any) -> tuple[int, int, int, int] | None:
-        """Of this rank's part of a parameter, if any: group, place in the group, place in the parameter, elements."""
-        if hasattr(parameter, "ds_id"):  # ZeRO-3 splits every parameter evenly; the last parts are padded
-            optimizer = self._deepspeed.optimizer
-            group, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = size * dist.get_rank()
-            count = min(size, parameter.ds_numel - start)
-            return (group, at, start, count) if count > 0 else None
-        if (link := parameter._hp_mapping) is None:  # stages 1 and 2 split what lies flat
-            return None
-        inside = link.lp_fragment_address
-        return link.param_group_index, link.hp_fragment_address.start, inside.start, inside.numel
+                state |= {moment: torch.zeros_like(flat.detach()) for moment in ("exp_avg", "exp_avg_sq")}
+            yield {"master": flat.detach(), **state}
 
     def flat_parameters(self) -> list[Tensor]:
         """The (n,) buffers that the trained parameters are views of; [] under ZeRO-3, where there are none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,9 @@ def answer(process: int, spec: PolicySpec, folder: Path) -> None:
     os.environ |= {name: str(value) for name, value in names.items()}
     logging.disable()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / f"store-{world}"), world), rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / f"store-{world}"), world), rank=rank, world_size=world
+    )
     rng = np.random.default_rng(4)
     groups = [sampled_group(spec, rng, n=2) for _ in range(2)]
     mine = groups[rank::world]
@@ -149,12 +151,12 @@ def answer(process: int, spec: PolicySpec, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[dict[Any, State]]]]:
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[Any, State]]]:
     """What the ranks of each group answered."""
     folder = tmp_path_factory.mktemp("ranks")
     start_processes(answer, (tiny_policy.build(folder / "policy"), folder), nprocs=3, start_method="spawn")
     found = [torch.load(folder / f"{process}.pt", weights_only=False) for process in range(3)]
-    yield {"TWO": found[:2], "ONE": found[2:]}
+    return {"TWO": found[:2], "ONE": found[2:]}
 
 
 def whole(ranks: list[dict[Any, State]], question: Any) -> State:
