@@ -34,9 +34,7 @@ def find(run: RunConfig) -> Path:
 
     Raises UserError if there is no run.
     """
-    key, name = ("resume_weights", run.resume_weights) if run.resume is None else ("resume", run.resume)
-    if name is None:
-        raise ValueError("neither run.resume nor run.resume_weights is set")
+    key, name = ("resume", run.resume) if run.resume is not None else ("resume_weights", run.resume_weights or "")
     candidates = (Path(name), Path(run.output) / name)
     for candidate in candidates:
         if (candidate / CONFIG).is_file():
@@ -48,9 +46,8 @@ def find(run: RunConfig) -> Path:
 def settings(run_dir: Path) -> dict[str, Any]:
     """What config.yaml says. Raises UserError."""
     try:
-        saved: dict[str, Any] = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
-        return saved
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return dict(yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{run_dir / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
 
 

@@ -59,7 +59,8 @@ def with_base(words: Sequence[str]) -> list[str]:
     given = OmegaConf.from_dotlist([word for word in words if word.startswith(("run.resume=", "run.output="))])
     chosen = {word.partition("=")[0] for word in words}
     if OmegaConf.select(given, "run.resume") is not None and "recipe" not in chosen:
-        saved = run_directory.settings(run_directory.find(RunConfig(**given.run)))
+        run = typed(RunConfig, {key: str(value) for key, value in given.run.items()})
+        saved = run_directory.settings(run_directory.find(run))
         base = OmegaConf.merge(base, {key: value for key, value in saved.items() if key not in chosen})
         words = [*words, "~recipe"]
     ConfigStore.instance().store(name="typed_defaults", node=base)

@@ -19,6 +19,9 @@ from launch.run.pipeline import Ticket
 from launch.run.samples import fingerprint
 from launch.run.state import RunState, made_with
 from perception.config import Config, LoraConfig
+from perception.datasets import Dataset
+from perception.datasets.files import Images
+from perception.datasets.records import Record
 from perception.errors import UserError
 from perception.types import Sample
 from runtime.actors import ActorError
@@ -222,6 +225,21 @@ def test_pictures_and_truth_are_not_looked_at(tmp_path: Path) -> None:
     data = builders.config(tmp_path).data
     moved = [replace(one, height=1, width=1) for one in SAMPLES]
     assert fingerprint(data, moved) == fingerprint(data, SAMPLES)
+
+
+def test_a_large_data_set_is_told_from_others_without_reading_it(tmp_path: Path) -> None:
+    """By its records: not one of these pictures is there."""
+
+    def data_set(question: str) -> Dataset:
+        records = [
+            Record(id=str(i), image=f"{i}.png", question=question, task="segment", truth=(), place=f"line {i}")
+            for i in range(50_000)
+        ]
+        return Dataset("data.jsonl", records, Images(tmp_path / "data.jsonl", None, 1))
+
+    data = builders.config(tmp_path).data
+    first, again, other = (fingerprint(data, data_set(question)) for question in ("a", "a", "b"))
+    assert first == again != other and first["records"] == 50_000
 
 
 # ---------------------------------------------------------------- weights alone, and the best policy
