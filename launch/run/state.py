@@ -37,7 +37,7 @@ STATE = "state.json"
 RANKS = "ranks.npz"
 RANKED = "ranks.json"
 SUMS = "SHA256SUMS"
-FITTING = ("parameters", "trained", "lora", "freeze_vision")
+FITTING = ("lora", "freeze_vision", "parameters", "trained")
 """Of what a checkpoint was made with, what must be the same where it is read."""
 
 
