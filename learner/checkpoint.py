@@ -33,7 +33,7 @@ def save(zero: Zero, folder: Path) -> dict[str, str]:
     for name, start, parts in zero.slices():
         starts[name] = start
         tensors |= {f"{part}.{name}": values for part, values in parts.items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # not its parents: a node that does not see them fails here
     path = folder / f"rank-{dist.get_rank():04d}.safetensors"
     save_file(tensors, path, {"starts": json.dumps(starts), "steps": json.dumps(zero.steps)})
     path.chmod(0o644)  # safetensors': for its owner alone

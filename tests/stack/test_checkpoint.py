@@ -129,6 +129,7 @@ def answer(process: int, spec: PolicySpec, folder: Path) -> None:
     mine = groups[rank::world]
     found: dict[Any, State] = {}
     own, others = (folder / f"saved by {count}" for count in (world, 3 - world))
+    own.mkdir(exist_ok=True)
     learners: dict[str, Stepper] = {}
     for case in CASES if world == 2 else SHARED:
         learners[case], found["saved", case] = saved(spec, case, mine, own / case)
