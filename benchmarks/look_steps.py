@@ -103,7 +103,7 @@ class Side:
 async def measure(config: Config, train_on: Sequence[Sample], steps: int, rounds: int) -> dict[Any, Side]:
     """Every side's figures, by (look, max_staleness)."""
     system, prompts = System(config), PromptMaker(config.model, config.task)
-    state, sides = RunState.fresh(config, train_on), {side: Side() for side in SIDES}
+    state, sides = RunState.start(config, train_on), {side: Side() for side in SIDES}
     try:
         await system.start()
         await calibrate(system, train_on)

@@ -88,7 +88,7 @@ async def play(config: Config, samples: Sequence[Sample], into: Side) -> None:
     """Train, and note what the steps took."""
     system, clock = Simulated(config), Clock(config.algorithm.steps)
     with Recorder(config) as recorder:
-        state = RunState.fresh(config, samples)
+        state = RunState.start(config, samples)
         await system.start()
         try:
             await train(Session(config, samples, {}, state, system, recorder, clock))

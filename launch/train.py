@@ -2,7 +2,7 @@
 
 python -m launch.train recipe=quickstart learner.lr=2e-5
 python -m launch.train --multirun recipe=quickstart learner.lr=2e-5,5e-5
-python -m launch.train recipe=quickstart run.resume=quickstart
+python -m launch.train run.resume=quickstart
 ray job submit --working-dir . -- python -m launch.train recipe=quickstart run.output=/shared/runs
 """
 
@@ -13,7 +13,7 @@ from launch.record.recorder import Recorder
 from launch.record.summary import show
 from launch.report import write_report
 from launch.run.checks import check_files, check_machine, toy_settings
-from launch.run.config import entry
+from launch.run.config import changes, entry
 from launch.run.prepare import prepare
 from launch.run.session import Session
 from launch.run.state import RunState
@@ -33,12 +33,14 @@ async def train(run: Session) -> None:
 
 
 def run(config: Config) -> None:
+    for line in changes(config):
+        print(line)
     check_machine(config, say=print)
     prepare(config, say=print)
     samples, held_out = check_files(config)
     for warning in toy_settings(config):
         print(f"warning: {warning}")
-    state = RunState.resume(config, samples) if config.run.resume else RunState.fresh(config, samples)
+    state = RunState.start(config, samples)
     cluster.connect(config.placement, config.plugins)
     with (
         Recorder(config, resume_step=state.step if config.run.resume else None) as recorder,

@@ -1,6 +1,7 @@
 """The learner's ranks as one pool: deals groups out to them and takes their collective calls, each with a limit."""
 
 import asyncio
+from collections import ChainMap
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
@@ -120,15 +121,15 @@ class LearnerPool:
         """Free the buffers of the last sync."""
         await self._all(call(LearnerRank.send, call(WeightSender.release)), "releasing the weight buckets")
 
-    async def save(self, folder: str) -> None:
-        """Write a checkpoint to a folder that all ranks reach."""
+    async def save(self, folder: str) -> dict[str, str]:
+        """Write a checkpoint to a folder that all ranks reach, a file each; returns sha256 by file name."""
         async with self._turn():
-            await self._all(call(LearnerRank.save, folder))
+            return dict(ChainMap(*await self._all(call(LearnerRank.save, folder))))
 
-    async def load(self, folder: str) -> None:
-        """Restore model, optimizer and random state."""
+    async def load(self, folder: str, weights_only: bool = False) -> None:
+        """Restore weights, optimizer and random state; `weights_only`: the optimizer begins anew."""
         async with self._turn():
-            await self._all(call(LearnerRank.load, folder))
+            await self._all(call(LearnerRank.load, folder, weights_only))
 
     async def offload(self) -> None:
         """Masters, moments and gradients to host memory; the weights stay, to be sent."""

@@ -159,13 +159,13 @@ class LearnerRank:
         """Call this rank's weight sender; collective where its method is."""
         return getattr(self._sender, wanted.method)(*wanted.arguments, **wanted.named)
 
-    def save(self, folder: str) -> None:
-        """Write a checkpoint. Collective."""
-        checkpoint.save(self._stepper.zero, Path(folder))
+    def save(self, folder: str) -> dict[str, str]:
+        """Write this rank's part of a checkpoint (`checkpoint.save`)."""
+        return checkpoint.save(self._stepper.zero, Path(folder))
 
-    def load(self, folder: str) -> None:
-        """Restore what `save` wrote. Collective."""
-        checkpoint.load(self._stepper.zero, Path(folder))
+    def load(self, folder: str, weights_only: bool = False) -> None:
+        """Restore what `save` wrote (`checkpoint.load`). Collective."""
+        checkpoint.load(self._stepper.zero, Path(folder), weights_only)
 
     def offload(self, weights: bool = False) -> None:
         """Move what is not needed between steps to host memory (`Zero.offload`). Collective."""

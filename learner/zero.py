@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from perception.config import LearnerConfig
@@ -60,14 +61,55 @@ class Zero:
         self._deepspeed.step()
         return float(self._deepspeed.get_global_grad_norm()), lr
 
-    def save(self, folder: str, tag: str) -> None:
-        self._deepspeed.save_checkpoint(folder, tag=tag, save_latest=False)
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Optimizer steps taken, and those asked for, by which `learning_rate` goes."""
+        return int(next(self._partitions())["step"]), self._deepspeed.global_steps
 
-    def load(self, folder: str, tag: str) -> None:
-        """Restore model and optimizer (same number of ranks, same ZeRO stage). Raises FileNotFoundError."""
-        path, _ = self._deepspeed.load_checkpoint(folder, tag=tag)
-        if path is None:
-            raise FileNotFoundError(f"no learner checkpoint under {folder}/{tag}")
+    @steps.setter
+    def steps(self, steps: tuple[int, int]) -> None:
+        for partition in self._partitions():
+            partition["step"].fill_(steps[0])
+        self._deepspeed.global_steps = steps[1]
+
+    def slices(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+        """What this rank owns: a parameter's name, an element's place in it, and from there on (n,) float32 views of
+        its `master`, `exp_avg` and `exp_avg_sq`. After a change of masters: `refresh`."""
+        optimizer, partitions = self._deepspeed.optimizer, list(self._partitions())
+        for name, parameter in self._deepspeed.module.named_parameters():
+            if parameter.requires_grad and hasattr(parameter, "ds_id"):  # ZeRO-3: even parts, the last ones padded
+                group, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = size * dist.get_rank()
+                count = min(size, parameter.ds_numel - start)
+            elif link := getattr(parameter, "_hp_mapping", None):
+                group, at = link.param_group_index, link.hp_fragment_address.start
+                start, count = link.lp_fragment_address.start, link.lp_fragment_address.numel
+            else:
+                continue
+            if count > 0:
+                whole = partitions[group].items()
+                yield name, start, {part: values[at : at + count] for part, values in whole if part != "step"}
+
+    def refresh(self) -> None:
+        """Make the weights anew from their masters. Collective."""
+        optimizer = self._deepspeed.optimizer
+        if self._deepspeed.zero_optimization_stage() < 3:
+            optimizer.update_lp_params()
+            return
+        optimizer.checkpoint_event_prologue()  # nothing that is gathered stays so
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+
+    def _partitions(self) -> Iterator[dict[str, Tensor]]:
+        """(n,) `master` and AdamW's state of each of DeepSpeed's groups on this rank."""
+        optimizer, adam = self._deepspeed.optimizer, self._deepspeed.optimizer.optimizer
+        groups = (group["params"][0] for group in adam.param_groups if group["params"])  # none under ZeRO-3
+        for flat in getattr(optimizer, "fp32_partitioned_groups_flat", groups):
+            if not (state := adam.state[flat]):  # as torch's AdamW makes it in its first step
+                state["step"] = torch.zeros((), device=flat.device)
+                state |= {moment: torch.zeros_like(flat.detach()) for moment in ("exp_avg", "exp_avg_sq")}
+            yield {"master": flat.detach(), **state}
 
     def flat_parameters(self) -> list[Tensor]:
         """The (n,) buffers that the trained parameters are views of; [] under ZeRO-3, where there are none."""
@@ -94,7 +136,7 @@ class Zero:
         torch.cuda.empty_cache()
 
     def reload(self) -> None:
-        """Bring back what `offload` moved, before the next step, `save` or `load`."""
+        """Bring back what `offload` moved, before the next step, `slices` or `refresh`."""
         for storage, host in self._away:
             storage.resize_(host.nbytes())
             storage.copy_(host)

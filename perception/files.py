@@ -1,5 +1,6 @@
-"""Atomic writes: files and folders that appear whole or not at all."""
+"""Atomic writes: files and folders that appear whole or not at all; and checksums."""
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,12 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     with replacing(path, shared=True) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:

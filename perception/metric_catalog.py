@@ -4,7 +4,8 @@ Names are `group/metric`: W&B makes one section per group. Seconds are wall time
 lengths are in tokens. `metrics.jsonl`, W&B, progress, summary and report all read this file.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -193,3 +194,10 @@ def read_held_out(names: Iterable[str]) -> list[HeldOut]:
     """The held-out metrics among the names, in their order."""
     split = (name.partition("@") for name in names)
     return [HeldOut._make((*before.split("/"), held_out)) for before, _, held_out in split if before.count("/") == 2]
+
+
+def headline(metrics: Mapping[str, float]) -> float:
+    """What a policy is judged by: each task's first metric, of greedy answers on the first held-out set; their mean."""
+    found = [one for one in read_held_out(metrics) if one.way == GREEDY and not one.held_out]
+    first = {one.task: metrics[one.name] for one in reversed(found)}
+    return sum(first.values()) / len(first) if first else -math.inf

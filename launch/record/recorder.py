@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter
 
 from launch.record import environment, rollouts, run_directory
 from launch.record.wandb_sink import WandbSink
+from launch.run.config import plain
 from perception.config import Config
 from perception.files import write_text
+from perception.metric_catalog import headline
 from perception.types import Group
 
 
@@ -26,12 +27,12 @@ class Recorder(AbstractContextManager):
 
     def __init__(self, config: Config, *, resume_step: int | None = None) -> None:
         resuming = resume_step is not None
-        self.run_dir = run_directory.resume_dir(config.run) if resuming else run_directory.create(config.run)
+        self.run_dir = run_directory.find(config.run) if resuming else run_directory.create(config.run)
         self._lock = run_directory.lock(self.run_dir)
         if resume_step is not None:
             run_directory.forget_after(self.run_dir, resume_step)
         self._kept, self._every = config.run.rollouts_kept, config.run.rollouts_every
-        settings: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
+        settings = plain(config)
         self._write_settings(settings, resume_step)
         self._wandb = WandbSink(config.wandb, self.run_dir, settings)
 
@@ -44,6 +45,11 @@ class Recorder(AbstractContextManager):
         """Record a held-out evaluation of the policy after `step` steps; `groups` are kept for pictures."""
         self._record(run_directory.EVALUATIONS, "eval", step, metrics, groups)
         self._wandb.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a trained policy's headline metric is above those of all that were recorded before it."""
+        earlier = run_directory.read_lines(self.run_dir / run_directory.EVALUATIONS)
+        return headline(metrics) > max((headline(one) for one in earlier if one["step"]), default=-math.inf)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json in one step."""

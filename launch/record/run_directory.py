@@ -1,6 +1,7 @@
 """Directory of a run: made whole or not at all, never written by two runs at once, never overwritten.
 
-    config.yaml  environment.json  metrics.jsonl  evaluations.jsonl  summary.json  report.html  rollouts/  wandb/
+    config.yaml  environment.json  metrics.jsonl  evaluations.jsonl  summary.json  report.html
+    rollouts/  checkpoints/  policy/  best/  wandb/
 
 A new run takes the name `runs/<name>`; an older one of that name is moved aside to `<name>.1`, `<name>.2`, ...
 """
@@ -10,6 +11,8 @@ import json
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
+
+import yaml
 
 from perception.config import RunConfig
 from perception.errors import UserError
@@ -22,19 +25,30 @@ EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 ROLLOUTS = "rollouts"
+POLICY, BEST = "policy", "best"
 LOCK = ".lock"
 
 
-def resume_dir(run: RunConfig) -> Path:
-    """The directory that `run.resume` names: a path, or a run under `run.output`. Raises UserError if there is none."""
-    if run.resume is None:
-        raise ValueError("run.resume is not set")
-    candidates = (Path(run.resume), Path(run.output) / run.resume)
+def find(run: RunConfig) -> Path:
+    """The directory that `run.resume`, or else `run.resume_weights`, names: a path, or a run under `run.output`.
+
+    Raises UserError if there is no run.
+    """
+    key, name = ("resume", run.resume) if run.resume is not None else ("resume_weights", run.resume_weights or "")
+    candidates = (Path(name), Path(run.output) / name)
     for candidate in candidates:
         if (candidate / CONFIG).is_file():
             return candidate
     missing = " and ".join(f"{candidate}/{CONFIG}" for candidate in candidates)
-    raise UserError(f"run.resume={run.resume}: no run there ({missing} missing)")
+    raise UserError(f"run.{key}={name}: no run there ({missing} missing)")
+
+
+def settings(run_dir: Path) -> dict[str, Any]:
+    """What config.yaml says. Raises UserError."""
+    try:
+        return dict(yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{run_dir / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def create(run: RunConfig) -> Path:

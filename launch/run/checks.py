@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,9 +24,6 @@ from perception.tasks import TASKS
 from perception.types import Sample
 from reward_workers.components import held_out_terms, reward_terms
 from runtime.placement import check_resources
-
-if TYPE_CHECKING:
-    pass
 
 _POLICY_FILES = {
     "config.json": "the model's shape",
@@ -140,10 +137,12 @@ def check_registered(config: Config) -> None:
 
 
 def check_output(config: Config) -> None:
-    """The run's directory can be made, or the run to resume is there. Makes nothing yet."""
-    if config.run.resume is not None:
-        run_directory.resume_dir(config.run)
-    path = Path(config.run.output).absolute()
+    """The run's directory can be made, and the run to go on from is there. Makes nothing yet."""
+    run, path = config.run, Path(config.run.output).absolute()
+    if run.resume is not None:
+        run_directory.find(run)
+    elif run.resume_weights is not None and run_directory.find(run).resolve() == (path / run.name).resolve():
+        raise UserError(f"run.resume_weights={run.resume_weights}: the new run would replace it; give another run.name")
     while not path.exists():
         path = path.parent
     if not path.is_dir():

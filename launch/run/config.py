@@ -7,8 +7,8 @@ structured configs refuse `Literal` and frozen classes); a field that is a mappi
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_origin, get_type_hints
 
@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter
 
+from launch.record import run_directory
 from launch.run.command_line import one_line, told, typed, unknown, valid_keys
-from perception.config import Config, TaskConfig
+from perception.config import Config, RunConfig, TaskConfig
 from perception.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -42,16 +43,49 @@ def _default(one: Field, hint: Any) -> Any:
     return "???" if one.default is MISSING else one.default
 
 
-ConfigStore.instance().store(name="typed_defaults", node=defaults(Config))
-
-
-def compose(overrides: Sequence[str]) -> Config:
+def compose(words: Sequence[str]) -> Config:
     """The settings that these overrides make of `conf/`, as on the command line. Raises UserError."""
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return validate(hydra.compose("config", list(overrides)))
+            return validate(hydra.compose("config", with_base(words)))
     except HydraException as error:
         raise UserError(_explain(error)) from error
+
+
+def with_base(words: Sequence[str]) -> list[str]:
+    """Has Hydra compose over the typed defaults, or over the settings of the run that `run.resume` names among these
+    words; returns them, and what else that needs. A `recipe=` composes anew, and so does a group's choice its group."""
+    base: Any = OmegaConf.create(defaults(Config))
+    given = OmegaConf.from_dotlist([word for word in words if word.startswith(("run.resume=", "run.output="))])
+    chosen = {word.partition("=")[0] for word in words}
+    if OmegaConf.select(given, "run.resume") is not None and "recipe" not in chosen:
+        run = typed(RunConfig, {key: str(value) for key, value in given.run.items()})
+        saved = run_directory.settings(run_directory.find(run))
+        base = OmegaConf.merge(base, {key: value for key, value in saved.items() if key not in chosen})
+        words = [*words, "~recipe"]
+    ConfigStore.instance().store(name="typed_defaults", node=base)
+    return list(words)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The settings as config.yaml keeps them, without what is only for the moment of resuming."""
+    lasting = replace(config, run=replace(config.run, resume=None, new_data=False))
+    return TypeAdapter(Config).dump_python(lasting, mode="json")
+
+
+def changes(config: Config) -> list[str]:
+    """A line for each setting in which a run that is resumed differs from what it was."""
+    if config.run.resume is None:
+        return []
+    before, now = (dict(leaves(one)) for one in (run_directory.settings(run_directory.find(config.run)), plain(config)))
+    keys = [key for key in before | now if before.get(key) != now.get(key)]
+    return [f"changed: {key}={now.get(key)}, was {before.get(key)}" for key in keys]
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in nested mappings."""
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
 
 
 def validate(tree: DictConfig) -> Config:
@@ -84,6 +118,7 @@ def entry(run: Callable[[Config], None]) -> NoReturn:
             run(validate(tree))
 
     with told():
+        sys.argv[1:] = with_base(sys.argv[1:])
         try:
             compose_and_run()
         except HydraException as error:

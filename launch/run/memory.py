@@ -275,7 +275,8 @@ def rooms(size: Size, config: Config, machine: Machine) -> list[Room]:
             name = f"share of the {role}, placement.{role}_gpus={part:g}"
             gpus.append(Room(name, {role: actors[role]}, memory and part * memory))
     one = _gib(trajectory=config.rollout.max_model_len * size.key_value * number)
-    files = _gib(checkpoints=CHECKPOINTS * (size.parameters * number + 12 * size.trained))
+    policies = (3 if config.run.eval_every else 1) * size.parameters * number  # policy/, best/ and the one to come
+    files = _gib(checkpoints=CHECKPOINTS * 12 * size.trained, policies=policies)
     return [
         *gpus,
         Room("KV cache for one trajectory", {"of": one}, memory and actors["engine"]["KV cache"]),

@@ -6,15 +6,17 @@ included. Every other record is checked when it is drawn, in the same way.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from perception.config import Config, TaskConfig
+from perception.config import Config, DataConfig, TaskConfig
 from perception.datasets import Dataset, load
 from perception.errors import DataError, UserError
 from perception.grammar import clean
@@ -67,6 +69,14 @@ def load_samples(config: Config, say: Callable[[str], None] = print) -> tuple[Da
 def left_out(samples: Sequence[Sample]) -> dict[str, int]:
     """Records of a data set that could not be used and were skipped so far, by reason."""
     return samples.skipped if isinstance(samples, Dataset) else {}
+
+
+def fingerprint(data: DataConfig, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What tells a run's training samples from others: where they are read, how many, and a hash over the questions."""
+    records = samples.records if isinstance(samples, Dataset) else samples
+    asked = json.dumps([(one.id, one.task, one.question) for one in records])
+    ids = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    return {"data.format": data.format, "data.train": data.train, "records": len(records), "ids": ids}
 
 
 def make_prompts(config: Config) -> PromptMaker:

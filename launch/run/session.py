@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launch.evaluate import evaluate_all
+from launch.record import run_directory
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
 from launch.run.batch import Batch, next_batch
@@ -21,6 +22,7 @@ from launch.run.system import Sync, System
 from perception import metric_catalog as catalog
 from perception.config import Config
 from perception.errors import UserError
+from perception.files import replacing
 from perception.types import LearnerReport, Sample
 
 
@@ -84,9 +86,12 @@ class Session:
             await self.assess(f"evaluating after step {step}")
 
     async def assess(self, phase: str) -> dict[str, float]:
-        """Evaluate the current policy on the held-out samples, and record it."""
+        """Evaluate the current policy on the held-out samples, and record it; with `run.eval_every`, keep the best."""
         self.progress.phase(phase)
         metrics, groups = await evaluate_all(self.system, self.held_out, self.config.run.rollouts_kept)
+        if self.config.run.eval_every and self.state.step and self.recorder.is_best(metrics):
+            with replacing(self.recorder.run_dir.resolve() / run_directory.BEST) as folder:
+                await self.system.export(folder)
         self.recorder.evaluation(self.state.step, metrics, groups)
         return metrics
 
@@ -97,7 +102,7 @@ class Session:
         self.progress.phase("starting engine, SAM2 worker and learner")
         try:
             self.progress.say(await self.system.start())
-            if self.state.step:
+            if self.state.checkpoint is not None:
                 await self.state.restore(self.system)
             if self.system.must_calibrate and not self.state.step:
                 self.progress.phase("learning when to look again")
@@ -107,7 +112,7 @@ class Session:
             await train(self)
             if not self.stop.is_set():
                 after = await self.assess("evaluating the trained policy")
-                await self.system.export(self.recorder.run_dir.resolve() / "policy")
+                await self.system.export(self.recorder.run_dir.resolve() / run_directory.POLICY)
                 summary = self.state.summary(after, self.system.restarts)
                 self.recorder.summary(summary | {"left_out": left_out(self.samples)})
         finally:

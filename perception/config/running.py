@@ -88,7 +88,13 @@ class RunConfig:
     seed: int = 42
     """Seed of data order, sampling and everything else that is drawn."""
     resume: str | None = None
-    """A run's name or directory: go on from its newest checkpoint."""
+    """A run's name or directory: go on from its newest whole checkpoint, by its own settings; what is given beside goes
+    on top. Another number of learner ranks and another ZeRO stage do."""
+    new_data: bool = False
+    """Go on although the training samples are others; begins with the first of them."""
+    resume_weights: str | None = None
+    """A run's name or directory: start with the weights of its newest checkpoint and a fresh optimizer. Frozen weights,
+    and the policy that a KL refers to, are those at model.path."""
     deterministic: bool = False
     """Bit-exact on the CPU: sequences are sampled one at a time, and torch uses deterministic algorithms only."""
     eval_every: Natural = 0

@@ -39,9 +39,9 @@ SMALL = (
 )
 
 
-def launch(output: Path, *overrides: str) -> subprocess.Popen[str]:
+def launch(output: Path, *words: str) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "launch.train", *SMALL, f"run.output={output}", *overrides]
+    command = [sys.executable, "-m", "launch.train", f"run.output={output}", *words]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -62,7 +62,7 @@ def steps(run: Path) -> list[int]:
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 1000 steps that was told to stop during its fifth one, or soon after."""
     output = tmp_path_factory.mktemp("runs")
-    process = launch(output, "algorithm.steps=1000")
+    process = launch(output, *SMALL, "algorithm.steps=1000")
     deadline = time.monotonic() + START_S
     try:
         while len(steps(output / "small")) < 4 and process.poll() is None and time.monotonic() < deadline:
@@ -85,16 +85,19 @@ def test_ctrl_c_ends_the_run_after_the_step_with_a_checkpoint(stopped: Path) -> 
 
 @pytest.fixture(scope="module")
 def finished(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run as if it had died in its last step: resumed from the checkpoint before, and finished."""
+    """The same run as if it had died in its last step: resumed by its name alone from the checkpoint before, and
+    finished."""
     run = Path(shutil.copytree(stopped, tmp_path_factory.mktemp("resumed") / "small"))
     *_, newest = sorted((run / "checkpoints").iterdir())
-    shutil.rmtree(newest)
+    (newest / "learner/rank-0001.safetensors").unlink()
     process = launch(run.parent, f"algorithm.steps={len(steps(run))}", "run.resume=small")
     try:
-        _, err = process.communicate(timeout=START_S)
+        out, err = process.communicate(timeout=START_S)
     finally:
         process.kill()
     assert process.returncode == 0, err
+    assert f"changed: algorithm.steps={len(steps(run))}, was 1000\n" in out and "learner.schedule" not in out
+    assert "rank-0001.safetensors" in out and "the checkpoint before it is taken" in out
     return run
 
 

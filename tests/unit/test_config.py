@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import zip_longest
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from docs import config_reference
 from launch.run.command_line import command, parse, valid_keys
-from launch.run.config import CONF, compose, defaults, entry
+from launch.run.config import CONF, compose, defaults, entry, leaves
 from launch.world import World
 from perception.config import Config, EcdfConfig, TaskConfig
 from perception.config.fields import Positive
@@ -68,14 +68,6 @@ def test_every_typed_setting_can_be_overridden() -> None:
         return True
 
     assert [key for key in valid_keys(Config) if not stands(key)] == []
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def written(group: str, choice: str) -> tuple[dict[str, Any], list[Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -81,8 +82,8 @@ class World:
             for one in groups
         ]
 
-    async def save(self, folder: str) -> None:
-        """Nothing to save."""
+    async def save(self, folder: str) -> dict[str, str]:
+        return {}
 
     async def sync_weights(self, version: int) -> Sync:
         self.version = version
@@ -95,6 +96,12 @@ def settings_of(output: Path, **algorithm: Any) -> Config:
     return replace(plain, algorithm=AlgorithmConfig(steps=2, prompts_per_step=4, group_size=N, **algorithm))
 
 
+@pytest.fixture(autouse=True)
+def no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none to be measured for a checkpoint."""
+    monkeypatch.setattr("launch.run.memory.measure", lambda *_: SimpleNamespace(parameters=1, trained=1))
+
+
 def samples(folder: Path) -> list[Sample]:
     path = folder / "image.png"
     Image.fromarray(noise(0)).save(path)
@@ -104,7 +111,7 @@ def samples(folder: Path) -> list[Sample]:
 def play(world: World, folder: Path) -> tuple[RunState, list[dict[str, Any]]]:
     """The training loop, recorded; the run's state and its steps' metrics."""
     questions = samples(folder)
-    state = RunState.fresh(world.config, questions)
+    state = RunState.start(world.config, questions)
     progress = Progress(2, console=Console(file=io.StringIO()))
     with Recorder(world.config) as recorder:
         session = Session(world.config, questions, {}, state, world, recorder, progress)  # type: ignore[arg-type]

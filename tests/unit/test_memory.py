@@ -214,10 +214,11 @@ def test_actors_that_share_a_gpu_are_added_up_and_the_others_stand_alone() -> No
     assert not any(name.startswith("GPU") for name in names(settings("recipe=quickstart")))
 
 
-def test_a_checkpoint_has_14_bytes_a_parameter_and_three_are_there_at_a_time() -> None:
-    config = settings("recipe=quickstart", "placement=one_gpu")
+@pytest.mark.parametrize(("evaluations", "policies"), [("run.eval_every=0", 1), ("run.eval_every=5", 3)])
+def test_three_checkpoints_of_12_bytes_a_parameter_and_the_exported_policies(evaluations: str, policies: int) -> None:
+    config = settings("recipe=quickstart", "placement=one_gpu", evaluations)
     disk = memory.rooms(size("7b"), config, Machine(gpu=80.0, host=100.0, disk=100.0))[-1]
-    assert disk.total == pytest.approx(3 * 14 * 8.292e9 / GIB, rel=1e-3) and disk.short
+    assert disk.total == pytest.approx((3 * 12 + policies * 2) * 8.292e9 / GIB, rel=1e-3) and disk.short
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"])

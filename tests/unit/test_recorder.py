@@ -194,7 +194,7 @@ def test_resume_records_again_what_came_after_the_checkpoint(tmp_path: Path) -> 
 
 def test_a_run_to_resume_must_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run there"):
-        run_directory.resume_dir(RunConfig(name="x", output=str(tmp_path), resume="absent"))
+        run_directory.find(RunConfig(name="x", output=str(tmp_path), resume="absent"))
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

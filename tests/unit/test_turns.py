@@ -108,10 +108,12 @@ class Gpus:
         self._expect(set(), states=True)
         return [tuple(0.1 * one.index for one in each.trajectories) for each in groups]
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str) -> dict[str, str]:
         self._expect(set(), states=True)
+        return {}
 
-    load = save
+    def load(self, folder: str, weights_only: bool) -> None:
+        self._expect(set(), states=True)
 
     def export(self, folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -177,6 +179,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
         monkeypatch.setattr(f"{pool}.pool.ActorPool", Actors)
     reserved = SimpleNamespace(seats=dict.fromkeys(("engine", "reward", "learner"), [Seat(1, 0.4)] * GPUS), free=list)
     monkeypatch.setattr(system_module.placement, "reserve", lambda config: reserved)
+    monkeypatch.setattr("launch.run.memory.measure", lambda *_: SimpleNamespace(parameters=1, trained=1))
     monkeypatch.setattr(system_module, "read_policy_spec", lambda model: builders.policy_spec())
     monkeypatch.setattr(system_module, "PromptMaker", _Prompts)
     monkeypatch.setattr(system_module, "handle", lambda asked: noise_image(0))
@@ -205,7 +208,7 @@ def settings(output: Path, sleep: bool = True, **algorithm: Any) -> Config:
 def run(config: Config, folder: Path) -> None:
     questions = [sample(f"scene-{i}", image=ImageSource(path=str(folder / "image.png"))) for i in range(8)]
     progress = Progress(STEPS, console=Console(file=io.StringIO()))
-    state = RunState.resume(config, questions) if config.run.resume else RunState.fresh(config, questions)
+    state = RunState.start(config, questions)
     with Recorder(config, resume_step=state.step if config.run.resume else None) as recorder:
         session = Session(config, questions, {"": questions[:2]}, state, System(config), recorder, progress)
         asyncio.run(session.run(train))
@@ -247,7 +250,7 @@ def test_a_whole_run_takes_turns_in_this_order(gpus: Gpus, tmp_path: Path) -> No
         *turn_of("update", sleeping=True),
         *SYNC,
         *turn_of("save"),
-        *(WAKE, ANSWERS),  # evaluation, and step 2
+        *(WAKE, ANSWERS, "learner rank export", ANSWERS),  # evaluation of the best policy so far, and step 2
         *turn_of("update"),
         *SYNC,
         *turn_of("save"),
