@@ -1,21 +1,15 @@
-"""Checkpoint of the learner: model, optimizer and random state, bit for bit; and the policy in Hugging Face format."""
+"""Checkpoint of the learner: model, optimizer and random state, bit for bit."""
 
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from learner.policy import Policy
 from learner.zero import Zero
 from perception.files import replacing, scratch_path
 
 TAG = "learner"
-TOKENIZER_AND_PROCESSOR = (".json", ".jinja", ".txt", ".model")
-WRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
-"""Files of the same kinds that `save_pretrained` writes itself."""
 
 
 def save(zero: Zero, folder: Path) -> None:
@@ -44,15 +38,3 @@ def load(zero: Zero, folder: Path) -> None:
     random_state = torch.load(mine, weights_only=True)
     torch.set_rng_state(random_state["cpu"])
     torch.cuda.set_rng_state_all(random_state["cuda"])
-
-
-def export(policy: Policy, weights: dict[str, Tensor], source: Path, folder: Path) -> None:
-    """Write the whole weights (by `named_parameters()` name) with the tokenizer and processor files of `source`.
-
-    The result loads in transformers and vLLM. Not collective: rank 0 calls it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    policy.model.save_pretrained(folder, state_dict=weights)
-    for file in source.iterdir():
-        if file.suffix in TOKENIZER_AND_PROCESSOR and file.name not in WRITTEN:
-            shutil.copy2(file, folder / file.name)

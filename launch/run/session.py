@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launch.evaluate import evaluate_all
+from launch.record.card import write_card
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
 from launch.run.batch import Batch, next_batch
@@ -21,6 +22,7 @@ from launch.run.system import Sync, System
 from perception import metric_catalog as catalog
 from perception.config import Config
 from perception.errors import UserError
+from perception.files import replacing
 from perception.types import LearnerReport, Sample
 
 
@@ -107,9 +109,11 @@ class Session:
             await train(self)
             if not self.stop.is_set():
                 after = await self.assess("evaluating the trained policy")
-                await self.system.export(self.recorder.run_dir.resolve() / "policy")
-                summary = self.state.summary(after, self.system.restarts)
-                self.recorder.summary(summary | {"left_out": left_out(self.samples)})
+                summary = self.state.summary(after, self.system.restarts) | {"left_out": left_out(self.samples)}
+                self.recorder.summary(summary)  # first: whatever becomes of the export, it says how the run went
+                with replacing(self.recorder.run_dir.resolve() / "policy") as folder:
+                    await self.system.export(folder)
+                    write_card(folder, self.config, summary)
         finally:
             self.progress.phase("shutting down")
             await self.system.shutdown()
