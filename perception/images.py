@@ -67,7 +67,7 @@ def probe(path: ImageSource, max_pixels: int) -> tuple[int, int]:
         if width * height > max_pixels:
             raise DataError(
                 f"{path}: {width}x{height} is {width * height} pixels, more than {max_pixels}; "
-                "make it smaller or raise data.max_pixels",
+                "make it smaller or raise data.refuse_pixels",
                 "size",
             )
         if image.mode[0] in "IF":

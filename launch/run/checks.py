@@ -205,6 +205,8 @@ def check_family(config: Config) -> None:
     if heads % config.rollout.tensor_parallel:
         workers = f"rollout.tensor_parallel={config.rollout.tensor_parallel}"
         raise UserError(f"{workers} does not divide the {heads} attention heads of model.path={config.model.path}")
+    if (config.model.min_pixels or config.model.max_pixels) and not family.native:
+        raise UserError(f"model.min_pixels, model.max_pixels: {kind} has no such limits; leave both null")
     if config.model.answer_frame == "resized" and not family.native:
         raise UserError(f"model.answer_frame=resized: {kind} has no such frame; take model.answer_frame=thousand")
 

@@ -121,7 +121,8 @@ class Check:
         if needed > rollout.max_model_len:
             terms = f"{text} text tokens + {image} image tokens + {rollout.max_new_tokens=}"
             terms += f" + {further} of further looks" if further else ""
-            raise DataError(f"{rollout.max_model_len=} is too short; raise it to {needed} = {terms}", "length")
+            smaller = " or lower model.max_pixels" if prompts.native else ""
+            raise DataError(f"{rollout.max_model_len=} is too short; raise it to {needed} = {terms}{smaller}", "length")
 
 
 def _rewarded(config: Config) -> dict[str, tuple[frozenset[Truth], str]]:

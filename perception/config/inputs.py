@@ -10,6 +10,10 @@ from perception.config.fields import AnswerFrame, Positive
 class ModelConfig:
     path: str
     """Policy directory in Hugging Face format (config, safetensors, tokenizer, image processor)."""
+    min_pixels: Positive | None = None
+    max_pixels: Positive | None = None
+    """An image is resized to have at least and at most so many pixels, wherever the policy sees it, in training,
+    evaluation and the exported files. None: as its image processor says. Only Qwen-VL's families can be told."""
     segmenter: str
     """SAM2 directory: `config.yaml` + `model.safetensors`, or `random:<hiera name>` for random weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -41,16 +45,16 @@ class DataConfig:
     world_side: Positive | None = None
     world_train: Positive = 4096
     """If `train` is missing, the synthetic world is written there: side of its images, training scenes."""
-    max_pixels: Positive = 50_000_000
-    """A larger image is refused."""
+    refuse_pixels: Positive = 50_000_000
+    """An image of more pixels is refused, before it is decoded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskConfig:
     form: str | None = None
     """Registered task (`perception.tasks`) that reads and writes the answers; None: the one of the same name."""
-    system: str
-    """System turn."""
+    system: str | None
+    """System turn; null: none. Where the chat format has no place for one, it opens the user's turn."""
     template: str
     """User turn; `{question}` is replaced. The image placeholder is put before it."""
     inline: str

@@ -30,7 +30,7 @@ def load(config: DataConfig, path: str) -> "Dataset":
     """The data set at `path`. Raises DataError where it cannot be listed, UserError for an unknown format or option."""
     read = READERS[config.format]
     options = check_arguments(read, config.options, "data.options")
-    images = Images(Path(path), config.images, config.max_pixels)
+    images = Images(Path(path), config.images, config.refuse_pixels)
     return Dataset(path, read(Path(path), **options), images, skip=config.on_bad_record == "skip")
 
 
