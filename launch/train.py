@@ -14,11 +14,13 @@ from launch.record.summary import show
 from launch.report import write_report
 from launch.run.checks import check_files, check_machine, toy_settings
 from launch.run.config import entry
+from launch.run.models import located
 from launch.run.prepare import prepare
 from launch.run.session import Session
 from launch.run.state import RunState
 from launch.run.system import System
 from perception.config import Config
+from perception.errors import UserError
 from runtime import cluster
 
 
@@ -33,6 +35,9 @@ async def train(run: Session) -> None:
 
 
 def run(config: Config) -> None:
+    if not config.data.train:
+        raise UserError("no value for data.train: give data.train=... (command line or recipe)")
+    config = located(config)
     check_machine(config, say=print)
     prepare(config, say=print)
     samples, held_out = check_files(config)

@@ -42,7 +42,7 @@ def export(
     if adapted:
         settings = adapters(lora, policy.family)
         settings.base_model_name_or_path = spec.path
-        settings.save_pretrained(folder / "adapter")
+        settings.save_pretrained(str(folder / "adapter"))
         save_file(dict(adapted), folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

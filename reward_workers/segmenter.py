@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,14 +102,9 @@ class Segmenter:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 return cls(build(official_config(path.removeprefix("random:"))), device, dtype, capacity)
-        folder = Path(path)
-        model = build(_read_config(_first_file(folder, "*.yaml")))
-        weights = _first_file(folder, "*.safetensors", "*.pt")
-        if weights.suffix == ".pt":
-            state = torch.load(weights, map_location="cpu", weights_only=True)["model"]
-        else:
-            state = load_file(weights)
-        model.load_state_dict(state)
+        config, weights = model_files(Path(path))
+        model = build(_read_config(config))
+        model.load_state_dict(read_weights(weights))
         return cls(model, device, dtype, capacity)
 
     @property
@@ -315,9 +311,23 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(value)
 
 
-def _first_file(folder: Path, *patterns: str) -> Path:
-    """The first file of the first pattern that has one."""
-    found = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-    if not found:
-        raise FileNotFoundError(f"segmenter '{folder}' has no {' or '.join(patterns)}")
-    return found[0]
+def model_files(folder: Path) -> tuple[Path, Path]:
+    """Configuration and weights in a SAM2 directory; Meta's own weights before others, which it releases beside them
+    for transformers. Raises FileNotFoundError."""
+    found = []
+    for patterns in (("*.yaml",), ("*.pt", "*.safetensors")):
+        files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+        if not files:
+            raise FileNotFoundError(f"segmenter '{folder}' has no {' or '.join(patterns)}")
+        found.append(files[0])
+    return found[0], found[1]
+
+
+def read_weights(file: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Raises ValueError for a `.pt` that is none of SAM2's, or that runs code when it is read."""
+    if file.suffix == ".safetensors":
+        return load_file(file, device)
+    try:
+        return dict(torch.load(file, map_location=device, weights_only=True)["model"])
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} holds no weights of SAM2 ({type(error).__name__})") from error

@@ -4,39 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
+
 from launch.record.summary import changes, samples
 from perception.config import Config
-
-_CARD = """---
-base_model: {config.model.path}
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [grpo, relook]
----
-# {config.run.name}
-
-{summary[steps]} GRPO steps from `{config.model.path}` on `{config.data.train}`, reward `{config.reward.name}`, seed \
-{config.run.seed}.
-
-| {held_out} held-out samples | before | after |
-|---|---|---|
-{table}
-
-It is asked in these words (`{{question}}` is replaced), after the image:
-{tasks}
-"""
 
 
 def write_card(folder: Path, config: Config, summary: Mapping[str, Any]) -> None:
     """Write `README.md` there, from the run's settings and its summary."""
-    changed = changes(summary["before"], summary["after"])
-    text = _CARD.format(
-        config=config,
-        summary=summary,
-        held_out=samples(summary["after"]),
-        table="\n".join(f"| {one.label} | {one.before:.3f} | {one.after:.3f} |" for one in changed),
-        tasks="\n".join(
-            f"\n{name}, system turn: {one.system}\n\n    {one.template}" for name, one in config.task.items()
-        ),
-    )
+    card = Template(Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8"))
+    cached = [part for part in Path(config.model.path).parts if part.startswith("models--")]
+    base = cached[0].removeprefix("models--").replace("--", "/") if cached else config.model.path
+    held_out, changed = samples(summary["after"]), changes(summary["before"], summary["after"])
+    text = card.render(config=config, summary=summary, base=base, held_out=held_out, changes=changed)
     (folder / "README.md").write_text(text, encoding="utf-8")

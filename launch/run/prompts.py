@@ -25,14 +25,12 @@ _MARKS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_e
 def read_policy_spec(model: ModelConfig) -> PolicySpec:
     """What engine and learner must agree on, from the policy's own files."""
     chat = PromptMaker(model, {})
-    marks: set[Any] = {getattr(chat.config, mark, None) for mark in _MARKS} | {*chat.processor.image_token_ids}
-    marks |= {*chat.tokenizer.convert_tokens_to_ids(chat.processor.all_special_multimodal_tokens)}
     return PolicySpec(
         path=str(Path(model.path).resolve()),
         dtype=model.dtype,
         image_token_id=chat.image_token_id,
         eos_token_ids=chat.ends,
-        banned_token_ids=tuple(sorted(marks - {None})),
+        banned_token_ids=chat.marks,
         pixels=chat.limits if model.min_pixels or model.max_pixels else None,
         opened=chat.opened,
         renames=engine_renames(chat.config.model_type, getattr(chat.config, "vision_config", chat.config).model_type),
@@ -53,14 +51,19 @@ class PromptMaker:
             raise ValueError(f"{type(self.processor).__name__} has no placeholder for images")
         self.tokenizer: Any = self.processor.tokenizer
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        marks: set[Any] = {getattr(self.config, mark, None) for mark in _MARKS} | {*self.processor.image_token_ids}
+        marks |= {*self.tokenizer.convert_tokens_to_ids(self.processor.all_special_multimodal_tokens)}
+        self.marks: tuple[int, ...] = tuple(sorted(marks - {None}))
+        """Ids that stand for images, which no answer holds."""
         template = self.processor.chat_template or self.tokenizer.chat_template
         self._template = template["default"] if isinstance(template, dict) else template
         self._learn_format()
-        after = self._chat(self._turn("user", ""), self._turn("assistant", _MARK)).partition(_MARK)[2]
-        self.end = after.strip()
+        dialogue = self._chat(self._turn("user", ""), self._turn("assistant", _MARK))
+        self.end = dialogue.partition(_MARK)[2].strip()
         """What the chat format writes after an answer."""
-        own = [token for token in self._encode(after)[:1] if token in self.tokenizer.added_tokens_decoder]
-        self.ends: tuple[int, ...] = tuple(dict.fromkeys([self.tokenizer.eos_token_id, *own]))
+        own = [token for token in self._encode(self.end)[:1] if token in self.tokenizer.added_tokens_decoder]
+        ends = dict.fromkeys([self.tokenizer.eos_token_id, *own])
+        self.ends: tuple[int, ...] = tuple(end for end in ends if end is not None)
         """Ids that end an answer: the tokenizer's, then what the chat format ends a turn with."""
         self._tasks = tasks
         self._again: dict[str, tuple[int, ...]] = {}
@@ -97,11 +100,9 @@ class PromptMaker:
     def _learn_format(self) -> None:
         """What the chat template takes: an image as a part of a turn or in its text, which may have to be no list of
         parts but a string; a system turn or none. And what it opens of an answer itself."""
-        marks = [getattr(self.config, f"vision_{side}_token_id", None) for side in ("start", "end")]
-        shown = self.processor.image_token + "\n"
-        if None not in marks:
-            shown = self.processor.image_token.join(self.tokenizer.convert_ids_to_tokens(marks))
-        for self._content in _contents(shown):
+        image, marks = self.processor.image_token, (getattr(self.config, mark, None) for mark in _MARKS[2:])
+        around = [self.tokenizer.convert_ids_to_tokens(mark) for mark in marks if mark is not None]
+        for self._content in _contents(image.join(around) if all(around) and around else image + "\n"):
             asked = self._try(self._turn("user", _MARK, image=True))
             if self._encode(asked).count(self.image_token_id) == asked.count(_MARK) == 1 and "'type'" not in asked:
                 break
