@@ -109,7 +109,7 @@ def test_the_card_says_where_it_comes_from_and_how_it_is_asked(tmp_path: Path) -
     card = (tmp_path / "README.md").read_text()
     head = card.split("---")[1]
     assert f"base_model: {settings.model.path}\n" in head and "library_name: transformers" in head
-    cached = changed(settings, "model", path="/home/me/hub/models--some-lab--Tiny-VL/snapshots/abc")
+    cached = changed(settings, "model", path="/cache/hub/models--some-lab--Tiny-VL/snapshots/abc")
     write_card(tmp_path, cached, json.loads((run / "summary.json").read_text()))
     assert "base_model: some-lab/Tiny-VL\n" in (tmp_path / "README.md").read_text()
     assert "# mine" in card and "3 GRPO steps" in card and card.count("\n| ") >= 3
