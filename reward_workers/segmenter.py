@@ -265,8 +265,12 @@ def official_config(name: str) -> DictConfig:
     """sam2's own SAM 2.1 configuration: tiny, small, base_plus or large."""
     if name not in OFFICIAL:
         raise ValueError(f"no SAM2 named '{name}'; known: {', '.join(OFFICIAL)}")
+    return _read_config(_official("sam2.1", name))
+
+
+def _official(version: str, size: str) -> Traversable:
     with _hydra_untouched():
-        return _read_config(files("sam2") / f"configs/sam2.1/sam2.1_hiera_{OFFICIAL[name]}.yaml")
+        return files("sam2") / f"configs/{version}/{version}_hiera_{OFFICIAL[size]}.yaml"
 
 
 def build(config: DictConfig) -> SAM2Base:
@@ -311,16 +315,16 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(value)
 
 
-def model_files(folder: Path) -> tuple[Path, Path]:
-    """Configuration and weights in a SAM2 directory; Meta's own weights before others, which it releases beside them
-    for transformers. Raises FileNotFoundError."""
-    found = []
-    for patterns in (("*.yaml",), ("*.pt", "*.safetensors")):
-        files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-        if not files:
-            raise FileNotFoundError(f"segmenter '{folder}' has no {' or '.join(patterns)}")
-        found.append(files[0])
-    return found[0], found[1]
+def model_files(folder: Path) -> tuple[Traversable, Path]:
+    """Configuration and weights in a SAM2 directory. Meta's weights come before those it releases beside them for
+    transformers, and name their configuration where none is there. Raises FileNotFoundError."""
+    weights = next((file for kind in ("*.pt", "*.safetensors") for file in sorted(folder.glob(kind))), Path())
+    version, _, size = weights.stem.partition("_hiera_")
+    if (own := sorted(folder.glob("*.yaml"))) and weights.name:
+        return own[0], weights
+    if version not in ("sam2", "sam2.1") or size not in OFFICIAL:
+        raise FileNotFoundError(f"segmenter '{folder}' needs *.yaml and *.safetensors, or *.yaml and *.pt")
+    return _official(version, size), weights
 
 
 def read_weights(file: Path, device: str = "cpu") -> dict[str, Tensor]:

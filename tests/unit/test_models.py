@@ -20,7 +20,7 @@ from launch.run.models import directory, located
 from launch.warm_start.segmenter import mini_config
 from perception.config import ModelConfig
 from perception.errors import UserError
-from reward_workers.segmenter import Segmenter, build
+from reward_workers.segmenter import Segmenter, build, model_files
 from tests import builders
 from tests.builders import changed
 
@@ -127,8 +127,15 @@ def released(folder: Path, config: Any, weights: dict[str, torch.Tensor]) -> Mod
 def test_every_released_configuration_is_taken(file: Path, tmp_path: Path) -> None:
     assert len(RELEASED) == 8
     shutil.copy(file, tmp_path)
-    torch.save({"model": {"w": torch.zeros(3)}}, tmp_path / f"{file.stem}.pt")
-    checks.check_segmenter(ModelConfig(path="", segmenter=str(tmp_path)))
+    version, _, size = file.stem.partition("_hiera_")
+    name = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}[size]
+    torch.save({"model": {"w": torch.zeros(3)}}, tmp_path / f"{version}_hiera_{name}.pt")
+    model = ModelConfig(path="", segmenter=str(tmp_path))
+    checks.check_segmenter(model)
+    assert model_files(tmp_path)[0] == tmp_path / file.name
+    (tmp_path / file.name).unlink()  # a weights file alone: its name says which configuration is its own
+    checks.check_segmenter(model)
+    assert model_files(tmp_path)[0].read_text() == file.read_text()
 
 
 def test_metas_files_load_and_are_measured(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_gemma3_is_taken_on_cuda(model: ModelConfig, tmp_path: Path) -> None:
 
 def test_a_damaged_segmenter(model: ModelConfig) -> None:
     (Path(model.segmenter) / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"has no \*\.yaml"):
+    with pytest.raises(UserError, match=r"needs \*\.yaml"):
         preflight.check_segmenter(model)
 
 
