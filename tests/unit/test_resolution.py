@@ -33,7 +33,7 @@ LIMITS = [
 SIZES = [(56, 56), (100, 300), (500, 333), (3000, 4000)]
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(tiny_families.build(request.param, tmp_path_factory.mktemp(request.param)).path)
 
