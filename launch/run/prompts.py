@@ -103,12 +103,12 @@ class PromptMaker:
         image, marks = self.processor.image_token, (getattr(self.config, mark, None) for mark in _MARKS[2:])
         around = [self.tokenizer.convert_ids_to_tokens(mark) for mark in marks if mark is not None]
         for self._content in _contents(image.join(around) if all(around) and around else image + "\n"):
-            asked = self._try(self._turn("user", _MARK, image=True))
-            if self._encode(asked).count(self.image_token_id) == asked.count(_MARK) == 1 and "'type'" not in asked:
+            asked, bare = (self._try(self._turn("user", _MARK, image)) for image in (True, False))
+            if asked not in ("", bare) and "'type'" not in asked:  # it shows the image, and no list of parts as such
                 break
-        else:
+        if (images := self._encode(asked).count(self.image_token_id)) != 1 or asked.count(_MARK) != 1:
             self._chat(self._turn("user", _MARK, image=True), ask=True)  # raises where the template itself is broken
-            raise ValueError("the chat template shows 0 images for one; correct it")
+            raise ValueError(f"the chat template shows {images} images for one; correct it")
         self._system = _MARK in self._try(self._turn("system", _MARK), self._turn("user", "", image=True))
         self.opened = "".join(asked.rpartition(_MARK)[2].partition("<think>")[1:])
         """What the chat format itself writes of an answer: "<think>" and what follows it."""

@@ -78,6 +78,21 @@ def test_every_kind_of_template_shows_image_words_and_question(
     assert maker.ends == (maker.tokenizer.eos_token_id,) and read_policy_spec(model).opened == ""
 
 
+@pytest.mark.parametrize(
+    ("shown", "images"), [("<|video_pad|>", 0), (IMAGE + IMAGE, 2), ("{{ raise_exception('no images') }}", None)]
+)
+def test_a_template_that_shows_the_image_otherwise_is_refused(
+    source: Path, shown: str, images: int | None, tmp_path: Path
+) -> None:
+    """As Gemma 3's, whose placeholder is another token than its image token: no second one is put beside it."""
+    model = policy(source, tmp_path, TURN + PARTS.replace(IMAGE, shown) + "{{ 1 }}" + END)
+    if images is None:  # what is left is a text with the image in it
+        assert "Find the cat" in asked(PromptMaker(model, {"segment": FORM}))
+    else:
+        with pytest.raises(ValueError, match=f"shows {images} images for one"):
+            PromptMaker(model, {"segment": FORM})
+
+
 def test_a_llava_template_of_strings_shows_the_image_as_llava_does(tmp_path: Path) -> None:
     spec = tiny_families.build("llava_onevision", tmp_path)
     (tmp_path / "chat_template.jinja").write_text(
