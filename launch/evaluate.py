@@ -23,6 +23,7 @@ from launch.run.calibrate import calibrate
 from launch.run.checks import check_files, check_machine
 from launch.run.config import entry
 from launch.run.looking import sampled
+from launch.run.models import located
 from launch.run.prepare import prepare
 from launch.run.samples import MAIN
 from launch.run.step_metrics import look_metrics
@@ -30,7 +31,7 @@ from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.config import Config
 from perception.datasets import stated
-from perception.errors import DataError
+from perception.errors import DataError, UserError
 from perception.types import Group, Sample, Score, Trajectory
 from runtime import cluster
 
@@ -103,7 +104,9 @@ async def _evaluate_once(
 ) -> dict[str, float]:
     system = System(config)
     try:
-        await system.start()
+        if system.must_calibrate and not train:
+            raise UserError("look=relook has yet to learn when to look again: give data.train or look.calibration=0")
+        await system.start(learner=False)
         if system.must_calibrate:
             print(await calibrate(system, train), file=sys.stderr)
         return (await evaluate_all(system, held_out))[0]
@@ -112,8 +115,11 @@ async def _evaluate_once(
 
 
 def run(config: Config) -> None:
+    config = located(config)
     check_machine(config, say=print)
     prepare(config, say=print)
+    if config.look.mode != "relook":  # else it may have to learn when to look again
+        config = replace(config, data=replace(config.data, train=""))
     train, held_out = check_files(config)
     cluster.connect(config.placement, config.plugins)
     print(json.dumps({**asyncio.run(_evaluate_once(config, train, held_out)), "data": stated(config.data)}))

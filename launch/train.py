@@ -14,11 +14,13 @@ from launch.record.summary import show
 from launch.report import write_report
 from launch.run.checks import check_files, check_machine, toy_settings
 from launch.run.config import changes, entry
+from launch.run.models import located
 from launch.run.prepare import prepare
 from launch.run.session import Session
 from launch.run.state import RunState
 from launch.run.system import System
 from perception.config import Config
+from perception.errors import UserError
 from runtime import cluster
 
 
@@ -35,6 +37,9 @@ async def train(run: Session) -> None:
 def run(config: Config) -> None:
     for line in changes(config):
         print(line)
+    if not config.data.train:
+        raise UserError("no value for data.train: give data.train=... (command line or recipe)")
+    config = located(config)
     check_machine(config, say=print)
     prepare(config, say=print)
     samples, held_out = check_files(config)

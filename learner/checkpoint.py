@@ -1,4 +1,4 @@
-"""Checkpoint of the learner: every rank writes what it owns, any number of ranks reads it; and the exported policy.
+"""Checkpoint of the learner: every rank writes what it owns, any number of ranks reads it.
 
 A file for each rank, safetensors: for every trained parameter NAME that it has a part of, (n,) float32 `master.NAME`,
 `exp_avg.NAME` and `exp_avg_sq.NAME`, the parameter's flat elements from metadata `starts[NAME]` on; the state of its
@@ -8,22 +8,15 @@ exact whoever reads them; as many ranks under the same ZeRO stage also go on bit
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from learner.policy import Policy
 from learner.zero import Zero
 from perception.files import sha256
-
-TOKENIZER_AND_PROCESSOR = (".json", ".jinja", ".txt", ".model")
-WRITTEN = ("config.json", "generation_config.json", "model.safetensors.index.json")
-"""Files of the same kinds that `save_pretrained` writes itself."""
 
 
 def save(zero: Zero, folder: Path) -> dict[str, str]:
@@ -66,15 +59,3 @@ def load(zero: Zero, folder: Path, weights_only: bool = False) -> None:
             cpu, *cuda = (own.get_tensor(name) for name in sorted(own.keys()) if name.startswith("random."))
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(cuda)
-
-
-def export(policy: Policy, weights: dict[str, Tensor], source: Path, folder: Path) -> None:
-    """Write the whole weights (by `named_parameters()` name) with the tokenizer and processor files of `source`.
-
-    The result loads in transformers and vLLM. Not collective: rank 0 calls it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    policy.model.save_pretrained(folder, state_dict=weights)
-    for file in source.iterdir():
-        if file.suffix in TOKENIZER_AND_PROCESSOR and file.name not in WRITTEN:
-            shutil.copy2(file, folder / file.name)

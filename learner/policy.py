@@ -92,14 +92,13 @@ def choose_trained(model: nn.Module, family: Family | type[Family], config: Lear
     if config.freeze_vision:
         family.vision_tower(model).requires_grad_(False)
     if config.lora.rank:
-        _add_lora(model, config.lora, family.adapted)
+        inject_adapter_in_model(adapters(config.lora, family), model)
 
 
-def _add_lora(model: nn.Module, config: LoraConfig, within: str) -> None:
-    """Adapters on linear layers inside the modules that the regular expression `within` names; all else is frozen."""
-    layers = rf".*({within}).*\.({'|'.join(config.targets)})"
-    adapters = Adapters(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
-    inject_adapter_in_model(adapters, model)
+def adapters(config: LoraConfig, family: Family | type[Family]) -> Adapters:
+    """peft's settings of LoRA on the linear layers of the family's language model; all else is frozen."""
+    layers = rf".*({family.adapted}).*\.({'|'.join(config.targets)})"
+    return Adapters(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
 
 
 def _checkpoint_layers(model: Any, which: str) -> None:

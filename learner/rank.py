@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from transformers.utils.logging import disable_progress_bar
 
 from learner import checkpoint
+from learner.export import export, try_export
 from learner.flops import MatrixRate
 from learner.loss import kl
 from learner.policy import Policy, load_policy
@@ -76,6 +77,8 @@ class LearnerRank:
         self._join(address, port)
         algorithm, config = self._algorithm, self._config
         self._policy = self._load()
+        if self._rank == 0:
+            try_export(self._policy)
         reference = self._load() if algorithm.kl_coef > 0 and not config.lora.rank else None
         self._stepper = Stepper(self._policy, reference, config, algorithm, self._max_new_tokens)
         self._matrix_rate = MatrixRate(self._device, getattr(torch, self._spec.dtype))
@@ -176,10 +179,10 @@ class LearnerRank:
         self._stepper.zero.reload()
 
     def export(self, folder: str) -> None:
-        """Write the policy in Hugging Face format, adapters merged. Collective; rank 0 writes."""
-        whole = self._sender.whole()
+        """Write the policy in Hugging Face format, adapters merged and by themselves. Collective; rank 0 writes."""
+        whole, adapters = self._sender.whole(), self._sender.adapters()
         if self._rank == 0:
-            checkpoint.export(self._policy, whole, Path(self._spec.path), Path(folder))
+            export(self._policy, whole, Path(folder), self._config.lora, adapters)
         dist.barrier()
 
     def _reduce(self, values: Sums, operation: Any = dist.ReduceOp.SUM) -> dict[str, float]:

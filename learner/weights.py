@@ -162,6 +162,17 @@ class WeightSender:
                 found |= {name: value.to("cpu", copy=True) for name, value in values.items()}
         return found
 
+    def adapters(self) -> dict[str, Tensor]:
+        """LoRA's own weights on the CPU by peft's names; {} on ranks > 0 and without LoRA. Collective."""
+        found: dict[str, Tensor] = {}
+        for name, weight in self._weights.items():
+            parts = {"lora_A": weight.down, "lora_B": weight.up}
+            with gathered([part for part in parts.values() if part is not None]):
+                for kind, part in parts.items() if self._rank == 0 else ():
+                    if part is not None:
+                        found[f"base_model.model.{name[: -len('weight')]}{kind}.weight"] = part.detach().cpu().clone()
+        return found
+
     def _plan(self, *, trained: bool) -> list[WeightBucket]:
         chosen = {name: weight.base for name, weight in self._weights.items() if weight.trained is trained}
         if self._in_place:

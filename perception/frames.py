@@ -84,6 +84,10 @@ def _mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
     return replace(answer, objects=tuple(map(mapped, answer.objects)))
 
 
+PIXEL_LIMITS = ("shortest_edge", "longest_edge")
+"""Names that Qwen-VL's image processors give to the fewest and the most pixels of a resized image."""
+
+
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) Qwen2-VL's image processor resizes to: multiples of `factor`, at most `max_pixels` in all.
 

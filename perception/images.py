@@ -20,7 +20,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 _PHOTOGRAPHS = ("JPEG", "MPO", "WEBP", "AVIF")  # Pillow turns a TIFF itself; elsewhere it would decode to look for EXIF
 BROKEN = OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, MemoryError
 """What Pillow raises for bytes that it cannot read."""
-Image.MAX_IMAGE_PIXELS = None  # `data.max_pixels` is the limit
+Image.MAX_IMAGE_PIXELS = None  # `data.refuse_pixels` is the limit
 
 
 def content_key(data: bytes) -> str:
@@ -63,7 +63,7 @@ def probe(path: ImageSource, max_pixels: int) -> tuple[int, int]:
         raise DataError(f"{path}: not a readable image ({error}); replace or remove it", "image") from error
     if width * height > max_pixels:
         many = f"{width}x{height} is {width * height} pixels, more than {max_pixels}"
-        raise DataError(f"{path}: {many}; make it smaller or raise data.max_pixels", "size")
+        raise DataError(f"{path}: {many}; make it smaller or raise data.refuse_pixels", "size")
     if mode[0] in "IF":
         raise DataError(f"{path}: more than 8 bits per channel (mode {mode}); convert it to 8 bits", "image")
     return (width, height) if sideways else (height, width)

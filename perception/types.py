@@ -164,7 +164,7 @@ class Turn:
     token_ids: tuple[int, ...]  # sampled, the end-of-turn id included when it was
     logprobs: tuple[float, ...]  # log pi(token) as sampled: temperature and banned ids applied
     versions: tuple[VersionSpan, ...]
-    text: str  # `token_ids` decoded, without special tokens; only ever parsed, never re-tokenised
+    text: str  # what the prompt opened and `token_ids` decoded, end of turn and padding left out; only ever parsed
     finish_reason: str
     view: View | None = None  # shown by the last image of `images`; None: the whole image, as in every first turn
     prompt_tokens: int = 0  # tokens of the dialogue before `token_ids`, image tokens included
@@ -197,6 +197,8 @@ class PolicySpec:
     image_token_id: int  # stands for one image in an UNEXPANDED prompt; its family knows what it expands to
     eos_token_ids: tuple[int, ...]
     banned_token_ids: tuple[int, ...]  # stand for images: never sampled, and masked in the learner's softmax too
+    pixels: tuple[int, int] | None = None  # the fewest and the most of a resized image; None: the processor's own
+    opened: str = ""  # what the chat format itself writes of an answer, as "<think>\n"
     renames: tuple[tuple[str, str], ...] = ()  # beginnings of parameter names -> the engine's (`perception.families`)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,14 +106,9 @@ class Segmenter:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 return cls(build(official_config(path.removeprefix("random:"))), device, dtype, capacity)
-        folder = Path(path)
-        model = build(_read_config(_first_file(folder, "*.yaml")))
-        weights = _first_file(folder, "*.safetensors", "*.pt")
-        if weights.suffix == ".pt":
-            state = torch.load(weights, map_location="cpu", weights_only=True)["model"]
-        else:
-            state = load_file(weights)
-        model.load_state_dict(state)
+        config, weights = model_files(Path(path))
+        model = build(_read_config(config))
+        model.load_state_dict(read_weights(weights))
         return cls(model, device, dtype, capacity)
 
     @property
@@ -273,8 +269,12 @@ def official_config(name: str) -> DictConfig:
     """sam2's own SAM 2.1 configuration: tiny, small, base_plus or large."""
     if name not in OFFICIAL:
         raise ValueError(f"no SAM2 named '{name}'; known: {', '.join(OFFICIAL)}")
+    return _read_config(_official("sam2.1", name))
+
+
+def _official(version: str, size: str) -> Traversable:
     with _hydra_untouched():
-        return _read_config(files("sam2") / f"configs/sam2.1/sam2.1_hiera_{OFFICIAL[name]}.yaml")
+        return files("sam2") / f"configs/{version}/{version}_hiera_{OFFICIAL[size]}.yaml"
 
 
 def build(config: DictConfig) -> SAM2Base:
@@ -319,9 +319,23 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(value)
 
 
-def _first_file(folder: Path, *patterns: str) -> Path:
-    """The first file of the first pattern that has one."""
-    found = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-    if not found:
-        raise FileNotFoundError(f"segmenter '{folder}' has no {' or '.join(patterns)}")
-    return found[0]
+def model_files(folder: Path) -> tuple[Traversable, Path]:
+    """Configuration and weights in a SAM2 directory. Meta's weights come before those it releases beside them for
+    transformers, and name their configuration where none is there. Raises FileNotFoundError."""
+    weights = next((file for kind in ("*.pt", "*.safetensors") for file in sorted(folder.glob(kind))), Path())
+    version, _, size = weights.stem.partition("_hiera_")
+    if (own := sorted(folder.glob("*.yaml"))) and weights.name:
+        return own[0], weights
+    if version not in ("sam2", "sam2.1") or size not in OFFICIAL:
+        raise FileNotFoundError(f"segmenter '{folder}' needs *.yaml and *.safetensors, or *.yaml and *.pt")
+    return _official(version, size), weights
+
+
+def read_weights(file: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Raises ValueError for a `.pt` that is none of SAM2's, or that runs code when it is read."""
+    if file.suffix == ".safetensors":
+        return load_file(file, device)
+    try:
+        return dict(torch.load(file, map_location=device, weights_only=True)["model"])
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} holds no weights of SAM2 ({type(error).__name__})") from error

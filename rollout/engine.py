@@ -20,6 +20,7 @@ from PIL import Image
 from perception.config import RolloutConfig
 from perception.errors import UserError
 from perception.families import engine_name
+from perception.frames import PIXEL_LIMITS
 from perception.grammar import clean
 from perception.images import ImageCache
 from perception.types import (
@@ -84,6 +85,7 @@ def engine_args(policy: PolicySpec, config: RolloutConfig, sleeps: bool = False)
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_batched_tokens or None,
         limit_mm_per_prompt={"image": config.max_images, "video": 0},
+        mm_processor_kwargs=policy.pixels and {"size": dict(zip(PIXEL_LIMITS, policy.pixels, strict=True))},
         block_size=config.block_size,
         enable_prefix_caching=True,
         kv_cache_memory_bytes=config.kv_cache_mb << 20 or None,
@@ -266,12 +268,19 @@ class RolloutEngine:
             token_ids=ids,
             logprobs=tuple(logprobs.logprobs),
             versions=self._updates.spans(request.request_id, completion),
-            text=clean(str(self._tokenizer.decode(list(ids), skip_special_tokens=True))),
+            text=clean(answer_text(self._policy, self._tokenizer, ids)),
             finish_reason=completion.finish_reason or "unfinished",
             view=feed.view,
             prompt_tokens=len(request.prompt_token_ids or ()),
         )
         return Trajectory(index=index, turns=(turn,) if ids else (), failure=_failure(turn))
+
+
+def answer_text(policy: PolicySpec, tokenizer: Any, ids: Sequence[int]) -> str:
+    """What the chat format opened, and what was sampled but for the end of the turn and padding: tags may be special
+    tokens, too."""
+    silent = {*policy.eos_token_ids, tokenizer.pad_token_id}
+    return policy.opened + str(tokenizer.decode([token for token in ids if token not in silent]))
 
 
 def failed_group(prompt: Prompt, n: int, detail: str) -> Group:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from launch.record.wandb_sink import logged_in
 from launch.run.nodes import check_kept
 from launch.run.samples import load_samples
 from perception.config import Config, ModelConfig
-from perception.datasets import Dataset
 from perception.errors import UserError
 from perception.families import FAMILIES, engine_renames, family_of
 from perception.registry import find_plugins
@@ -31,7 +30,6 @@ _POLICY_FILES = {
     "tokenizer_config.json": "the tokenizer's settings",
 }
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
-_SEGMENTER_FILES = {"config.yaml": "the model's shape", "model.safetensors": "the weights"}
 
 REAL = 100_000_000
 """Parameters of a policy beyond which it is no toy."""
@@ -52,7 +50,7 @@ def check_machine(config: Config, say: Callable[[str], None]) -> None:
     check_memory(config, say)
 
 
-def check_files(config: Config) -> tuple[Dataset, dict[str, list[Sample]]]:
+def check_files(config: Config) -> tuple[Sequence[Sample], dict[str, list[Sample]]]:
     """Models and data, cheapest first; returns the run's training samples and its held-out ones by set.
 
     Raises UserError for what is missing or does not fit, `perception.errors.DataError` for a damaged data set.
@@ -161,6 +159,10 @@ def check_model(model: ModelConfig) -> None:
     kind, names = settings["config.json"].get("model_type"), ", ".join(FAMILIES)
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(f"model.path={path}: {kind} is not supported: only image-text models are, such as {names}")
+    if {"quantization_config", "compression_config"} & settings["config.json"].keys():
+        raise UserError(
+            f"model.path={path}: its weights are quantised, which cannot be trained; take the unquantised ones"
+        )
     processor = next((path / name for name in _PROCESSOR_FILES if (path / name).is_file()), None)
     if processor is None:
         missing = f"{kind} has no {_PROCESSOR_FILES[0]}, and only models with an image processor are supported"
@@ -204,22 +206,29 @@ def check_family(config: Config) -> None:
     if heads % config.rollout.tensor_parallel:
         workers = f"rollout.tensor_parallel={config.rollout.tensor_parallel}"
         raise UserError(f"{workers} does not divide the {heads} attention heads of model.path={config.model.path}")
-    if config.model.answer_frame == "resized" and not family.native:
-        raise UserError(f"model.answer_frame=resized: {kind} has no such frame; take model.answer_frame=thousand")
+    if (config.model.min_pixels or config.model.max_pixels) and not family.native:
+        raise UserError(f"model.min_pixels, model.max_pixels: {kind} has no such limits; leave both null")
+    if config.model.answer_frame == "resized" and family.frame != "resized":
+        raise UserError(f"model.answer_frame=resized: {kind} answers in 0..1000; take model.answer_frame=thousand")
 
 
 def check_segmenter(model: ModelConfig) -> None:
-    """The SAM2 directory is whole; `random:<name>` needs none."""
+    """The SAM2 directory is whole: a yaml, and weights that can be read; `random:<name>` needs none."""
     if model.segmenter.startswith("random:"):
         return
-    path = Path(model.segmenter)
-    _check_files("model.segmenter", path, _SEGMENTER_FILES)
-    _parameters(path / "model.safetensors")
+    from reward_workers.segmenter import model_files, read_weights  # imports torch: seconds
+
+    _check_files("model.segmenter", Path(model.segmenter), {})
+    try:
+        weights = model_files(Path(model.segmenter))[1]
+        _ = _parameters(weights) if weights.suffix == ".safetensors" else read_weights(weights, "meta")
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.segmenter={model.segmenter}: {error}; copy it again") from error
 
 
 def _check_files(key: str, path: Path, needed: dict[str, str]) -> None:
     if not path.is_dir():
-        cure = "give the directory of a model, or build one (python -m launch.sft)"
+        cure = "give the directory of a model or its hub id, or build one (python -m launch.sft)"
         raise UserError(f"{key}={path}: no such directory; {cure}")
     for name, role in needed.items():
         if not (path / name).is_file():

@@ -233,8 +233,9 @@ def engine(size: Size, config: Config, memory: float | None) -> Terms:
 
 def segmenter(config: Config) -> Terms:
     """SAM2 and the image embeddings that a reward worker keeps."""
-    file, number = Path(config.model.segmenter) / "model.safetensors", 2 if config.placement.device == "cuda" else 4
-    parameters = file.stat().st_size / 4 if file.is_file() else SEGMENTER
+    folder, number = Path(config.model.segmenter), 2 if config.placement.device == "cuda" else 4
+    files = [*folder.glob("*.pt"), *folder.glob("*.safetensors")]
+    parameters = files[0].stat().st_size / 4 if files else SEGMENTER
     scale = min(1.0, parameters / SEGMENTER)
     embeddings = config.reward.image_cache * EMBEDDING * number * scale
     work = SEGMENTER_WORK * GIB * scale

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from launch.run.agreement import check_agreement
 from perception.config import Config, DataConfig, TaskConfig
 from perception.datasets import Dataset, load
 from perception.errors import DataError, UserError
@@ -35,35 +36,37 @@ CHECKED = 256
 _DECODED = 32  # training images whose pixels are read, too: a broken copy usually breaks many
 
 
-def load_samples(config: Config, say: Callable[[str], None] = print) -> tuple[Dataset, dict[str, list[Sample]]]:
-    """Training samples, each checked again when it is drawn, and the first `data.eval_samples` of every held-out set.
-
-    Says what is left out.
+def load_samples(
+    config: Config, say: Callable[[str], None] = print
+) -> tuple[Sequence[Sample], dict[str, list[Sample]]]:
+    """Training samples (none without `data.train`), each checked again when it is drawn, and the first
+    `data.eval_samples` of every held-out set. Says what is left out.
 
     Raises DataError for a record that cannot be used, and UserError where no record would do.
     """
     data = config.data
-    train = load(data, data.train)
+    train = load(data, data.train) if data.train else None
     held_out = {name: load(data, path, held_out=True) for name, path in {MAIN: data.eval, **data.also}.items()}
-    if config.algorithm.prompts_per_step > len(train):
+    if train is not None and config.algorithm.prompts_per_step > len(train):
         few = f"{config.algorithm.prompts_per_step=}, but {data.train} holds {len(train)} samples"
         raise UserError(f"{few}: lower prompts_per_step or give more data")
     prompts = make_prompts(config)
-    train.check = Check(config, prompts, _rewarded(config))
     for one in held_out.values():
         one.check = Check(config, prompts, _evaluated(config))
-    start = [*islice(train.usable(), CHECKED), *_longest(train, prompts)]
-    _decode(start[:_DECODED])
+    if train is not None:
+        train.check = Check(config, prompts, _rewarded(config))
+        start = [*islice(train.usable(), CHECKED), *_longest(train, prompts)]
+        _decode(start[:_DECODED])
     chosen = {name: list(islice(one.usable(), data.eval_samples)) for name, one in held_out.items()}
     for name, samples in chosen.items():
         if not samples:
             raise DataError(f"{held_out[name].path}: no record can be used")
         _decode(samples)
-    for one in (train, *held_out.values()):
+    for one in (*([] if train is None else [train]), *held_out.values()):
         if skipped := left_out(one):
             counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
             say(f"{one.path}: left out so far: {counts}; the first: {next(iter(one.bad.values()))}")
-    return train, chosen
+    return [] if train is None else train, chosen
 
 
 def left_out(samples: Sequence[Sample]) -> dict[str, int]:
@@ -80,16 +83,19 @@ def fingerprint(data: DataConfig, samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def make_prompts(config: Config) -> PromptMaker:
-    """Raises UserError where the policy's files make no prompt, or an engine is not given room for its images."""
+    """Raises UserError where the policy's files make no prompt or contradict something, or an engine is not given room
+    for its images."""
     from launch.run.prompts import PromptMaker  # imports transformers: seconds
 
     passes = config.look.max_passes if config.look.mode == "relook" else 1
     if config.rollout.max_images < passes:
         raise UserError(f"{config.rollout.max_images=} must be {passes}: one image a pass (look.max_passes)")
     try:
-        return PromptMaker(config.model, config.task)
-    except (OSError, ValueError, KeyError, ImportError, TemplateError) as error:
+        prompts = PromptMaker(config.model, config.task)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, TemplateError) as error:
         raise UserError(_no_prompt(config, error)) from error
+    check_agreement(config, prompts)
+    return prompts
 
 
 def _no_prompt(config: Config, error: Exception) -> str:
@@ -136,7 +142,8 @@ class Check:
         if needed > rollout.max_model_len:
             terms = f"{text} text tokens + {image} image tokens + {rollout.max_new_tokens=}"
             terms += f" + {further} of further looks" if further else ""
-            raise DataError(f"{rollout.max_model_len=} is too short; raise it to {needed} = {terms}", "length")
+            smaller = " or lower model.max_pixels" if prompts.native else ""
+            raise DataError(f"{rollout.max_model_len=} is too short; raise it to {needed} = {terms}{smaller}", "length")
 
 
 def _rewarded(config: Config) -> dict[str, tuple[frozenset[Truth], str]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from launch.evaluate import evaluate_all
 from launch.record import run_directory
+from launch.record.card import write_card
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
 from launch.run.batch import Batch, next_batch
@@ -112,9 +113,11 @@ class Session:
             await train(self)
             if not self.stop.is_set():
                 after = await self.assess("evaluating the trained policy")
-                await self.system.export(self.recorder.run_dir.resolve() / run_directory.POLICY)
-                summary = self.state.summary(after, self.system.restarts)
-                self.recorder.summary(summary | {"left_out": left_out(self.samples)})
+                summary = self.state.summary(after, self.system.restarts) | {"left_out": left_out(self.samples)}
+                self.recorder.summary(summary)  # first: whatever becomes of the export, it says how the run went
+                with replacing(self.recorder.run_dir.resolve() / run_directory.POLICY) as folder:
+                    await self.system.export(folder)
+                    write_card(folder, self.config, summary)
         finally:
             self.progress.phase("shutting down")
             await self.system.shutdown()

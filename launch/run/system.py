@@ -84,15 +84,16 @@ class System:
             turn=self.learners_turn,
         )
 
-    async def start(self) -> str:
-        """Everything at once, but engines first where they share GPUs: vLLM charges what comes there meanwhile to
-        itself. Returns a line that says how long each took to be ready."""
+    async def start(self, learner: bool = True) -> str:
+        """Everything at once, with or without the learner, but engines first where they share GPUs: vLLM charges what
+        comes there meanwhile to itself. Returns a line that says how long each took to be ready."""
         starting = asyncio.create_task(self.engines.start())
         if self.config.placement.transport == "ipc":
             await starting
-        engines, rewards, learner = await asyncio.gather(starting, self.rewards.start(), self._start_learner())
+        learning = self._start_learner() if learner else asyncio.sleep(0, 0.0)
+        engines, rewards, learner_s = await asyncio.gather(starting, self.rewards.start(), learning)
         slowest = max(engine.seconds for engine in engines)
-        return f"ready: vLLM {engines[0].version} {slowest:.0f} s, SAM2 {rewards:.0f} s, learner {learner:.0f} s"
+        return f"ready: vLLM {engines[0].version} {slowest:.0f} s, SAM2 {rewards:.0f} s, learner {learner_s:.0f} s"
 
     async def _start_learner(self) -> float:
         if not self.config.placement.sleep:

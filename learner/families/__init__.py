@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor
 
 from learner.rows import Picture, Piece
 from perception.images import pixels
 from perception.registry import Registry
 from perception.types import ImageHandle, PolicySpec
+from runtime.processor import load_processor
 
 if TYPE_CHECKING:
     from learner.policy import Policy
@@ -42,8 +42,7 @@ class Family:
     def __init__(self, spec: PolicySpec, config: Any, fetch: Fetch) -> None:
         """`config` is transformers'."""
         self.spec, self.config, self.fetch = spec, config, fetch
-        # The torchvision backend is vLLM's: resized pixels then agree to the last bit.
-        self.processor: Any = AutoProcessor.from_pretrained(spec.path, backend="torchvision", local_files_only=True)
+        self.processor = load_processor(spec.path, spec.pixels)
 
     def policy(self, rows: Literal["packed", "padded"]) -> type[Policy]:
         """The policy's class for such rows, or the one for padded rows where the model cannot be packed."""

@@ -9,9 +9,15 @@ from perception.config.fields import AnswerFrame, Positive
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     path: str
-    """Policy directory in Hugging Face format (config, safetensors, tokenizer, image processor)."""
+    """The policy, in Hugging Face format (config, safetensors, tokenizer, image processor): a directory, also that of
+    a hub cache, or a hub id, as `Qwen/Qwen2.5-VL-3B-Instruct` or with `@revision`."""
+    min_pixels: Positive | None = None
+    max_pixels: Positive | None = None
+    """An image is resized to have at least and at most so many pixels, wherever the policy sees it, in training,
+    evaluation and the exported files. None: as its image processor says. Only Qwen-VL's families can be told."""
     segmenter: str
-    """SAM2 directory: `config.yaml` + `model.safetensors`, or `random:<hiera name>` for random weights."""
+    """SAM2, named in the same ways: a yaml with `model.safetensors` or, of any released size of SAM 2 and 2.1, with
+    Meta's `.pt`; or `random:<hiera name>` for random weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the policy's weights, in engine and learner."""
     shape: str | None = None
@@ -26,8 +32,9 @@ class DataConfig:
     """A registered reader's name (`perception.datasets`), as jsonl, coco or ref_coco."""
     options: dict[str, Any] = field(default_factory=dict)
     """The reader's own options; checked against its signature."""
-    train: str
-    """The training annotations: a file or folder in the reader's layout, or a hub id where it reads tables."""
+    train: str = ""
+    """The training annotations: a file or folder in the reader's layout, or a hub id where it reads tables. Evaluation
+    needs none."""
     eval: str
     """The held-out annotations, same format; a run is judged by them."""
     also: dict[str, str] = field(default_factory=dict)
@@ -43,16 +50,16 @@ class DataConfig:
     world_side: Positive | None = None
     world_train: Positive = 4096
     """If `train` is missing, the synthetic world is written there: side of its images, training scenes."""
-    max_pixels: Positive = 50_000_000
-    """A larger image is refused."""
+    refuse_pixels: Positive = 50_000_000
+    """An image of more pixels is refused, before it is decoded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskConfig:
     form: str | None = None
     """Registered task (`perception.tasks`) that reads and writes the answers; None: the one of the same name."""
-    system: str
-    """System turn."""
+    system: str | None
+    """System turn; null: none. Where the chat format has no place for one, it opens the user's turn."""
     template: str
     """User turn; `{question}` is replaced. The image placeholder is put before it."""
     inline: str

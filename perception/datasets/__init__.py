@@ -48,7 +48,7 @@ def _options(config: DataConfig, held_out: bool) -> dict[str, Any]:
 def load(config: DataConfig, path: str, held_out: bool = False) -> "Dataset":
     """The data set at `path`. Raises DataError where it cannot be listed, UserError for an unknown format or option."""
     records = READERS[config.format](Path(path), **_options(config, held_out))
-    images = Images(Path(path), config.images, config.max_pixels)
+    images = Images(Path(path), config.images, config.refuse_pixels)
     return Dataset(path, records, images, skip=config.on_bad_record == "skip")
 
 

@@ -16,7 +16,7 @@ from perception.config import PlacementConfig, RolloutConfig
 from perception.errors import UserError
 from perception.types import FailureKind, Feed, Group, Prompt, SamplingSpec, Trajectory, Turn
 from rollout.defaults import by_placement
-from rollout.engine import EnginePart, check_fp8, engine_args
+from rollout.engine import EnginePart, answer_text, check_fp8, engine_args
 from tests import builders
 from tests.builders import noise_image
 from tests.hf_reference import Reference
@@ -54,7 +54,7 @@ def test_every_group_is_whole(groups: list[Group], reference: Reference) -> None
             assert len(turn.logprobs) == len(turn.token_ids) == trajectory.sampled_tokens
             (span,) = turn.versions
             assert (span.version, span.start, span.end) == (0, 0, len(turn.token_ids))
-            assert turn.text == reference.processor.tokenizer.decode(turn.token_ids, skip_special_tokens=True)
+            assert turn.text == answer_text(reference.policy, reference.processor.tokenizer, turn.token_ids)
 
 
 def test_an_answer_ends_with_the_end_token_or_is_marked_truncated(groups: list[Group], reference: Reference) -> None:

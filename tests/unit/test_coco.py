@@ -120,7 +120,7 @@ def test_a_bad_coco_file_is_named(folder: Path, edit: Callable[[dict], Any], say
 def test_a_bad_expression_is_named_and_the_others_stay(
     folder: Path, edit: Callable[[dict], Any], bad: str, says: str
 ) -> None:
-    data = dataset(write(folder, edit(document())), max_pixels=1000)
+    data = dataset(write(folder, edit(document())), refuse_pixels=1000)
     for index, name in enumerate("abc"):
         if name in bad:
             with pytest.raises(DataError, match=says) as caught:

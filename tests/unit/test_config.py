@@ -236,8 +236,8 @@ def test_a_mistake_is_one_line_that_names_it(override: str, said: str) -> None:
 
 def test_what_nobody_gave_is_named() -> None:
     with pytest.raises(UserError) as error:
-        compose(["recipe=dr_seg", "data.eval=eval.jsonl"])
-    assert str(error.value).startswith("no value for data.train, model.path, model.segmenter: give data.train=...")
+        compose(["recipe=dr_seg", "model.path=policy"])
+    assert str(error.value).startswith("no value for data.eval, model.segmenter: give data.eval=...")
 
 
 def test_without_a_recipe_all_are_listed_with_a_line_each() -> None:

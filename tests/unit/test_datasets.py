@@ -66,12 +66,12 @@ def test_nothing_is_opened_before_it_is_drawn(folder: Path) -> None:
 
 def test_a_bad_record_stops_or_is_left_out_and_counted(folder: Path) -> None:
     path = lines(folder, "a.png", "nowhere.png", "a.png", "large.png")
-    data = dataset(path, max_pixels=1000)
+    data = dataset(path, refuse_pixels=1000)
     with pytest.raises(DataError, match=rf"{path}: line 2: no image nowhere\.png") as caught:
         data[1]
     assert not isinstance(caught.value, SkippedRecordError) and caught.value.reason == "image"
     assert data.skipped == {}
-    data = dataset(path, max_pixels=1000, on_bad_record="skip")
+    data = dataset(path, refuse_pixels=1000, on_bad_record="skip")
     assert [one.id for one in data.usable()] == ["mine:1", "mine:3"]
     assert [one.id for one in data.usable(start=1)] == ["mine:3"]
     assert data.skipped == {"image": 1, "size": 1}

@@ -11,12 +11,15 @@ from unittest.mock import Mock
 
 import pytest
 
-from launch import evaluate as evaluation
+from launch import evaluate as program
+from launch import train as training
 from launch.evaluate import SAMPLED_ANSWERS, evaluate, evaluate_all
 from launch.record import run_directory
 from launch.record.summary import changes, samples, show
 from launch.run.state import RunState
 from perception import metric_catalog as catalog
+from perception.config import Config
+from perception.errors import UserError
 from perception.metric_catalog import GREEDY, SAMPLED, HeldOut, read_held_out
 from perception.types import FailureKind, Group, Prompt, Sample, SamplingSpec, Trajectory
 from tests import builders
@@ -56,6 +59,28 @@ class Answers:
 
 def run(system: Any, held_out: dict[str, Sequence[Sample]]) -> dict[str, float]:
     return asyncio.run(evaluate_all(system, held_out))[0]
+
+
+@pytest.mark.parametrize(("mode", "train"), [("none", ""), ("inline", ""), ("relook", "data/train.jsonl")])
+def test_training_data_are_read_only_where_something_is_learned_of_them(
+    mode: str, train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking again may have to be learned; a recipe's training data need not be there otherwise."""
+
+    def check_files(settings: Config) -> Any:
+        raise UserError(f"train={settings.data.train}")
+
+    monkeypatch.setattr(program, "check_machine", lambda *_, **__: None)
+    monkeypatch.setattr(program, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(program, "check_files", check_files)
+    settings = changed(changed(config(), "data", train="data/train.jsonl"), "look", mode=mode)
+    with pytest.raises(UserError, match=rf"train={train}$"):
+        program.run(settings)
+
+
+def test_training_needs_training_data() -> None:
+    with pytest.raises(UserError, match=r"no value for data\.train: give data\.train=\.\.\."):
+        training.run(changed(config(), "data", train=""))
 
 
 def test_a_mixed_set_reports_every_task_by_its_own_metrics() -> None:
@@ -185,11 +210,11 @@ def test_an_evaluation_says_what_the_held_out_set_was_read_as(
         return {"giou": 0.5}
 
     for name in ("check_machine", "prepare", "cluster"):
-        monkeypatch.setattr(evaluation, name, Mock())
-    monkeypatch.setattr(evaluation, "check_files", lambda settings: (SEGMENT, {"": SEGMENT}))
-    monkeypatch.setattr(evaluation, "_evaluate_once", measured)
+        monkeypatch.setattr(program, name, Mock())
+    monkeypatch.setattr(program, "check_files", lambda settings: (SEGMENT, {"": SEGMENT}))
+    monkeypatch.setattr(program, "_evaluate_once", measured)
     options = {"options": {"split": "train"}, "eval_options": {"split": "testA"}}
-    evaluation.run(changed(config(), "data", format="ref_coco", **options))
+    program.run(changed(config(), "data", format="ref_coco", **options))
     said = json.loads(capsys.readouterr().out)
     assert said == {"giou": 0.5, "data": "ref_coco, split=testA, texts=all, task=segment"}
 

@@ -163,7 +163,7 @@ def test_half_transparent_pixels_are_mixed_as_by_vllm() -> None:
 def test_the_limit_of_pixels_is_ours_alone() -> None:
     found = ImageSource(path="wide.png", data=png_header(20_000, 20_000))  # Pillow refuses 178,956,970 and more
     assert probe(found, max_pixels=400_000_000) == (20_000, 20_000)
-    with pytest.raises(DataError, match=r"20000x20000 is 400000000 pixels, more than 399999999.*data\.max_pixels"):
+    with pytest.raises(DataError, match=r"20000x20000 is 400000000 pixels, more than 399999999.*data\.refuse_pixels"):
         probe(found, max_pixels=399_999_999)
 
 

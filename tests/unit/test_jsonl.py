@@ -114,7 +114,7 @@ def test_a_bad_line_is_named(folder: Path, bad: dict | str | bytes, says: str, r
     path = write(folder, line(), "")
     text = bad if isinstance(bad, bytes) else (bad if isinstance(bad, str) else json.dumps(bad)).encode()
     path.write_bytes(path.read_bytes() + b"\n" + text)
-    data = dataset(path, max_pixels=1000)
+    data = dataset(path, refuse_pixels=1000)
     assert data[0].id == "mine:1"
     with pytest.raises(DataError, match=says) as caught:
         data[1]

@@ -234,6 +234,16 @@ def test_pixels_are_decoded_of_held_out_and_first_samples(settings: Config, monk
     loaded(settings, *[line()] * 4, cut)
 
 
+def test_evaluation_needs_no_training_data(settings: Config) -> None:
+    write(settings, [], held_out=[line(question=f"q{i}") for i in range(3)])
+    Path(settings.data.train).unlink()
+    few = changed(changed(settings, "data", train=""), "algorithm", prompts_per_step=4000)
+    train, held_out = load_samples(few)
+    assert train == [] and [one.question for one in held_out[MAIN]] == ["q0", "q1", "q2"]
+    with pytest.raises(DataError, match=r"train\.jsonl"):
+        load_samples(settings)
+
+
 def test_a_list_of_samples_serves_as_well() -> None:
     given = [builders.sample(f"s{i}") for i in range(3)]
     assert {one.id for one in Cursor(given, seed=0).next(3)} == {"s0", "s1", "s2"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -257,6 +258,21 @@ def test_a_whole_run_takes_turns_in_this_order(gpus: Gpus, tmp_path: Path) -> No
         *(WAKE, ANSWERS, "learner rank export"),
     ]
     assert gpus.closed == ROLES
+
+
+def test_an_export_that_fails_leaves_the_summary_and_no_half_policy(gpus: Gpus, tmp_path: Path) -> None:
+    config, gpus.fails = settings(tmp_path), "learner rank export"
+    with pytest.raises(ActorError, match="export failed"):
+        run(config, tmp_path)
+    left = {file.name for file in (tmp_path / config.run.name).iterdir()}
+    assert json.loads((tmp_path / config.run.name / "summary.json").read_text())["steps"] == STEPS
+    assert "policy" not in left and not [name for name in left if "partial" in name]
+
+
+def test_a_whole_run_leaves_a_policy_with_its_card(gpus: Gpus, tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    run(config, tmp_path)
+    assert f"# {config.run.name}" in (tmp_path / config.run.name / "policy" / "README.md").read_text()
 
 
 def test_the_kl_in_the_reward_is_a_turn_of_its_own(gpus: Gpus, tmp_path: Path) -> None:
