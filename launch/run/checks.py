@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from launch.record import run_directory
-from launch.record.wandb_sink import logged_in
+from launch.record.trackers import check_trackers
+from launch.record.trackers.wandb import logged_in
 from launch.run.nodes import check_kept
 from launch.run.samples import load_samples
 from perception.config import Config, ModelConfig
@@ -113,6 +114,7 @@ def check_settings(config: Config) -> None:
     if not config.reward.components and not config.reward.ranked:
         raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
     check_registered(config)
+    check_trackers(config.run.trackers)
     if config.wandb.mode == "online" and not logged_in():
         raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use wandb.mode=auto")
 

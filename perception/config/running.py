@@ -78,6 +78,8 @@ class WandbConfig:
     """W&B project the run belongs to."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online when the user is logged in, else offline; never asks."""
+    pictures_every: Positive = 10
+    """Steps between pictures and tables of training answers; those of an evaluation are always sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,3 +101,5 @@ class RunConfig:
     """Groups of a recorded step written to rollouts parquet, with their pictures."""
     rollouts_every: Positive = 1
     """Steps between recorded rollouts."""
+    trackers: tuple[str, ...] = ("wandb",)
+    """Where the run can be watched: wandb, tensorboard, or one that a plugin registers (`launch.record.trackers`)."""
