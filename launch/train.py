@@ -3,7 +3,8 @@
 python -m launch.train recipe=quickstart learner.lr=2e-5
 python -m launch.train --multirun recipe=quickstart learner.lr=2e-5,5e-5
 python -m launch.train recipe=quickstart run.resume=quickstart
-ray job submit --working-dir . -- python -m launch.train recipe=quickstart run.output=/shared/runs
+ray job submit --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "900"}}' --working-dir . -- \\
+    python -m launch.train recipe=quickstart run.output=/shared/runs
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from launch.run.session import Session
 from launch.run.state import RunState
 from launch.run.system import System
 from perception.config import Config
+from perception.errors import StoppedError
 from runtime import cluster
 
 
@@ -48,7 +50,9 @@ def run(config: Config) -> None:
         asyncio.run(session.run(train))
     report = write_report(recorder.run_dir)
     show(recorder.run_dir)
-    progress.say(f"report   {report}")
+    progress.say(f"report   {report.resolve()}")
+    if session.met is not None:
+        raise StoppedError(f"run.stop_if: {session.met.text}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from launch.record import run_directory
 from launch.record.trackers import check_trackers
 from launch.record.trackers.wandb import logged_in
+from launch.run.alarms import Rule
 from launch.run.nodes import check_kept
 from launch.run.samples import load_samples
 from perception.config import Config, ModelConfig
@@ -115,6 +116,7 @@ def check_settings(config: Config) -> None:
         raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
     check_registered(config)
     check_trackers(config.run.trackers)
+    list(map(Rule, config.run.stop_if))
     if config.wandb.mode == "online" and not logged_in():
         raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use wandb.mode=auto")
 

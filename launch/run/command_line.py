@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -12,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from perception.errors import ActorError, DataError, UserError
+from perception.errors import ActorError, DataError, StoppedError, UserError
 
 T = TypeVar("T")
 
@@ -20,12 +21,15 @@ T = TypeVar("T")
 @contextmanager
 def told() -> Iterator[None]:
     """Within this, an error that is one line ends the program with it on stderr: status 2 where the user can mend it, 1
-    where an actor failed."""
+    where an actor failed, 3 where a rule ended the run, 130 where a signal did."""
     try:
         yield
-    except (UserError, DataError, ActorError) as error:
+    except (UserError, DataError, ActorError, StoppedError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, ActorError) else 2)
+        sys.exit(error.status)
+    except (KeyboardInterrupt, CancelledError):
+        print("stopped: by a signal, at once", file=sys.stderr)
+        sys.exit(130)
 
 
 def command(kind: type[T], run: Callable[[T], object]) -> None:

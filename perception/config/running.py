@@ -95,8 +95,11 @@ class RunConfig:
     """Bit-exact on the CPU: sequences are sampled one at a time, and torch uses deterministic algorithms only."""
     eval_every: Natural = 0
     """Steps between held-out evaluations; 0: only before and after."""
+    stop_if: tuple[str, ...] = ()
+    """Rules that end the run with a checkpoint and exit status 3, as "reward/mean < 0.1 for 20" (steps), "reward/mean
+    flat for 50" or "failure/truncated > 0.9" (`launch/run/alarms.py`)."""
     checkpoint_every: Natural = 50
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0: one only where the run is stopped."""
     rollouts_kept: Natural = 16
     """Groups of a recorded step written to rollouts parquet, with their pictures."""
     rollouts_every: Positive = 1
