@@ -11,6 +11,7 @@ import asyncio
 
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
+from launch.record.run_directory import check_inputs
 from launch.record.summary import show
 from launch.report import write_report
 from launch.run.checks import check_files, check_machine, toy_settings
@@ -35,6 +36,7 @@ async def train(run: Session) -> None:
 
 
 def run(config: Config) -> None:
+    check_inputs(config)
     check_machine(config, say=print)
     prepare(config, say=print)
     samples, held_out = check_files(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,6 +23,7 @@ from learner.head import VocabularyHead
 from learner.packing import PackedBatch
 from learner.rows import Layout, Picture, Piece
 from perception.config import LearnerConfig, LoraConfig
+from perception.errors import UserError
 from perception.types import PolicySpec
 
 if TYPE_CHECKING:
@@ -96,7 +98,15 @@ def choose_trained(model: nn.Module, family: Family | type[Family], config: Lear
 
 
 def _add_lora(model: nn.Module, config: LoraConfig, within: str) -> None:
-    """Adapters on linear layers inside the modules that the regular expression `within` names; all else is frozen."""
+    """Adapters on linear layers inside the modules that the regular expression `within` names; all else is frozen.
+
+    Raises UserError for a target that none of them is called by.
+    """
+    linear = (name for name, one in model.named_modules() if isinstance(one, nn.Linear) and re.search(within, name))
+    there = {name.rpartition(".")[2] for name in linear}
+    if missing := [name for name in config.targets if name not in there]:
+        known = ", ".join(sorted(there))
+        raise UserError(f"learner.lora.targets: the language model has no linear layer {missing[0]} (it has {known})")
     layers = rf".*({within}).*\.({'|'.join(config.targets)})"
     adapters = Adapters(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
     inject_adapter_in_model(adapters, model)

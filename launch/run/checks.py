@@ -17,7 +17,7 @@ from launch.record.trackers.wandb import logged_in
 from launch.run.alarms import Rule
 from launch.run.nodes import check_kept
 from launch.run.samples import load_samples
-from perception.config import Config, ModelConfig
+from perception.config import Config, ModelConfig, weights
 from perception.datasets import Dataset
 from perception.errors import UserError
 from perception.families import FAMILIES, engine_renames, family_of
@@ -112,9 +112,9 @@ def check_settings(config: Config) -> None:
             raise UserError(f"model.shape={shape}: unknown; there are {', '.join(SHAPES)}")
     if rollout.quantization:
         check_quantization(config)
-    if not config.reward.components and not config.reward.ranked:
-        raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
     check_registered(config)
+    if not weights(config.reward.components) and not weights(config.reward.ranked):
+        raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
     check_trackers(config.run.trackers)
     list(map(Rule, config.run.stop_if))
     if config.wandb.mode == "online" and not logged_in():

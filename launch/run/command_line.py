@@ -1,7 +1,9 @@
 """From `key=value` words to typed settings; a user's mistake is one line that names the nearest valid key."""
 
 import difflib
+import os
 import sys
+import traceback
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from perception.errors import ActorError, DataError, StoppedError, UserError
+from perception.registry import PLUGINS
 
 T = TypeVar("T")
 
@@ -30,6 +33,23 @@ def told() -> Iterator[None]:
     except (KeyboardInterrupt, CancelledError):
         print("stopped: by a signal, at once", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if (place := users_own(error)) is None:
+            raise
+        print(f"error: {place}: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def users_own(error: Exception) -> str | None:
+    """Where a user's own code raised it: a plugin's file and line, or the chat template; None: the program itself."""
+    plugins = tuple(f"{name}." for name in os.environ.get(PLUGINS, "").split(",") if name)
+    place = "chat template" if type(error).__module__.startswith("jinja2") else None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if f"{frame.f_globals.get('__name__')}.".startswith(plugins):
+            place = f"{frame.f_code.co_filename}:{line}"
+        elif frame.f_code.co_filename == "<template>":
+            place = f"chat template, line {line}"
+    return place
 
 
 def command(kind: type[T], run: Callable[[T], object]) -> None:
@@ -50,7 +70,9 @@ def parse(kind: type[T], words: Sequence[str]) -> T:
 def typed(kind: type[T], plain: Any) -> T:
     """`plain` as the dataclass `kind`. Raises UserError for the first unknown, missing or ill-typed key."""
     try:
-        rules = ConfigDict(extra="forbid")  # of an outer type, so that nested stdlib dataclasses take them
+        rules = ConfigDict(
+            extra="forbid", coerce_numbers_to_str=True
+        )  # of an outer type, so that nested stdlib dataclasses take them
         return TypeAdapter(dict[str, kind], config=rules).validate_python({"": plain})[""]  # type: ignore[valid-type]
     except ValidationError as error:
         first = error.errors()[0]
