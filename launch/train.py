@@ -3,13 +3,15 @@
 python -m launch.train recipe=quickstart learner.lr=2e-5
 python -m launch.train --multirun recipe=quickstart learner.lr=2e-5,5e-5
 python -m launch.train run.resume=quickstart
-ray job submit --working-dir . -- python -m launch.train recipe=quickstart run.output=/shared/runs
+ray job submit --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "900"}}' --working-dir . -- \\
+    python -m launch.train recipe=quickstart run.output=/shared/runs
 """
 
 import asyncio
 
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
+from launch.record.run_directory import check_inputs
 from launch.record.summary import show
 from launch.report import write_report
 from launch.run.checks import check_files, check_machine, toy_settings
@@ -20,7 +22,7 @@ from launch.run.session import Session
 from launch.run.state import RunState
 from launch.run.system import System
 from perception.config import Config
-from perception.errors import UserError
+from perception.errors import StoppedError, UserError
 from runtime import cluster
 
 
@@ -40,6 +42,7 @@ def run(config: Config) -> None:
     if not config.data.train:
         raise UserError("no value for data.train: give data.train=... (command line or recipe)")
     config = located(config)
+    check_inputs(config)
     check_machine(config, say=print)
     prepare(config, say=print)
     samples, held_out = check_files(config)
@@ -55,7 +58,9 @@ def run(config: Config) -> None:
         asyncio.run(session.run(train))
     report = write_report(recorder.run_dir)
     show(recorder.run_dir)
-    progress.say(f"report   {report}")
+    progress.say(f"report   {report.resolve()}")
+    if session.met is not None:
+        raise StoppedError(f"run.stop_if: {session.met.text}")
 
 
 if __name__ == "__main__":

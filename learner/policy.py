@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,6 +23,7 @@ from learner.head import VocabularyHead
 from learner.packing import PackedBatch
 from learner.rows import Layout, Picture, Piece
 from perception.config import LearnerConfig, LoraConfig
+from perception.errors import UserError
 from perception.types import PolicySpec
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ def choose_trained(model: nn.Module, family: Family | type[Family], config: Lear
     if config.freeze_vision:
         family.vision_tower(model).requires_grad_(False)
     if config.lora.rank:
+        _check_targets(model, config.lora.targets, family.adapted)
         inject_adapter_in_model(adapters(config.lora, family), model)
 
 
@@ -99,6 +102,15 @@ def adapters(config: LoraConfig, family: Family | type[Family]) -> Adapters:
     """peft's settings of LoRA on the linear layers of the family's language model; all else is frozen."""
     layers = rf".*({family.adapted}).*\.({'|'.join(config.targets)})"
     return Adapters(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str], within: str) -> None:
+    """Raises UserError for a target that no linear layer is called by, inside the modules that `within` names."""
+    linear = (name for name, one in model.named_modules() if isinstance(one, nn.Linear) and re.search(within, name))
+    there = {name.rpartition(".")[2] for name in linear}
+    if missing := [name for name in targets if name not in there]:
+        known = ", ".join(sorted(there))
+        raise UserError(f"learner.lora.targets: the language model has no linear layer {missing[0]} (it has {known})")
 
 
 def _checkpoint_layers(model: Any, which: str) -> None:

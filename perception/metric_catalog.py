@@ -128,7 +128,8 @@ LR = _metric("policy/lr", "lr", "Learning rate")
 
 STAGES = (SECONDS_GENERATE, SECONDS_SCORE, SECONDS_LEARN, SECONDS_SYNC, SECONDS_CONTROLLER)
 """The stages of a step in order; they add up to SECONDS_STEP."""
-COMPONENT_PREFIX, FAILURE_PREFIX = "component/", "failure/"
+FAMILIES = COMPONENT_PREFIX, FAILURE_PREFIX = "component/", "failure/"
+"""Beginnings of names that end in what a run has."""
 
 
 def component(name: str) -> str:

@@ -13,7 +13,8 @@ from reward_workers.ranking import RankStore
 
 def make_store(config: RewardConfig) -> RankStore | None:
     """The rank store the reward needs, if it ranks against earlier steps."""
-    return RankStore(tuple(config.ranked), config.ecdf) if config.rank == "ecdf" and config.ranked else None
+    ranked = tuple(weights(config.ranked))
+    return RankStore(ranked, config.ecdf) if config.rank == "ecdf" and ranked else None
 
 
 def rewarded(
@@ -58,9 +59,9 @@ def _by_group(group: Group, config: RewardConfig) -> list[float]:
 def _by_component(group: Group, config: RewardConfig, store: RankStore | None) -> list[float]:
     """Weighted quantiles of the ranked components, or their weighted values where there is no store; 0 unmeasured."""
     measured = np.array([trajectory.score is not None for trajectory in group.trajectories])
-    rows = [_row(one, tuple(config.ranked)) for one in group.trajectories if one.score is not None]
-    values = np.array(rows, np.float64).reshape(len(rows), len(config.ranked))
-    of_ranked = tuple(weights(config.ranked).values())
+    ranked = weights(config.ranked)
+    rows = [_row(one, tuple(ranked)) for one in group.trajectories if one.score is not None]
+    values, of_ranked = np.array(rows, np.float64).reshape(len(rows), len(ranked)), tuple(ranked.values())
     extras = np.zeros(len(measured))
     if store is not None:
         extras[measured] = store.aggregate(store.rank(group.prompt.sample.task, values), of_ranked)

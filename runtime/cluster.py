@@ -8,6 +8,7 @@ import socket
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from runtime.machine import memory
 ROOT = Path(__file__).resolve().parents[1]
 _SMALLEST_STORE = 1 << 30
 CONNECT_TIMEOUT_S = 10.0
+LONGEST_TMPDIR = 40
 
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
@@ -49,6 +51,9 @@ def connect(placement: PlacementConfig, plugins: Sequence[str] = ()) -> None:
     Raises UserError if the named cluster does not answer.
     """
     address, files = cluster_address(), find_plugins(plugins)
+    if len(gettempdir()) > LONGEST_TMPDIR:  # each of the two puts sockets there, whose paths hold 107 bytes
+        for name in ("RAY_TMPDIR", "VLLM_RPC_BASE_PATH"):
+            os.environ.setdefault(name, "/tmp")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves its workers on a busy machine
     workers: dict[str, Any] = {"env_vars": _worker_env(placement, files)}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": workers}
@@ -86,7 +91,8 @@ def leave_terminal() -> None:
 
 def cluster_address() -> str | None:
     """Address of the cluster to join; None: the run starts a Ray of its own."""
-    return os.environ.get("RAY_ADDRESS") or None
+    address = os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
 
 
 def submitted() -> dict[str, Any]:
@@ -98,11 +104,14 @@ def _require_listener(address: str) -> None:
     """Ray itself tries a dead address for minutes."""
     if address == "auto":
         return
+    if address.startswith(("http://", "https://")):
+        cure = "take auto or host:6379, or unset it to run locally"
+        raise UserError(f"RAY_ADDRESS={address}: that is a dashboard, where `ray job submit` sends jobs; {cure}")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"RAY_ADDRESS={address}: expected host:port, or unset it to run locally")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise UserError(f"RAY_ADDRESS={address}: nothing listens there ({error}); unset it to run locally") from error
 

@@ -16,6 +16,7 @@ def confine_ray() -> None:
     workers of a cluster, where Ray has been imported already.
     """
     address = os.environ.get("RAY_ADDRESS", "")
+    address = "" if address == "local" else address
     elsewhere = address and address.removeprefix("ray://").rpartition(":")[0].strip("[]") not in _LOOPBACK
     if elsewhere or "ray" in sys.modules:
         return

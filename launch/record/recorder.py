@@ -1,15 +1,16 @@
-"""Recorder of a run: settings, metrics, rollouts, summary, W&B (files: `run_directory`)."""
+"""Recorder of a run: settings, metrics, rollouts, summary, and what trackers are told (files: `run_directory`)."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from launch.record import environment, rollouts, run_directory
-from launch.record.wandb_sink import WandbSink
+from launch.record.trackers import EVALUATED, Tracked, Trackers
 from launch.run.config import plain
 from perception.config import Config
 from perception.files import write_text
@@ -34,17 +35,21 @@ class Recorder(AbstractContextManager):
         self._kept, self._every = config.run.rollouts_kept, config.run.rollouts_every
         settings = plain(config)
         self._write_settings(settings, resume_step)
-        self._wandb = WandbSink(config.wandb, self.run_dir, settings)
+        self._trackers = Trackers(Tracked(config, settings, self.run_dir, resume_step))
+        data = [Path(path) for path in (config.data.train, config.data.eval, *config.data.also.values())]
+        self._trackers.tell(lambda one: one.artifact("data", [path for path in data if path.is_file()]))
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Record one training step."""
         self._record(run_directory.METRICS, "train", step, metrics, groups)
-        self._wandb.log(step, metrics)
 
     def evaluation(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group] = ()) -> None:
         """Record a held-out evaluation of the policy after `step` steps; `groups` are kept for pictures."""
         self._record(run_directory.EVALUATIONS, "eval", step, metrics, groups)
-        self._wandb.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell those who watch the run from elsewhere."""
+        self._trackers.tell(lambda one: one.alert(title, text))
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
         """Whether a trained policy's headline metric is above those of all that were recorded before it."""
@@ -55,9 +60,13 @@ class Recorder(AbstractContextManager):
         """Write summary.json in one step."""
         write_text(self.run_dir / run_directory.SUMMARY, json.dumps(values, indent=2) + "\n")
 
+    def exported(self, policy: Path) -> None:
+        """Tell the trackers of the exported policy."""
+        self._trackers.tell(lambda one: one.artifact("policy", [policy]))
+
     def close(self) -> None:
-        """Flush everything; waits a bounded time for W&B."""
-        self._wandb.close()
+        """Flush everything; waits a bounded time for trackers."""
+        self._trackers.close()
         self._lock.close()
 
     def __exit__(self, *error: object) -> None:
@@ -68,9 +77,13 @@ class Recorder(AbstractContextManager):
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         with (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
+        prefix = EVALUATED if phase == "eval" else ""
+        self._trackers.tell(lambda one: one.log(step, {prefix + key: value for key, value in metrics.items()}))
         wanted = phase == "eval" or step % self._every == 0
         if wanted and (kept := groups[: self._kept]):
-            rollouts.write(self.run_dir / run_directory.ROLLOUTS / f"{phase}-{step:06d}.parquet", step, kept)
+            table = self.run_dir / run_directory.ROLLOUTS / f"{phase}-{step:06d}.parquet"
+            rollouts.write(table, step, kept)
+            self._trackers.tell(lambda one: one.rollouts(step, table))
 
     def _write_settings(self, settings: dict[str, Any], resume_step: int | None) -> None:
         path = self.run_dir / run_directory.CONFIG

@@ -6,17 +6,22 @@
 A new run takes the name `runs/<name>`; an older one of that name is moved aside to `<name>.1`, `<name>.2`, ...
 """
 
+import errno
 import fcntl
 import json
+import logging
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from perception.config import RunConfig
+from perception.config import Config, RunConfig
 from perception.errors import UserError
 from perception.files import write_text
+
+log = logging.getLogger(__name__)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # Lustre without `-o flock`, some FUSE
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -51,6 +56,19 @@ def settings(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
 
 
+def check_inputs(config: Config) -> None:
+    """Raises UserError where a new run would move aside what it is to read."""
+    data, model, path = config.data, config.model, (Path(config.run.output) / config.run.name).resolve()
+    reads = {"model.path": model.path, "model.segmenter": model.segmenter, "data.images": data.images}
+    reads |= {"data.train": data.train, "data.eval": data.eval} | {
+        f"data.also.{key}": one for key, one in data.also.items()
+    }
+    for key, read in reads.items():
+        if config.run.resume is None and read and Path(read).resolve().is_relative_to(path):
+            cure = f"choose another, as run.name={config.run.name}-2"
+            raise UserError(f"{key}={read} lies in the directory of run.name={config.run.name}; {cure}")
+
+
 def create(run: RunConfig) -> Path:
     """The directory for a new run. An older run of that name is moved aside if it recorded anything.
 
@@ -72,13 +90,20 @@ def create(run: RunConfig) -> Path:
 
 
 def lock(path: Path) -> IO[str]:
-    """Hold the run for this process until the file is closed or the process ends. Raises UserError if it is held."""
+    """Hold the run for this process until the file is closed or the process ends, where the file system has locks.
+
+    Raises UserError if it is held.
+    """
     handle = (path / LOCK).open("a")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         handle.close()
         raise UserError(f"{path} is being written by another run; choose another run.name or stop that run") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: the file system has no locks (%s); nothing keeps two runs apart there", path, error.strerror)
     return handle
 
 

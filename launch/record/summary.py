@@ -65,4 +65,4 @@ def show(run_dir: Path) -> None:
         console.print("restarted " + ", ".join(f"{role} {count}x" for role, count in restarts.items()))
     if left_out := summary.get("left_out"):
         console.print("left out " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()) + " records")
-    console.print(f"policy   {run_dir / 'policy'}", soft_wrap=True)
+    console.print(f"policy   {(run_dir / 'policy').resolve()}", soft_wrap=True)

@@ -12,10 +12,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from launch.record import run_directory
-from launch.record.wandb_sink import logged_in
+from launch.record.trackers import check_trackers
+from launch.record.trackers.wandb import logged_in
+from launch.run.alarms import Rule
 from launch.run.nodes import check_kept
 from launch.run.samples import load_samples
-from perception.config import Config, ModelConfig
+from perception.config import Config, ModelConfig, weights
 from perception.errors import UserError
 from perception.families import FAMILIES, engine_renames, family_of
 from perception.registry import find_plugins
@@ -105,9 +107,11 @@ def check_settings(config: Config) -> None:
             raise UserError(f"model.shape={shape}: unknown; there are {', '.join(SHAPES)}")
     if rollout.quantization:
         check_quantization(config)
-    if not config.reward.components and not config.reward.ranked:
-        raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
     check_registered(config)
+    if not weights(config.reward.components) and not weights(config.reward.ranked):
+        raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
+    check_trackers(config.run.trackers)
+    list(map(Rule, config.run.stop_if))
     if config.wandb.mode == "online" and not logged_in():
         raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use wandb.mode=auto")
 

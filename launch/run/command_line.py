@@ -1,7 +1,10 @@
 """From `key=value` words to typed settings; a user's mistake is one line that names the nearest valid key."""
 
 import difflib
+import os
 import sys
+import traceback
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -12,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from perception.errors import ActorError, DataError, UserError
+from perception.errors import ActorError, DataError, StoppedError, UserError
+from perception.registry import PLUGINS
 
 T = TypeVar("T")
 
@@ -20,12 +24,32 @@ T = TypeVar("T")
 @contextmanager
 def told() -> Iterator[None]:
     """Within this, an error that is one line ends the program with it on stderr: status 2 where the user can mend it, 1
-    where an actor failed."""
+    where an actor failed, 3 where a rule ended the run, 130 where a signal did."""
     try:
         yield
-    except (UserError, DataError, ActorError) as error:
+    except (UserError, DataError, ActorError, StoppedError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, ActorError) else 2)
+        sys.exit(error.status)
+    except (KeyboardInterrupt, CancelledError):
+        print("stopped: by a signal, at once", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if (place := users_own(error)) is None:
+            raise
+        print(f"error: {place}: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def users_own(error: Exception) -> str | None:
+    """Where a user's own code raised it: a plugin's file and line, or the chat template; None: the program itself."""
+    plugins = tuple(f"{name}." for name in os.environ.get(PLUGINS, "").split(",") if name)
+    place = "chat template" if type(error).__module__.startswith("jinja2") else None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if f"{frame.f_globals.get('__name__')}.".startswith(plugins):
+            place = f"{frame.f_code.co_filename}:{line}"
+        elif frame.f_code.co_filename == "<template>":
+            place = f"chat template, line {line}"
+    return place
 
 
 def command(kind: type[T], run: Callable[[T], object]) -> None:
@@ -46,7 +70,9 @@ def parse(kind: type[T], words: Sequence[str]) -> T:
 def typed(kind: type[T], plain: Any) -> T:
     """`plain` as the dataclass `kind`. Raises UserError for the first unknown, missing or ill-typed key."""
     try:
-        rules = ConfigDict(extra="forbid")  # of an outer type, so that nested stdlib dataclasses take them
+        rules = ConfigDict(
+            extra="forbid", coerce_numbers_to_str=True
+        )  # of an outer type, so that nested stdlib dataclasses take them
         return TypeAdapter(dict[str, kind], config=rules).validate_python({"": plain})[""]  # type: ignore[valid-type]
     except ValidationError as error:
         first = error.errors()[0]

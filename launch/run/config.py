@@ -6,6 +6,7 @@ structured configs refuse `Literal` and frozen classes); a field that is a mappi
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any, NoReturn, get_origin, get_type_hints
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -132,9 +133,21 @@ def _explain(error: HydraException) -> str:
         return f"no recipe was chosen; give recipe=NAME, one of{_recipes()}"
     if found := re.match(r"Could not override '([^']+)'", str(error)):
         return unknown(found[1], [*valid_keys(Config), "recipe"])
+    if found := re.search(r"Ambiguous value for argument '(.+)'", str(error)):
+        return _quoted(found[1])
+    if isinstance(error, OverrideParseException):
+        return _quoted(error.override)
     if found := re.search(r"Could not find '(.+)/(.+)'\s+Available options in .+:\s([^:]*)\sConfig", str(error)):
         return f"{found[1]}={found[2]}: no such choice; there are {', '.join(found[3].split())}"
     return f"config: {one_line(error)}"
+
+
+def _quoted(override: str) -> str:
+    """How a shell must be given a value that Hydra's grammar cannot read as it stands."""
+    key, _, value = override.partition("=")
+    escaped = value.replace('"', r"\"")
+    word = shlex.quote(f'{key}="{escaped}"')
+    return f"{override}: some of its signs mean something to Hydra; quote the value: {word}"
 
 
 def _recipes() -> str:

@@ -12,6 +12,7 @@ from launch.record import run_directory
 from launch.record.card import write_card
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
+from launch.run.alarms import ALARMS, Rule, example
 from launch.run.batch import Batch, next_batch
 from launch.run.calibrate import calibrate
 from launch.run.parity import parity_gate
@@ -24,7 +25,7 @@ from perception import metric_catalog as catalog
 from perception.config import Config
 from perception.errors import UserError
 from perception.files import replacing
-from perception.types import LearnerReport, Sample
+from perception.types import Group, LearnerReport, Sample
 
 
 @dataclass(slots=True)
@@ -38,9 +39,20 @@ class Session:
     recorder: Recorder
     progress: Progress
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set by Ctrl-C and SIGTERM."""
+    """Set by Ctrl-C, SIGTERM and `run.stop_if`."""
+    stepping: bool = False
+    """A step is under way, and will be finished."""
+    ended: bool = False
+    """By a signal, now: what the workers do is left to Ray, which ends them with this process."""
     checked: bool = False
     """A batch has passed the parity gate."""
+    alarms: list[Rule] = field(default_factory=lambda: list(map(Rule, ALARMS)))
+    met: Rule | None = None
+    """The rule of `run.stop_if` that ends the run."""
+    rules: list[Rule] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rules = [Rule(text) for text in self.config.run.stop_if]
 
     def pipeline(self) -> Pipeline:
         return Pipeline(self.system, self.state.cursor, self.state.ledger)
@@ -48,9 +60,11 @@ class Session:
     def steps(self) -> Iterator[int]:
         """Up to `algorithm.steps`, or the current one once `stop` is set."""
         for step in range(self.state.step + 1, self.config.algorithm.steps + 1):
+            self.stepping = True
             yield step
             if self.stop.is_set():
                 return
+        self.stepping = False
 
     async def next_batch(self, scored: Pipeline, step: int) -> Batch:
         """Ranked, rewarded, advantaged. The first one that holds anything must pass the parity gate."""
@@ -80,8 +94,9 @@ class Session:
         metrics |= self._learn_to_look(batch)
         self.recorder.step(step, metrics, batch.groups)
         self.progress.step(step, metrics)
-        last = step == config.algorithm.steps
-        if self.stop.is_set() or last or step % config.run.checkpoint_every == 0:
+        last, every = step == config.algorithm.steps, config.run.checkpoint_every
+        self._heed(step, metrics, batch.groups, last)
+        if self.stop.is_set() or (every and (last or step % every == 0)):
             await self.state.save(self.system, self.recorder.run_dir)
         if config.run.eval_every and step % config.run.eval_every == 0 and not last and not self.stop.is_set():
             await self.assess(f"evaluating after step {step}")
@@ -98,8 +113,9 @@ class Session:
 
     async def run(self, train: Callable[[Session], Awaitable[None]]) -> None:
         """Workers up, evaluation before and after, summary and exported policy, workers down."""
+        own = asyncio.current_task()
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self.stop.set)
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled, own)
         self.progress.phase("starting engine, SAM2 worker and learner")
         try:
             self.progress.say(await self.system.start())
@@ -115,12 +131,36 @@ class Session:
                 after = await self.assess("evaluating the trained policy")
                 summary = self.state.summary(after, self.system.restarts) | {"left_out": left_out(self.samples)}
                 self.recorder.summary(summary)  # first: whatever becomes of the export, it says how the run went
-                with replacing(self.recorder.run_dir.resolve() / run_directory.POLICY) as folder:
+                policy = self.recorder.run_dir.resolve() / run_directory.POLICY
+                with replacing(policy) as folder:
                     await self.system.export(folder)
                     write_card(folder, self.config, summary)
+                self.recorder.exported(policy)
         finally:
-            self.progress.phase("shutting down")
-            await self.system.shutdown()
+            if not self.ended:
+                self.progress.phase("shutting down")
+                await self.system.shutdown()
+
+    def _signalled(self, own: asyncio.Task[None]) -> None:
+        """The first signal waits for the step that is under way; a second one, or one between steps, ends the run."""
+        if self.stop.is_set() or not self.stepping:
+            self.ended = own.cancel()
+            return
+        self.stop.set()
+        waits = f"step {self.state.step + 1} is finished and a checkpoint written"
+        self.progress.say(f"stopping: {waits} first; another Ctrl-C or SIGTERM ends the run now")
+
+    def _heed(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], last: bool) -> None:
+        """Raise the alarms that are due, and stop where a rule of the user's says so."""
+        for rule in (*self.alarms, *self.rules):
+            if rule.begins(metrics):
+                what = ALARMS[rule.text] if rule in self.alarms else "run.stop_if"
+                line = f"step {step}: {what} ({rule.text}); {example(groups)}"
+                self.progress.say(f"alarm: {line}")
+                self.recorder.alert(what, line)
+                if rule in self.rules and not last:
+                    self.met = rule
+                    self.stop.set()
 
     def _learn_to_look(self, batch: Batch) -> dict[str, float]:
         """The step's looks in figures, measured by what was known before, and then learned from."""

@@ -65,8 +65,9 @@ Weights = dict[str, float | dict[str, Any]]  # component name -> weight, or {wei
 
 
 def weights(chosen: Weights) -> dict[str, float]:
-    """Component name -> weight, without parameters."""
-    return {name: given["weight"] if isinstance(given, dict) else given for name, given in chosen.items()}
+    """Component name -> weight, without parameters, of those that count."""
+    given = {name: one["weight"] if isinstance(one, dict) else one for name, one in chosen.items()}
+    return {name: weight for name, weight in given.items() if weight}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,9 @@ class RewardConfig:
     name: str
     """The preset's name in messages."""
     components: Weights
-    """Added to the reward as they are: component name -> weight, or {weight: 0.3, alpha: 0.5} with its parameters."""
+    """Added to the reward as they are: component name -> weight, or {weight: 0.3, alpha: 0.5} with its parameters.
+    The command line adds to the preset's; weight 0 takes one away, which is then not even measured, and
+    `~reward.components '+reward.components={NAME: 1}'` replaces them all."""
     ranked: Weights = field(default_factory=dict)
     """Components that `rank` is about, written the same way."""
     rank: Literal["none", "ecdf", "group"] = "none"

@@ -78,6 +78,8 @@ class WandbConfig:
     """W&B project the run belongs to."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online when the user is logged in, else offline; never asks."""
+    pictures_every: Positive = 10
+    """Steps between pictures and tables of training answers; those of an evaluation are always sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +101,14 @@ class RunConfig:
     """Bit-exact on the CPU: sequences are sampled one at a time, and torch uses deterministic algorithms only."""
     eval_every: Natural = 0
     """Steps between held-out evaluations; 0: only before and after."""
+    stop_if: tuple[str, ...] = ()
+    """Rules that end the run with a checkpoint and exit status 3, as "reward/mean < 0.1 for 20" (steps), "reward/mean
+    flat for 50" or "failure/truncated > 0.9" (`launch/run/alarms.py`)."""
     checkpoint_every: Natural = 50
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0: one only where the run is stopped."""
     rollouts_kept: Natural = 16
     """Groups of a recorded step written to rollouts parquet, with their pictures."""
     rollouts_every: Positive = 1
     """Steps between recorded rollouts."""
+    trackers: tuple[str, ...] = ("wandb",)
+    """Where the run can be watched: wandb, tensorboard, or one that a plugin registers (`launch.record.trackers`)."""

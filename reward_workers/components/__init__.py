@@ -94,17 +94,19 @@ def component(*, needs: Iterable[Truth] = ()) -> Callable[[F], F]:
 
 
 def terms(chosen: Weights, where: str) -> dict[str, Component]:
-    """The terms of `reward.components` or `reward.ranked`, by name. Raises UserError, beginning with `where`."""
-    found = {}
+    """The terms of `reward.components` or `reward.ranked` that have a weight, by name. Raises UserError, beginning with
+    `where`."""
+    found: dict[str, Component] = {}
     for name, given in chosen.items():
         if name not in COMPONENTS:
             raise UserError(f"{where}: no component '{name}'; {nearest(name, COMPONENTS)}")
         parameters = dict(given) if isinstance(given, dict) else {"weight": given}
-        if not isinstance(parameters.pop("weight", None), int | float):
+        weight = parameters.pop("weight", None)
+        if not isinstance(weight, int | float):
             raise UserError(f"{where}.{name}: needs a weight, as {name}: 1.0 or {name}: {{weight: 1.0, ...}}")
         one = COMPONENTS[name]
         arguments = check_arguments(one.measure, parameters, f"{where}.{name}")
-        found[name] = replace(one, measure=partial(one.measure, **arguments))
+        found |= {name: replace(one, measure=partial(one.measure, **arguments))} if weight else {}
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -73,7 +75,25 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         process.kill()
     assert process.returncode == 0, err
     assert "parity: mean importance ratio 1.0000" in out and "go on with run.resume=small" in out
+    assert re.search(r"stopping: step \d+ is finished and a checkpoint written first; another Ctrl-C", out)
     return output / "small"
+
+
+def test_before_the_first_step_a_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    process = launch(tmp_path, "algorithm.steps=1000")
+    try:
+        assert process.stdout is not None
+        assert any("starting engine" in line for line in process.stdout)
+        group = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and err.strip().splitlines()[-1] == "stopped: by a signal, at once"
+    assert time.monotonic() - began < 15
+    psutil.wait_procs([psutil.Process(pid) for pid in group if psutil.pid_exists(pid)], timeout=10)
+    assert not [pid for pid in group if psutil.pid_exists(pid)]
 
 
 def test_ctrl_c_ends_the_run_after_the_step_with_a_checkpoint(stopped: Path) -> None:

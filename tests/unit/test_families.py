@@ -152,6 +152,10 @@ def test_adapters_and_frozen_towers_find_their_layers(name: str, tmp_path: Any) 
     adapted = load_policy(spec, 1.0, LearnerConfig(lora=LoraConfig(rank=2)), lambda handle: handle.ref)
     trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
     assert trained and all("language_model" in n and "lora_" in n for n in trained)
+    for targets, missing in ((("q_porj",), "q_porj"), (("q_proj", "fc1"), "fc1")):  # fc1 is the vision tower's alone
+        unknown = LearnerConfig(lora=LoraConfig(rank=2, targets=targets))
+        with pytest.raises(UserError, match=rf"learner\.lora\.targets: .* {missing} \(it has .*q_proj"):
+            load_policy(spec, 1.0, unknown, lambda handle: handle.ref)
     frozen = load_policy(spec, 1.0, LearnerConfig(freeze_vision=True), lambda handle: handle.ref)
     assert {n for n, p in frozen.named_parameters() if not p.requires_grad} == {
         n for n, _ in frozen.named_parameters() if "vision_tower" in n

@@ -12,7 +12,7 @@ import pytest
 
 from launch.record import rollouts, run_directory
 from launch.record.recorder import Recorder
-from launch.record.wandb_sink import logged_in, resolved_mode
+from launch.record.trackers.wandb import logged_in, resolved_mode
 from perception import metric_catalog as catalog
 from perception.config import Config, RunConfig, WandbConfig
 from perception.errors import UserError
