@@ -114,6 +114,7 @@ class Session:
     async def run(self, train: Callable[[Session], Awaitable[None]]) -> None:
         """Workers up, evaluation before and after, summary and exported policy, workers down."""
         own = asyncio.current_task()
+        assert own is not None, "a coroutine runs in a task"
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled, own)
         self.progress.phase("starting engine, SAM2 worker and learner")
