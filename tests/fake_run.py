@@ -16,7 +16,7 @@ import numpy as np
 
 from launch.record.recorder import Recorder
 from learner.advantages import with_advantages
-from perception import masks, scenes, views
+from perception import masks, views
 from perception import metric_catalog as catalog
 from perception.calibration import most_confident
 from perception.config import Config, LookConfig
@@ -35,6 +35,7 @@ from perception.types import (
     Trajectory,
     Turn,
 )
+from synthetic.scenes import ask, generate
 from tests import builders
 
 HOSTILE = "</pre><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\u202e </style>"
@@ -140,8 +141,8 @@ def scene_group(
     folder: Path, seed: int, spread: float, rng: np.random.Generator, look: LookConfig | None = None
 ) -> Group:
     """N rewarded answers to one scene, the truth moved by about `spread` pixels; with `look`, most look again."""
-    scene = scenes.generate(seed)
-    question = scenes.ask(scene, np.random.default_rng(seed))
+    scene = generate(seed)
+    question = ask(scene, np.random.default_rng(seed))
     path = folder / f"{seed}.png"
     cv2.imwrite(str(path), scene.image[..., ::-1])
     truth = builders.scene_target([scene.objects[i] for i in question.targets])

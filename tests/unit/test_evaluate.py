@@ -199,7 +199,7 @@ def test_the_table_names_tasks_where_there_are_several() -> None:
 
 def test_the_summary_says_what_the_held_out_set_was_read_as() -> None:
     settings = changed(config(), "data", format="reason_seg", options={"ignore": "drop"})
-    state = RunState.fresh(settings, [*SEGMENT] * 16)
+    state = RunState.start(settings, [*SEGMENT] * 16)
     assert state.summary({}, {})["data"] == "reason_seg, ignore=drop, texts=first, task=segment"
 
 

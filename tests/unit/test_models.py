@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from launch.run import checks, memory, models
 from launch.run.models import directory, located
-from launch.warm_start.segmenter import mini_config
+from synthetic.segmenter import mini_config
 from perception.config import ModelConfig
 from perception.errors import UserError
 from reward_workers.segmenter import Segmenter, build, model_files

@@ -330,7 +330,7 @@ def batched_forward(policy: Policy, groups: Sequence[Group]) -> Tensor:
 
 
 def test_adapters_that_fit_nowhere_are_refused(spec: PolicySpec) -> None:
-    with pytest.raises(ValueError, match="no_such_proj"):
+    with pytest.raises(UserError, match="no_such_proj"):
         load(spec, lora=LoraConfig(rank=4, targets=("no_such_proj",)))
 
 
