@@ -91,7 +91,7 @@ class RunConfig:
     """Seed of data order, sampling and everything else that is drawn."""
     resume: str | None = None
     """A run's name or directory: go on from its newest whole checkpoint, by its own settings; what is given beside goes
-    on top. Another number of learner ranks and another ZeRO stage do."""
+    on top. Learner ranks, ZeRO stage and number format may be others."""
     new_data: bool = False
     """Go on although the training samples are others; begins with the first of them."""
     resume_weights: str | None = None

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from launch import data
+from launch.record import run_directory
 from launch.run import checks, memory
 from launch.run.command_line import parse
-from launch.run.config import compose
+from launch.run.config import compose, plain
 from launch.run.memory import Machine
 from launch.sft import WarmStartSettings
 from launch.world import World
@@ -128,6 +129,10 @@ def run(arguments: Sequence[str], patch: pytest.MonkeyPatch) -> None:
     given = [OWN.get(word, word) for word in arguments if word != "--multirun"]
     if "--multirun" in arguments:
         given = [word.split(",")[0] for word in given]
+    if any(word.startswith("run.resume=") for word in given):  # what that run left
+        left = plain(compose(["recipe=quickstart"]))
+        patch.setattr(run_directory, "find", lambda run: Path(run.resume))
+        patch.setattr(run_directory, "settings", lambda run_dir: left)
     config = compose([*given, *(["model.path=absent"] if "model.shape=7b" in given else [])])
     if not Path(config.model.path).exists() and config.model.shape is None:
         config = compose([*given, "model.path=assets/policy"])  # what another run leaves

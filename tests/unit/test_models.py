@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from launch.run import checks, memory, models
 from launch.run.models import directory, located
-from synthetic.segmenter import mini_config
 from perception.config import ModelConfig
 from perception.errors import UserError
 from reward_workers.segmenter import Segmenter, build, model_files
+from synthetic.segmenter import mini_config
 from tests import builders
 from tests.builders import changed
 

@@ -21,6 +21,7 @@ from learner.families.generic import PaddedPolicy
 from learner.policy import Policy, load_policy
 from learner.rows import bins, pieces
 from perception.config import LearnerConfig, LoraConfig
+from perception.errors import UserError
 from perception.types import INFRASTRUCTURE, FailureKind, Group, PolicySpec, Trajectory
 from tests import tiny_families, tiny_policy
 from tests.builders import failure, sampled_group
