@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from launch.evaluate import evaluate_all
 from launch.record import run_directory
@@ -46,13 +47,12 @@ class Session:
     """By a signal, now: what the workers do is left to Ray, which ends them with this process."""
     checked: bool = False
     """A batch has passed the parity gate."""
-    alarms: list[Rule] = field(default_factory=lambda: list(map(Rule, ALARMS)))
     met: Rule | None = None
     """The rule of `run.stop_if` that ends the run."""
     rules: list[Rule] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rules = [Rule(text) for text in self.config.run.stop_if]
+        self.rules = [Rule(text) for text in (*ALARMS, *self.config.run.stop_if)]
 
     def pipeline(self) -> Pipeline:
         return Pipeline(self.system, self.state.cursor, self.state.ledger)
@@ -142,10 +142,10 @@ class Session:
                 self.progress.phase("shutting down")
                 await self.system.shutdown()
 
-    def _signalled(self, own: asyncio.Task[None]) -> None:
+    def _signalled(self, own: asyncio.Task[Any] | None) -> None:
         """The first signal waits for the step that is under way; a second one, or one between steps, ends the run."""
         if self.stop.is_set() or not self.stepping:
-            self.ended = own.cancel()
+            self.ended = own is not None and own.cancel()
             return
         self.stop.set()
         waits = f"step {self.state.step + 1} is finished and a checkpoint written"
@@ -153,13 +153,13 @@ class Session:
 
     def _heed(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], last: bool) -> None:
         """Raise the alarms that are due, and stop where a rule of the user's says so."""
-        for rule in (*self.alarms, *self.rules):
+        for rule in self.rules:
             if rule.begins(metrics):
-                what = ALARMS[rule.text] if rule in self.alarms else "run.stop_if"
+                what = ALARMS.get(rule.text, "run.stop_if")
                 line = f"step {step}: {what} ({rule.text}); {example(groups)}"
                 self.progress.say(f"alarm: {line}")
                 self.recorder.alert(what, line)
-                if rule in self.rules and not last:
+                if rule.text in self.config.run.stop_if and not last:
                     self.met = rule
                     self.stop.set()
 

@@ -115,7 +115,7 @@ def test_a_healthy_run_says_nothing() -> None:
 def test_a_rule_of_the_users_stops_the_run_but_not_in_its_last_step() -> None:
     low = {catalog.REWARD_MEAN: 0.0}
     session, said, alerts = heed([low, low, {}], "reward/mean < 0.05 for 2")
-    assert session.stop.is_set() and session.met is session.rules[0]
+    assert session.stop.is_set() and session.met is session.rules[-1]
     assert alerts == ["run.stop_if"] and "step 2: run.stop_if (reward/mean < 0.05 for 2)" in said[0]
     session, _, _ = heed([low, low], "reward/mean < 0.05 for 2")
     assert not session.stop.is_set() and session.met is None

@@ -46,7 +46,7 @@ class Tracker:
     """Importable package that it needs."""
 
     def __init__(self, run: Tracked) -> None:
-        raise NotImplementedError
+        """Called in its thread."""
 
     @staticmethod
     def wanted(config: Config) -> bool:
@@ -55,7 +55,6 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Metrics by their names in `perception.metric_catalog`; those of a held-out evaluation begin with `eval/`."""
-        raise NotImplementedError
 
     def rollouts(self, step: int, table: Path) -> None:
         """A table that `launch.record.rollouts` wrote, `train-*` or `eval-*`."""
@@ -67,32 +66,38 @@ class Tracker:
         """Something that a person should look at now."""
 
     def close(self) -> None:
-        raise NotImplementedError
+        """Flush what was told."""
 
 
 TRACKERS: Registry[type[Tracker]] = Registry("tracker")
+_Events = queue.SimpleQueue[Callable[[Tracker], Any] | None]
 
 
 class Trackers:
     """The trackers of one run, told everything in order."""
 
     def __init__(self, run: Tracked) -> None:
-        wanted = [name for name in run.config.run.trackers if TRACKERS[name].wanted(run.config)]
-        self._fed = [(name, *_feed(name, run)) for name in wanted]
+        self._fed: list[tuple[threading.Thread, _Events]] = []
+        for name in run.config.run.trackers:
+            if TRACKERS[name].wanted(run.config):
+                events: _Events = queue.SimpleQueue()
+                thread = threading.Thread(target=_follow, args=(name, run, events), name=name, daemon=True)
+                thread.start()
+                self._fed.append((thread, events))
 
     def tell(self, what: Callable[[Tracker], None]) -> None:
         """Let each of them do it, later, in its own thread."""
-        for _, _, events in self._fed:
+        for _, events in self._fed:
             events.put(what)
 
     def close(self) -> None:
         """Flush what was told; gives up after CLOSE_TIMEOUT_S with a warning."""
         self.tell(lambda tracker: tracker.close())
-        for name, thread, events in self._fed:
+        for thread, events in self._fed:
             events.put(None)
             thread.join(CLOSE_TIMEOUT_S)
             if thread.is_alive():
-                log.warning("%s did not finish within %.0f s; its last records may be missing", name, CLOSE_TIMEOUT_S)
+                log.warning("%s did not finish within %.0f s; records may be missing", thread.name, CLOSE_TIMEOUT_S)
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -100,16 +105,6 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(package := TRACKERS[name].package) is None:
             raise UserError(f"run.trackers: {name} needs {package}, which is not installed: pip install {package}")
-
-
-_Events = queue.SimpleQueue[Callable[[Tracker], Any] | None]
-
-
-def _feed(name: str, run: Tracked) -> tuple[threading.Thread, _Events]:
-    events: _Events = queue.SimpleQueue()
-    thread = threading.Thread(target=_follow, args=(name, run, events), name=name, daemon=True)
-    thread.start()
-    return thread, events
 
 
 def _follow(name: str, run: Tracked, events: _Events) -> None:
