@@ -24,7 +24,6 @@ from launch.run.checks import check_files, check_machine
 from launch.run.config import entry
 from launch.run.looking import sampled
 from launch.run.models import located
-from launch.run.prepare import prepare
 from launch.run.samples import MAIN
 from launch.run.step_metrics import look_metrics
 from launch.run.system import System
@@ -34,6 +33,7 @@ from perception.datasets import stated
 from perception.errors import DataError, UserError
 from perception.types import Group, Sample, Score, Trajectory
 from runtime import cluster
+from synthetic.prepare import prepare
 
 EVALUATION_SEED_STEP = 0
 """Training steps count from 1, so evaluation draws from seeds of its own."""

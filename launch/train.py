@@ -17,13 +17,13 @@ from launch.report import write_report
 from launch.run.checks import check_files, check_machine, toy_settings
 from launch.run.config import changes, entry
 from launch.run.models import located
-from launch.run.prepare import prepare
 from launch.run.session import Session
 from launch.run.state import RunState
 from launch.run.system import System
 from perception.config import Config
 from perception.errors import StoppedError, UserError
 from runtime import cluster
+from synthetic.prepare import prepare
 
 
 async def train(run: Session) -> None:
