@@ -40,6 +40,9 @@ EVALUATION_SEED_STEP = 0
 SAMPLED_ANSWERS = 4
 log = logging.getLogger(__name__)
 
+Sets = Mapping[str, Sequence[Sample]]
+"""Held-out samples by the name of their set."""
+
 
 async def evaluate(
     system: System, samples: Sequence[Sample], held_out: str = MAIN, pictures: int = 0
@@ -65,9 +68,7 @@ async def evaluate(
     return metrics, answered[catalog.GREEDY]
 
 
-async def evaluate_all(
-    system: System, held_out: Mapping[str, Sequence[Sample]], pictures: int = 0
-) -> tuple[dict[str, float], list[Group]]:
+async def evaluate_all(system: System, held_out: Sets, pictures: int = 0) -> tuple[dict[str, float], list[Group]]:
     """Metrics of every held-out set, and the groups of the first one for pictures."""
     done = {name: await evaluate(system, samples, name, 0 if name else pictures) for name, samples in held_out.items()}
     metrics = {name: value for own, _ in done.values() for name, value in own.items()}
@@ -99,9 +100,7 @@ def _score(group: Group, trajectory: Trajectory) -> Score:
     return trajectory.score
 
 
-async def _evaluate_once(
-    config: Config, train: Sequence[Sample], held_out: Mapping[str, Sequence[Sample]]
-) -> dict[str, float]:
+async def _evaluate_once(config: Config, train: Sequence[Sample], held_out: Sets) -> dict[str, float]:
     system = System(config)
     try:
         if system.must_calibrate and not train:

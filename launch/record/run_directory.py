@@ -60,9 +60,8 @@ def check_inputs(config: Config) -> None:
     """Raises UserError where a new run would move aside what it is to read."""
     data, model, path = config.data, config.model, (Path(config.run.output) / config.run.name).resolve()
     reads = {"model.path": model.path, "model.segmenter": model.segmenter, "data.images": data.images}
-    reads |= {"data.train": data.train, "data.eval": data.eval} | {
-        f"data.also.{key}": one for key, one in data.also.items()
-    }
+    reads |= {"data.train": data.train, "data.eval": data.eval}
+    reads |= {f"data.also.{key}": one for key, one in data.also.items()}
     for key, read in reads.items():
         if config.run.resume is None and read and Path(read).resolve().is_relative_to(path):
             cure = f"choose another, as run.name={config.run.name}-2"

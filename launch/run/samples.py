@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -36,11 +36,9 @@ CHECKED = 256
 _DECODED = 32  # training images whose pixels are read, too: a broken copy usually breaks many
 
 
-def load_samples(
-    config: Config, say: Callable[[str], None] = print
-) -> tuple[Sequence[Sample], dict[str, list[Sample]]]:
+def load_samples(config: Config) -> tuple[Sequence[Sample], dict[str, list[Sample]]]:
     """Training samples (none without `data.train`), each checked again when it is drawn, and the first
-    `data.eval_samples` of every held-out set. Says what is left out.
+    `data.eval_samples` of every held-out set. Prints what is left out.
 
     Raises DataError for a record that cannot be used, and UserError where no record would do.
     """
@@ -65,7 +63,7 @@ def load_samples(
     for one in (*([] if train is None else [train]), *held_out.values()):
         if skipped := left_out(one):
             counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-            say(f"{one.path}: left out so far: {counts}; the first: {next(iter(one.bad.values()))}")
+            print(f"{one.path}: left out so far: {counts}; the first: {next(iter(one.bad.values()))}")
     return [] if train is None else train, chosen
 
 

@@ -174,8 +174,7 @@ def _read(folder: Path) -> dict[str, Any]:
         for checksum, name in sums:
             if sha256(folder / name) != checksum:
                 raise ValueError(f"{folder / name} is damaged, or its line in {SUMS} is")
-        saved: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return saved
+        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is broken: {error}") from error
 
@@ -190,6 +189,4 @@ def _read_ranks(folder: Path, run_dir: Path) -> RankStoreState:
         raise UserError(f"{run_dir} was trained without reward.rank=ecdf and cannot be continued with it")
     saved = json.loads((folder / RANKED).read_text())
     with np.load(folder / RANKS) as rows:
-        return RankStoreState(
-            names=tuple(saved["names"]), rows={name: rows[name] for name in rows.files}, steps=saved["steps"]
-        )
+        return RankStoreState(names=tuple(saved["names"]), rows=dict(rows), steps=saved["steps"])

@@ -17,8 +17,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from docs import config_reference
-from launch.run.command_line import command, parse, valid_keys
-from launch.run.config import CONF, compose, defaults, entry, leaves
+from launch.run.command_line import command, leaves, parse, valid_keys
+from launch.run.config import CONF, compose, defaults, entry
 from perception.config import Config, EcdfConfig, TaskConfig
 from perception.config.fields import Positive
 from perception.errors import UserError
