@@ -50,10 +50,8 @@ def run(config: Config) -> None:
         print(f"warning: {warning}")
     state = RunState.start(config, samples)
     cluster.connect(config.placement, config.plugins)
-    with (
-        Recorder(config, resume_step=state.step if config.run.resume else None) as recorder,
-        Progress(config.algorithm.steps) as progress,
-    ):
+    resumed = state.step if config.run.resume else None
+    with Recorder(config, resume_step=resumed) as recorder, Progress(config.algorithm.steps) as progress:
         session = Session(config, samples, held_out, state, System(config, recorder.run_dir), recorder, progress)
         asyncio.run(session.run(train))
     report = write_report(recorder.run_dir)
