@@ -1,7 +1,5 @@
 """Preflight checks: what can be known to go wrong is one line before anything heavy starts."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

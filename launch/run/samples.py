@@ -4,19 +4,18 @@ At the start: the first `CHECKED` records and the longest questions of every set
 included. Every other record is checked when it is drawn, in the same way.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
 
 from launch.run.agreement import check_agreement
+from launch.run.prompts import PromptMaker
 from perception.config import Config, DataConfig, TaskConfig
 from perception.datasets import Dataset, load
 from perception.errors import DataError, UserError
@@ -26,9 +25,6 @@ from perception.tasks import TASKS
 from perception.types import Sample, Truth
 from reward_workers.components import held_out_terms, needed_truth, needs
 from runtime.objects import fetch, handle
-
-if TYPE_CHECKING:
-    from launch.run.prompts import PromptMaker
 
 MAIN = ""
 """Name of the held-out set a run is judged by."""
@@ -83,8 +79,6 @@ def fingerprint(data: DataConfig, samples: Sequence[Sample]) -> dict[str, Any]:
 def make_prompts(config: Config) -> PromptMaker:
     """Raises UserError where the policy's files make no prompt or contradict something, or an engine is not given room
     for its images."""
-    from launch.run.prompts import PromptMaker  # imports transformers: seconds
-
     passes = config.look.max_passes if config.look.mode == "relook" else 1
     if config.rollout.max_images < passes:
         raise UserError(f"{config.rollout.max_images=} must be {passes}: one image a pass (look.max_passes)")

@@ -4,8 +4,6 @@ A checkpoint is a folder that appears whole: the learner's files (`learner/check
 says what it was made with; SHA256SUMS covers every file (`sha256sum -c SHA256SUMS`).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -14,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -61,7 +59,7 @@ class RunState:
     """The checkpoint that this run goes on from, or takes its weights from."""
 
     @classmethod
-    def start(cls, config: Config, samples: Sequence[Sample], say: Callable[[str], None] = print) -> RunState:
+    def start(cls, config: Config, samples: Sequence[Sample], say: Callable[[str], None] = print) -> Self:
         """A new run's, with the weights of `run.resume_weights` if it is set; or that of the newest whole checkpoint of
         `run.resume`. Says which checkpoints are broken. Raises UserError where there is none, or it does not fit."""
         run, data = config.run, fingerprint(config.data, samples)
