@@ -31,10 +31,10 @@ from benchmarks.common import parser, print_result
 from launch.record import run_directory
 from launch.run.command_line import told
 from launch.run.config import compose
-from launch.run.prepare import prepare
 from perception.config import Config
 from perception.errors import UserError
 from perception.files import write_text
+from synthetic.prepare import prepare
 
 ARMS = {
     "binary": ("reward=vision_reasoner", "look=none"),

@@ -26,7 +26,6 @@ from launch.run.calibrate import calibrate
 from launch.run.checks import check_files, check_machine
 from launch.run.command_line import told
 from launch.run.config import compose
-from launch.run.prepare import prepare
 from launch.run.prompts import PromptMaker
 from launch.run.samples import MAIN
 from launch.run.step_metrics import look_metrics
@@ -35,6 +34,7 @@ from perception import metric_catalog as catalog
 from perception.config import Config, LookMode
 from perception.types import Group, ImageHandle, Prompt, Sample, SamplingSpec, Trajectory
 from runtime import cluster
+from synthetic.prepare import prepare
 
 MODES: tuple[LookMode, ...] = get_args(LookMode)
 

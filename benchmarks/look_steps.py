@@ -38,7 +38,6 @@ from launch.run.calibrate import calibrate
 from launch.run.checks import check_files
 from launch.run.command_line import told
 from launch.run.config import compose
-from launch.run.prepare import prepare
 from launch.run.prompts import PromptMaker
 from launch.run.session import Session
 from launch.run.state import RunState
@@ -48,6 +47,7 @@ from perception.config import Config, LookMode
 from perception.types import Group, Sample
 from runtime import cluster
 from runtime.actors import ActorPool
+from synthetic.prepare import prepare
 
 SIDES: tuple[tuple[LookMode, int], ...] = tuple(product(("none", "relook"), (0, 1)))
 

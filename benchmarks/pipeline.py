@@ -30,7 +30,6 @@ import reward_workers.pool
 import rollout.pool
 from benchmarks.common import options, print_result
 from benchmarks.sleepers import GENERATE, LEARN, PROMPTS, SCORE, UNIT_S, SleepingEngine, SleepingRank, SleepingWorker
-from launch import world
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
 from launch.run.checks import check_files, check_machine
@@ -45,6 +44,7 @@ from perception.config import Config
 from perception.types import Sample
 from runtime import cluster
 from runtime.actors import Call, Limit
+from synthetic import world
 
 WARM_UP = 2
 """Steps at the beginning: the first one fills the pipeline, the next one empties what it waited for."""

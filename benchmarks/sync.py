@@ -29,7 +29,6 @@ import torch
 from benchmarks.common import options, print_result
 from launch.run.command_line import told
 from launch.run.config import compose
-from launch.run.prepare import prepare
 from launch.run.prompts import read_policy_spec
 from learner.pool import LearnerPool
 from perception.config import Config
@@ -40,6 +39,7 @@ from rollout.update import WeightUpdates
 from runtime import cluster
 from runtime.actors import ActorPool, Call, Limit
 from runtime.placement import anywhere
+from synthetic.prepare import prepare
 
 COPY = Limit(600.0, "a constant of this benchmark")
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.record.environment import PACKAGES, gpus, version_of
+from launch.record.environment import STACK, gpus, version_of
 from runtime.cluster import cpus
 from runtime.machine import memory, requirements
 
@@ -29,12 +29,10 @@ _MEMORY_GIB = 8.0
 _DISK_GIB = 5.0
 _IMPORT_TIMEOUT_S = 120.0
 
-Verdict = Literal["ok", "warn", "fail"]
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    verdict: Verdict
+    verdict: Literal["ok", "warn", "fail"]
     subject: str
     detail: str
 
@@ -76,7 +74,7 @@ def _python() -> Finding:
 
 def _versions() -> Iterator[Finding]:
     pins = tested_versions()
-    for package in (name for name in PACKAGES if name in pins):  # the others belong to the other set
+    for package in (name for name in STACK if name in pins):  # the others belong to the other set
         found, tested = version_of(package), pins[package]
         if found is None:
             yield Finding("fail", package, f"not installed (tested: {tested}): run `make setup`")

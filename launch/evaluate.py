@@ -24,7 +24,6 @@ from launch.run.checks import check_files, check_machine
 from launch.run.config import entry
 from launch.run.looking import sampled
 from launch.run.models import located
-from launch.run.prepare import prepare
 from launch.run.samples import MAIN
 from launch.run.step_metrics import look_metrics
 from launch.run.system import System
@@ -34,11 +33,15 @@ from perception.datasets import stated
 from perception.errors import DataError, UserError
 from perception.types import Group, Sample, Score, Trajectory
 from runtime import cluster
+from synthetic.prepare import prepare
 
 EVALUATION_SEED_STEP = 0
 """Training steps count from 1, so evaluation draws from seeds of its own."""
 SAMPLED_ANSWERS = 4
 log = logging.getLogger(__name__)
+
+Sets = Mapping[str, Sequence[Sample]]
+"""Held-out samples by the name of their set."""
 
 
 async def evaluate(
@@ -65,9 +68,7 @@ async def evaluate(
     return metrics, answered[catalog.GREEDY]
 
 
-async def evaluate_all(
-    system: System, held_out: Mapping[str, Sequence[Sample]], pictures: int = 0
-) -> tuple[dict[str, float], list[Group]]:
+async def evaluate_all(system: System, held_out: Sets, pictures: int = 0) -> tuple[dict[str, float], list[Group]]:
     """Metrics of every held-out set, and the groups of the first one for pictures."""
     done = {name: await evaluate(system, samples, name, 0 if name else pictures) for name, samples in held_out.items()}
     metrics = {name: value for own, _ in done.values() for name, value in own.items()}
@@ -99,9 +100,7 @@ def _score(group: Group, trajectory: Trajectory) -> Score:
     return trajectory.score
 
 
-async def _evaluate_once(
-    config: Config, train: Sequence[Sample], held_out: Mapping[str, Sequence[Sample]]
-) -> dict[str, float]:
+async def _evaluate_once(config: Config, train: Sequence[Sample], held_out: Sets) -> dict[str, float]:
     system = System(config)
     try:
         if system.must_calibrate and not train:

@@ -17,13 +17,13 @@ from launch.report import write_report
 from launch.run.checks import check_files, check_machine, toy_settings
 from launch.run.config import changes, entry
 from launch.run.models import located
-from launch.run.prepare import prepare
 from launch.run.session import Session
 from launch.run.state import RunState
 from launch.run.system import System
 from perception.config import Config
 from perception.errors import StoppedError, UserError
 from runtime import cluster
+from synthetic.prepare import prepare
 
 
 async def train(run: Session) -> None:
@@ -50,10 +50,8 @@ def run(config: Config) -> None:
         print(f"warning: {warning}")
     state = RunState.start(config, samples)
     cluster.connect(config.placement, config.plugins)
-    with (
-        Recorder(config, resume_step=state.step if config.run.resume else None) as recorder,
-        Progress(config.algorithm.steps) as progress,
-    ):
+    resumed = state.step if config.run.resume else None
+    with Recorder(config, resume_step=resumed) as recorder, Progress(config.algorithm.steps) as progress:
         session = Session(config, samples, held_out, state, System(config, recorder.run_dir), recorder, progress)
         asyncio.run(session.run(train))
     report = write_report(recorder.run_dir)

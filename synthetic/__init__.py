@@ -1,1 +1,1 @@
-"""The synthetic world: scenes, questions about them, and small models trained on it from random weights."""
+"""The synthetic world: scenes, questions about them, small models trained on them, and all of it on disk."""

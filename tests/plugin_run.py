@@ -6,9 +6,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-from launch import world
 from perception.config import DataConfig
 from perception.datasets import load
+from synthetic import world
 
 PLUGIN = Path(__file__).resolve().parent / "plugin" / "my_perception"
 

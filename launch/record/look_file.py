@@ -43,8 +43,7 @@ def write_calibrator(folder: Path, saved: CalibratorState) -> None:
 
 def read_calibrator(folder: Path) -> CalibratorState | None:
     """None where the checkpoint's run did not look again."""
-    look = read_look(folder)
-    if look is None:
+    if (look := read_look(folder)) is None:
         return None
     with np.load(folder / EVIDENCE) as arrays:
         return CalibratorState(look=look, judged=arrays["judged"], decisions=arrays["decisions"])

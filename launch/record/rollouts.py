@@ -6,7 +6,7 @@ where the image itself came from. A trajectory of several passes has one entry o
 describe the kept one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -21,49 +21,29 @@ from perception.grammar import clean
 from perception.types import Candidate, Group, Sample, Trajectory, Turn
 
 _COORDINATES = pa.list_(pa.list_(pa.float32()))
-_PASS = pa.struct(
-    [
-        ("text", pa.string()),
-        ("view", pa.list_(pa.int32())),  # left, top, right, bottom of what was shown enlarged; null: the whole image
-        ("confidence", pa.float64()),
-        ("mask_iou", pa.float64()),  # null where masks were not compared
-        ("boxes", _COORDINATES),
-        ("points", _COORDINATES),
-        ("mask", pa.string()),
-        ("kept", pa.bool_()),
-    ]
-)
-SCHEMA = pa.schema(
-    [
-        ("step", pa.int32()),
-        ("sample_id", pa.string()),
-        ("index", pa.int32()),
-        ("task", pa.string()),
-        ("question", pa.string()),
-        ("image", pa.string()),
-        ("picture", pa.string()),  # null: it could not be read
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("text", pa.string()),
-        ("turns", pa.list_(pa.string())),
-        ("passes", pa.list_(_PASS)),
-        ("response_tokens", pa.int32()),
-        ("policy_versions", pa.list_(pa.int32())),
-        ("reward", pa.float64()),
-        ("advantage", pa.float64()),
-        ("metrics", pa.map_(pa.string(), pa.float64())),
-        ("confidence", pa.float64()),
-        ("failure", pa.string()),
-        ("failure_detail", pa.string()),
-        ("boxes", _COORDINATES),
-        ("points", _COORDINATES),
-        ("labels", pa.list_(pa.string())),
-        ("mask", pa.string()),
-        ("truth_boxes", _COORDINATES),
-        ("truth_points", _COORDINATES),
-        ("truth_masks", pa.list_(pa.string())),
-    ]
-)
+_PASS = {
+    pa.string(): ("text", "mask"),
+    pa.float64(): ("confidence", "mask_iou"),  # mask_iou null: masks were not compared
+    pa.list_(pa.int32()): ("view",),  # left, top, right, bottom of what was shown enlarged; null: the whole image
+    _COORDINATES: ("boxes", "points"),
+    pa.bool_(): ("kept",),
+}
+_TRAJECTORY = {
+    pa.int32(): ("step", "index", "height", "width", "response_tokens"),
+    pa.string(): ("sample_id", "task", "question", "text", "failure", "failure_detail", "image", "picture", "mask"),
+    pa.float64(): ("reward", "advantage", "confidence"),
+    pa.map_(pa.string(), pa.float64()): ("metrics",),
+    pa.list_(pa.string()): ("turns", "labels", "truth_masks"),
+    _COORDINATES: ("boxes", "points", "truth_boxes", "truth_points"),
+    pa.list_(pa.int32()): ("policy_versions",),
+}
+
+
+def _columns(by_type: Mapping[pa.DataType, Sequence[str]]) -> list[tuple[str, pa.DataType]]:
+    return [(name, kind) for kind, names in by_type.items() for name in names]
+
+
+SCHEMA = pa.schema([*_columns(_TRAJECTORY), ("passes", pa.list_(pa.struct(_columns(_PASS))))])
 _UNANSWERED: dict[str, Any] = {"text": "", "boxes": [], "points": []}
 _PICTURES = "pictures"
 _SIDE = 1024  # pixels; a report shows less

@@ -7,14 +7,12 @@ wrote is shown as text only; a content security policy lets no other script run.
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-import yaml
 
 from launch.record import rollouts, run_directory
 from launch.record.summary import changes
@@ -22,6 +20,7 @@ from launch.report import charts
 from launch.report.curves import Record, curves
 from launch.report.gallery import Picture, Row, pictures
 from launch.report.page import asset, render
+from launch.run.command_line import leaves
 from perception import metric_catalog as catalog
 from perception.errors import UserError
 from perception.files import write_text
@@ -46,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
     if not (run_dir / run_directory.CONFIG).is_file():
         why = f"no run there ({run_directory.CONFIG} missing)"
         raise UserError(f"{run_dir}: {why}; name a run's directory, as runs/quickstart")
-    config = yaml.safe_load((run_dir / run_directory.CONFIG).read_text(encoding="utf-8"))
+    config = run_directory.settings(run_dir)
     metrics = run_directory.read_lines(run_dir / run_directory.METRICS)
     evaluations = run_directory.read_lines(run_dir / run_directory.EVALUATIONS)
     failures = _failure_shares(metrics)
@@ -57,8 +56,8 @@ def write_report(run_dir: Path) -> Path:
     page = render(
         "report.html.j2",
         run=run_dir.resolve().name,
-        config=dict(_flat(config)),
-        environment=dict(_flat(_json(run_dir / run_directory.ENVIRONMENT))),
+        config=dict(leaves(config)),
+        environment=dict(leaves(_json(run_dir / run_directory.ENVIRONMENT))),
         summary=_json(run_dir / run_directory.SUMMARY),
         steps=len(metrics),
         seconds=sum(record.get(catalog.SECONDS_STEP) or 0.0 for record in metrics),
@@ -80,16 +79,7 @@ def write_report(run_dir: Path) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON file's object, empty where the run has not written it yet."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _files(run_dir: Path, phase: str) -> list[Path]:

@@ -34,10 +34,8 @@ def outline(mask: np.ndarray) -> str:
     """SVG path along the edges of a mask, holes included (fill-rule evenodd)."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     # A contour runs through pixel centres; a pixel's centre lies at +0.5.
-    return "".join(
-        "M" + "L".join(f"{x + 0.5:g} {y + 0.5:g}" for x, y in contour.reshape(-1, 2).tolist()) + "Z"
-        for contour in contours
-    )
+    lines = ("L".join(f"{x + 0.5:g} {y + 0.5:g}" for x, y in contour.reshape(-1, 2).tolist()) for contour in contours)
+    return "".join(f"M{line}Z" for line in lines)
 
 
 def decoded(picture: Path | None, height: int, width: int) -> np.ndarray | None:

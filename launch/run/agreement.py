@@ -1,15 +1,10 @@
 """What the policy's own files say, held against one another and against the settings before anything starts."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
 
+from launch.run.prompts import PromptMaker
 from perception.config import Config
 from perception.errors import UserError
-
-if TYPE_CHECKING:
-    from launch.run.prompts import PromptMaker
 
 
 def check_agreement(config: Config, prompts: PromptMaker) -> None:

@@ -15,7 +15,8 @@ from perception import metric_catalog as catalog
 from perception.errors import UserError
 from perception.types import FailureKind, Group
 
-_RULE = re.compile(r"(\S+) *(?:([<>]) *(\S+)| flat)(?: for (\d+))?")
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_RULE = re.compile(rf"(\S+) *(?:([<>]) *({_NUMBER})| flat)(?: for ([1-9]\d*))?")
 _FLAT = 1e-3
 _SHOWN = 300  # characters of an example
 
@@ -33,13 +34,10 @@ class Rule:
 
     def __init__(self, text: str) -> None:
         found = _RULE.fullmatch(text.strip())
-        try:
-            self.metric, self._sign, limit, steps = found.groups() if found else ("", "", "nan", "")
-            self._limit = float(limit or "nan")
-        except ValueError:
-            found = None
-        if found is None or steps == "0":
+        if found is None:
             raise UserError(f"run.stop_if={text}: write a rule as 'reward/mean < 0.1 for 20' (<, > or flat; steps)")
+        self.metric, self._sign, limit, steps = found.groups()
+        self._limit = float(limit or "nan")
         if self.metric not in catalog.LABELS and not self.metric.startswith(catalog.FAMILIES):
             raise UserError(f"run.stop_if={text}: {unknown(self.metric, list(catalog.LABELS))}")
         self.text, self.holds = text, False

@@ -52,7 +52,8 @@ async def next_batch(
         taken = rewarded(taken, config.reward, ranks, algorithm.kl_coef)
         groups = with_advantages([*groups, *taken], algorithm.scale)
         rounds += 1
-        missing = _missing(groups, rounds, algorithm)
+        refill = algorithm.dynamic == "refill" and rounds < algorithm.dynamic_rounds
+        missing = algorithm.prompts_per_step - sum(group.teaches for group in groups) if refill else 0
     teaching = _teaching(groups, algorithm)
     return Batch(groups=groups, teaching=teaching, rounds=rounds, seconds=seconds, began=began)
 
@@ -70,13 +71,6 @@ def check_failures(groups: Sequence[Group], limit: float) -> None:
             f"{len(failed)} of {len(every)} answers of the step failed, more than reward.max_failure_rate={limit:g} "
             f"allows; the first, sample {name} ({failure.kind}): {failure.detail}"
         )
-
-
-def _missing(groups: Sequence[Group], rounds: int, algorithm: AlgorithmConfig) -> int:
-    """Prompts to sample next: with refill one for every group that teaches nothing."""
-    if algorithm.dynamic != "refill" or rounds >= algorithm.dynamic_rounds:
-        return 0
-    return algorithm.prompts_per_step - sum(group.teaches for group in groups)
 
 
 def _teaching(groups: list[Group], algorithm: AlgorithmConfig) -> list[Group]:

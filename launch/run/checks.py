@@ -1,7 +1,5 @@
 """Preflight checks: what can be known to go wrong is one line before anything heavy starts."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -164,9 +162,8 @@ def check_model(model: ModelConfig) -> None:
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(f"model.path={path}: {kind} is not supported: only image-text models are, such as {names}")
     if {"quantization_config", "compression_config"} & settings["config.json"].keys():
-        raise UserError(
-            f"model.path={path}: its weights are quantised, which cannot be trained; take the unquantised ones"
-        )
+        quantised = "its weights are quantised, which cannot be trained; take the unquantised ones"
+        raise UserError(f"model.path={path}: {quantised}")
     processor = next((path / name for name in _PROCESSOR_FILES if (path / name).is_file()), None)
     if processor is None:
         missing = f"{kind} has no {_PROCESSOR_FILES[0]}, and only models with an image processor are supported"
@@ -241,10 +238,9 @@ def _check_files(key: str, path: Path, needed: dict[str, str]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}; copy it again") from error
-    return content
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from asyncio import CancelledError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -70,9 +70,8 @@ def parse(kind: type[T], words: Sequence[str]) -> T:
 def typed(kind: type[T], plain: Any) -> T:
     """`plain` as the dataclass `kind`. Raises UserError for the first unknown, missing or ill-typed key."""
     try:
-        rules = ConfigDict(
-            extra="forbid", coerce_numbers_to_str=True
-        )  # of an outer type, so that nested stdlib dataclasses take them
+        # Of an outer type, so that nested stdlib dataclasses take them.
+        rules = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
         return TypeAdapter(dict[str, kind], config=rules).validate_python({"": plain})[""]  # type: ignore[valid-type]
     except ValidationError as error:
         first = error.errors()[0]
@@ -90,6 +89,13 @@ def valid_keys(kind: Any, prefix: str = "") -> list[str]:
     for name, hint in get_type_hints(kind).items() if is_dataclass(kind) else ():
         keys += [f"{prefix}{name}", *valid_keys(hint, f"{prefix}{name}.")]
     return keys
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in nested mappings; an empty mapping is a value."""
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        yield from leaves(value, f"{prefix}{key}.") if nested else [(prefix + key, value)]
 
 
 def unknown(key: str, valid: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_origin, get_type_hints
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter
 
 from launch.record import run_directory
-from launch.run.command_line import one_line, told, typed, unknown, valid_keys
+from launch.run.command_line import leaves, one_line, told, typed, unknown, valid_keys
 from perception.config import Config, RunConfig, TaskConfig
 from perception.errors import UserError
 
@@ -78,15 +78,10 @@ def changes(config: Config) -> list[str]:
     """A line for each setting in which a run that is resumed differs from what it was."""
     if config.run.resume is None:
         return []
-    before, now = (dict(leaves(one)) for one in (run_directory.settings(run_directory.find(config.run)), plain(config)))
+    saved = run_directory.settings(run_directory.find(config.run))
+    before, now = ({key: value for key, value in leaves(one) if value != {}} for one in (saved, plain(config)))
     keys = [key for key in before | now if before.get(key) != now.get(key)]
     return [f"changed: {key}={now.get(key)}, was {before.get(key)}" for key in keys]
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in nested mappings."""
-    for key, value in tree.items():
-        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
 
 
 def validate(tree: DictConfig) -> Config:

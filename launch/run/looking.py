@@ -9,20 +9,9 @@ from dataclasses import dataclass, replace
 import ray
 
 from launch.run.prompts import PromptMaker
-from perception.config import LookConfig, RolloutConfig
+from perception.config import Config, RolloutConfig
 from perception.images import content_key
-from perception.types import (
-    Feed,
-    Finding,
-    Group,
-    ImageHandle,
-    LookState,
-    Prompt,
-    SamplingSpec,
-    Span,
-    Trajectory,
-    Turn,
-)
+from perception.types import Feed, Finding, Group, ImageHandle, LookState, Prompt, SamplingSpec, Span, Trajectory, Turn
 from perception.views import picture_size
 from reward_workers.pool import RewardPool
 from rollout.look import look
@@ -51,22 +40,14 @@ def sampled(n: int, config: RolloutConfig) -> SamplingSpec:
 class Looking:
     """Makes scored groups of prompts: sampling, further looks, scoring."""
 
-    def __init__(
-        self,
-        engines: RolloutPool,
-        rewards: RewardPool,
-        prompts: PromptMaker,
-        config: LookConfig,
-        *,
-        at_once: int,
-        ahead: bool,
-    ) -> None:
-        """`at_once`: prompts sampled together; 0: as many as there are. `ahead`: rollouts of further steps fill the
-        engines, so that a group may wait for its first answers and ask for them in one request, which costs less; else
-        each is a request of its own, and is looked at again while its siblings are still sampled."""
-        self._engines, self._rewards, self._prompts, self._config = engines, rewards, prompts, config
-        self._ahead = ahead
-        self._gate = asyncio.Semaphore(at_once) if at_once else nullcontext()
+    def __init__(self, engines: RolloutPool, rewards: RewardPool, prompts: PromptMaker, config: Config) -> None:
+        self._engines, self._rewards, self._prompts, self._config = engines, rewards, prompts, config.look
+        self._ahead = config.pipeline.max_staleness > 0
+        """Rollouts of further steps fill the engines, so that a group may wait for its first answers and ask for them
+        in one request, which costs less; else each is a request of its own, and is looked at again while its siblings
+        are still sampled."""
+        self._gate = asyncio.Semaphore(1) if config.run.deterministic else nullcontext()
+        """Prompts are sampled one at a time, or as many as there are together."""
 
     async def rollout(self, prompt: Prompt, asked: Asked, want_masks: bool = False) -> Group:
         """The prompt's group, scored. `want_masks`: with predicted masks, for pictures."""

@@ -30,6 +30,7 @@ def check_nodes(nodes: Iterable[str], models: Mapping[str, str], run_dir: Path |
     look = ray.remote(num_cpus=0)(unseen)
     with NamedTemporaryFile(dir=run_dir.resolve(), prefix=".token-") if run_dir else nullcontext() as token:
         wanted = {**models, "run.output": token.name} if token else models
+        late = f"did not say within {limit_s:g} s (placement.start_timeout_s) whether it sees {', '.join(wanted)}"
         there = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes}
         asked = {node: look.options(scheduling_strategy=where).remote(wanted) for node, where in there.items()}
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=limit_s)  # all at once; then each has its say
@@ -37,9 +38,6 @@ def check_nodes(nodes: Iterable[str], models: Mapping[str, str], run_dir: Path |
             try:
                 missed = ray.get(answer, timeout=0)
             except GetTimeoutError as error:
-                late = (
-                    f"did not say within {limit_s:g} s (placement.start_timeout_s) whether it sees {', '.join(wanted)}"
-                )
                 raise UserError(f"node {names[node]} {late}") from error
             except RayError as error:
                 raise UserError(f"node {names[node]} cannot run this program: {one_line(error)}") from error

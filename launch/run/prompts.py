@@ -1,7 +1,6 @@
 """Prompts: from a sample to the tokens of the policy's input: template, chat format, answer frame."""
 
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +166,6 @@ class PromptMaker:
             return tall * wide // factor**2
         shown = {"text": [self.processor.image_token], "images": [Image.new("RGB", (width, height))]}
         return len(self.processor(**shown, add_special_tokens=False)["input_ids"][0])
-
-    def longest_image(self, sizes: Collection[tuple[int, int]]) -> int:
-        """Most tokens of any of these; where only the processor can tell, of 64 from the widest to the tallest."""
-        tried = sorted(sizes, key=lambda size: size[0] / size[1])
-        if not self.native:
-            tried = [max(sizes, key=math.prod), tried[-1], *tried[:: -(-len(tried) // 64)]]
-        return max(self.image_tokens(*size) for size in tried)
 
     def _resized(self, height: int, width: int) -> tuple[int, int, int]:
         """(height, width, side of one token's square)."""

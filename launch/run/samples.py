@@ -4,19 +4,18 @@ At the start: the first `CHECKED` records and the longest questions of every set
 included. Every other record is checked when it is drawn, in the same way.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
 
 from launch.run.agreement import check_agreement
+from launch.run.prompts import PromptMaker
 from perception.config import Config, DataConfig, TaskConfig
 from perception.datasets import Dataset, load
 from perception.errors import DataError, UserError
@@ -27,20 +26,15 @@ from perception.types import Sample, Truth
 from reward_workers.components import held_out_terms, needed_truth, needs
 from runtime.objects import fetch, handle
 
-if TYPE_CHECKING:
-    from launch.run.prompts import PromptMaker
-
 MAIN = ""
 """Name of the held-out set a run is judged by."""
 CHECKED = 256
 _DECODED = 32  # training images whose pixels are read, too: a broken copy usually breaks many
 
 
-def load_samples(
-    config: Config, say: Callable[[str], None] = print
-) -> tuple[Sequence[Sample], dict[str, list[Sample]]]:
+def load_samples(config: Config) -> tuple[Sequence[Sample], dict[str, list[Sample]]]:
     """Training samples (none without `data.train`), each checked again when it is drawn, and the first
-    `data.eval_samples` of every held-out set. Says what is left out.
+    `data.eval_samples` of every held-out set. Prints what is left out.
 
     Raises DataError for a record that cannot be used, and UserError where no record would do.
     """
@@ -65,7 +59,7 @@ def load_samples(
     for one in (*([] if train is None else [train]), *held_out.values()):
         if skipped := left_out(one):
             counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-            say(f"{one.path}: left out so far: {counts}; the first: {next(iter(one.bad.values()))}")
+            print(f"{one.path}: left out so far: {counts}; the first: {next(iter(one.bad.values()))}")
     return [] if train is None else train, chosen
 
 
@@ -85,8 +79,6 @@ def fingerprint(data: DataConfig, samples: Sequence[Sample]) -> dict[str, Any]:
 def make_prompts(config: Config) -> PromptMaker:
     """Raises UserError where the policy's files make no prompt or contradict something, or an engine is not given room
     for its images."""
-    from launch.run.prompts import PromptMaker  # imports transformers: seconds
-
     passes = config.look.max_passes if config.look.mode == "relook" else 1
     if config.rollout.max_images < passes:
         raise UserError(f"{config.rollout.max_images=} must be {passes}: one image a pass (look.max_passes)")

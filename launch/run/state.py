@@ -4,8 +4,6 @@ A checkpoint is a folder that appears whole: the learner's files (`learner/check
 says what it was made with; SHA256SUMS covers every file (`sha256sum -c SHA256SUMS`).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -14,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -61,7 +59,7 @@ class RunState:
     """The checkpoint that this run goes on from, or takes its weights from."""
 
     @classmethod
-    def start(cls, config: Config, samples: Sequence[Sample], say: Callable[[str], None] = print) -> RunState:
+    def start(cls, config: Config, samples: Sequence[Sample], say: Callable[[str], None] = print) -> Self:
         """A new run's, with the weights of `run.resume_weights` if it is set; or that of the newest whole checkpoint of
         `run.resume`. Says which checkpoints are broken. Raises UserError where there is none, or it does not fit."""
         run, data = config.run, fingerprint(config.data, samples)
@@ -174,8 +172,7 @@ def _read(folder: Path) -> dict[str, Any]:
         for checksum, name in sums:
             if sha256(folder / name) != checksum:
                 raise ValueError(f"{folder / name} is damaged, or its line in {SUMS} is")
-        saved: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return saved
+        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is broken: {error}") from error
 
@@ -190,6 +187,4 @@ def _read_ranks(folder: Path, run_dir: Path) -> RankStoreState:
         raise UserError(f"{run_dir} was trained without reward.rank=ecdf and cannot be continued with it")
     saved = json.loads((folder / RANKED).read_text())
     with np.load(folder / RANKS) as rows:
-        return RankStoreState(
-            names=tuple(saved["names"]), rows={name: rows[name] for name in rows.files}, steps=saved["steps"]
-        )
+        return RankStoreState(names=tuple(saved["names"]), rows=dict(rows), steps=saved["steps"])

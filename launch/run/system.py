@@ -67,10 +67,7 @@ class System:
         reward = replace(config.reward, mask_cache=0) if deterministic else config.reward
         self.engines = RolloutPool(self.policy, rollout, config.placement, seats["engine"], self.resync)
         self.rewards = RewardPool(reward, config.look, model, config.placement, seats["reward"])
-        ahead = config.pipeline.max_staleness > 0
-        self.looking = Looking(
-            self.engines, self.rewards, self._prompts, config.look, at_once=int(deterministic), ahead=ahead
-        )
+        self.looking = Looking(self.engines, self.rewards, self._prompts, config)
         self.learner = LearnerPool(
             self.policy,
             config.learner,

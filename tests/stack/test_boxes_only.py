@@ -12,10 +12,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from launch import world
 from perception.config import DataConfig
 from perception.datasets import load
 from runtime.cluster import ROOT
+from synthetic import world
 from tests.plugin_run import readme_plugin
 
 QUESTIONS, DAMAGED = 36, 35

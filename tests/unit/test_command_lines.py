@@ -20,10 +20,10 @@ from launch.run import checks, memory
 from launch.run.command_line import parse
 from launch.run.config import compose, plain
 from launch.run.memory import Machine
-from launch.sft import WarmStartSettings
-from launch.world import World
 from perception.config import Config
 from perception.errors import UserError
+from synthetic.sft import WarmStartSettings
+from synthetic.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [

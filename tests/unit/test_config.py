@@ -17,12 +17,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from docs import config_reference
-from launch.run.command_line import command, parse, valid_keys
-from launch.run.config import CONF, compose, defaults, entry, leaves
-from launch.world import World
+from launch.run.command_line import command, leaves, parse, valid_keys
+from launch.run.config import CONF, compose, defaults, entry
 from perception.config import Config, EcdfConfig, TaskConfig
 from perception.config.fields import Positive
 from perception.errors import UserError
+from synthetic.world import World
 
 GROUPS = ("model", "data", "task", "look", "reward", "algorithm", "placement")
 RECIPES = ("dr_seg", "dr_seg_3b", "dr_seg_3b_lora", "quickstart", "shape_3b")

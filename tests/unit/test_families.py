@@ -71,17 +71,6 @@ def test_image_tokens_by_hand(spec: PolicySpec, maker: PromptMaker) -> None:
         "internvl": {(112, 112): 2 + 4 * 5, (56, 168): 2 + 4 * 4},
     }[family(spec)]
     assert {size: maker.image_tokens(*size) for size in by_hand} == by_hand
-    assert maker.longest_image(list(by_hand)) == max(by_hand.values())
-
-
-def test_of_many_sizes_the_largest_and_the_extreme_ones_are_tried(
-    maker: PromptMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[tuple[int, int]] = []
-    monkeypatch.setattr(maker, "image_tokens", lambda *size: tried.append(size) or sum(size))
-    sizes = {(side, 1000 - side) for side in range(100, 900)} | {(1500, 1500)}
-    assert maker.longest_image(sizes) == 3000
-    assert {(100, 900), (899, 101), (1500, 1500)} <= set(tried) and len(tried) < 70
 
 
 def reference(spec: PolicySpec, trajectory: Trajectory) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 
 from launch.run import looking
 from launch.run.looking import Asked, Looking
-from perception.config import LookConfig, ModelConfig, PlacementConfig, RewardConfig
+from perception.config import LookConfig, ModelConfig, PipelineConfig, PlacementConfig, RewardConfig
 from perception.types import FailureKind, Feed, Finding, Group, LookState, Prompt, SamplingSpec, Trajectory, Turn, View
 from reward_workers.pool import RewardPool
 from runtime.actors import Call, Late, Limit
@@ -47,7 +47,8 @@ class Script:
         self.examined: list[list[int]] = []
         self.fed: list[Feed] = []
         script: Any = self
-        self.looking = Looking(script, script, script, LookConfig(mode="relook"), at_once=0, ahead=ahead)
+        config = builders.config(look=LookConfig(mode="relook"), pipeline=PipelineConfig(max_staleness=int(ahead)))
+        self.looking = Looking(script, script, script, config)
 
     def done(self, *names: str) -> None:
         for name in names:

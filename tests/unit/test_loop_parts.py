@@ -21,7 +21,6 @@ from launch.run.parity import parity_gate
 from launch.run.prompts import PromptMaker, prompt_seed, read_policy_spec
 from launch.run.step_metrics import step_metrics
 from launch.run.system import Sync
-from launch.world import records
 from learner.advantages import with_advantages
 from perception import masks
 from perception import metric_catalog as catalog
@@ -29,6 +28,7 @@ from perception.config import Config, ModelConfig, TaskConfig
 from perception.errors import UserError
 from perception.types import FailureKind, Group, ImageHandle, LearnerReport
 from synthetic.scenes import SceneStyle
+from synthetic.world import records
 from tests import builders
 from tests.builders import candidate, changed, group, lost, measured, sample, target, trajectory, turn, unparsed
 from tests.tiny_policy import build

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from launch import world
-from launch.run import prepare as preparing
 from perception.config import Config, DataConfig
 from perception.datasets import load
 from perception.errors import UserError
 from perception.files import replacing, write_text
+from synthetic import prepare as preparing
+from synthetic import world
 from tests import builders
 
 RUNS = 4

@@ -21,7 +21,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> None:
 
 
 def _world(data: DataConfig, side: int, say: Callable[[str], None]) -> None:
-    from launch import world
+    from synthetic import world
 
     out = Path(data.train).parent
     if (Path(data.train), Path(data.eval)) != (out / "train.json", out / "eval.json"):
