@@ -46,11 +46,7 @@ class LearnerPool:
         self._algorithm, self._limit = algorithm, Limit(config.timeout_s, "learner.timeout_s")
         settings = (policy, config, algorithm, placement, temperature, max_new_tokens, seed, deterministic)
         self.actors: ActorPool[LearnerRank] = ActorPool(
-            "learner rank",
-            LearnerRank,
-            lambda rank: (rank, len(seats), *settings),
-            seats,
-            start=self._limit,
+            "learner rank", LearnerRank, lambda rank: (rank, len(seats), *settings), seats, start=self._limit
         )
 
     async def start(self) -> float:

@@ -82,9 +82,8 @@ class LearnerRank:
         reference = self._load() if algorithm.kl_coef > 0 and not config.lora.rank else None
         self._stepper = Stepper(self._policy, reference, config, algorithm, self._max_new_tokens)
         self._matrix_rate = MatrixRate(self._device, getattr(torch, self._spec.dtype))
-        self._sender = WeightSender(
-            weights(self._policy.model), config, rank=self._rank, device=self._device, transport=self._transport
-        )
+        own, rank, device = weights(self._policy.model), self._rank, self._device
+        self._sender = WeightSender(own, config, rank=rank, device=device, transport=self._transport)
         return time.perf_counter() - began
 
     def _load(self) -> Policy:

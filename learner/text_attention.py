@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -31,15 +31,7 @@ Packed = BlockMask | tuple[PieceLengths, ...]
 
 
 def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    packed: Packed,
-    scaling: float,
-    **_: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, *, packed: Packed, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     """query (1, heads, T, dim), key and value (1, key heads, T, dim) -> ((1, T, heads, dim), None).
 
@@ -83,13 +75,8 @@ def block_mask(lengths: Sequence[PieceLengths], row: int, device: torch.device) 
     shared = own[prompts] * (prompts != np.arange(len(prompts)))[:, None]
     pairs = own.T @ shared + np.tril(own.T @ own, -1) + np.diag((own * (own + 1) / 2).sum(0))
     full = pairs == BLOCK**2
-    return BlockMask.from_kv_blocks(
-        *_blocks((pairs > 0) & ~full, device),
-        *_blocks(full, device),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=visible,
-        seq_lengths=(row, row),
-    )
+    blocks = *_blocks((pairs > 0) & ~full, device), *_blocks(full, device)
+    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(row, row))
 
 
 def _blocks(wanted: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -117,9 +104,7 @@ def _piece(query: Tensor, key: Tensor, value: Tensor, lengths: PieceLengths, sca
         return prompt
     width = max(present)
     q, tail_k, tail_v = (_stack(tails, present, width) for _, tails in own)
-    k, v = (
-        torch.cat([shared.expand(len(present), -1, -1, -1), tail], dim=2) for shared, tail in ((k, tail_k), (v, tail_v))
-    )
+    k, v = (torch.cat([one.expand(len(present), -1, -1, -1), tail], dim=2) for one, tail in ((k, tail_k), (v, tail_v)))
     out = scaled_dot_product_attention(q, k, v, attn_mask=_tail_mask(p, width), scale=scaling, enable_gqa=True)
     return torch.cat([prompt, *(tail[:, :length] for tail, length in zip(out, present, strict=True))], dim=1)
 

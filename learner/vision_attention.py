@@ -13,13 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
+from transformers import AttentionInterface, vision_utils
 
 NAME = "relook_flash_windows"
 
@@ -91,14 +85,17 @@ class GridArguments:
     def _one_image(self, *grid: int) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         """Tensors by argument; lengths in patches of what attends to itself, by `seqlen` or `window_seqlen`."""
         tower, one, merge = self._tower, torch.tensor([grid]), self._tower.spatial_merge_size
-        tensors = {"position_ids": get_vision_position_ids(one, merge)}
-        windows = {"seqlen": get_vision_cu_seqlens(one).diff().tolist()}
+        tensors = {"position_ids": vision_utils.get_vision_position_ids(one, merge)}
+        windows = {"seqlen": vision_utils.get_vision_cu_seqlens(one).diff().tolist()}
         if hasattr(tower, "window_size"):
-            tensors["window_index"], bounds = get_vision_window_index(one, merge, tower.window_size, tower.patch_size)
+            window, patch = tower.window_size, tower.patch_size
+            tensors["window_index"], bounds = vision_utils.get_vision_window_index(one, merge, window, patch)
             windows["window_seqlen"] = bounds.diff().tolist()
         if hasattr(tower, "num_grid_per_side"):
-            tensors["interp_indices"], tensors["interp_weights"] = get_vision_interpolation_indices_and_weights(
-                one, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners, merge
+            tensors["interp_indices"], tensors["interp_weights"] = (
+                vision_utils.get_vision_interpolation_indices_and_weights(
+                    one, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners, merge
+                )
             )
         return tensors, windows
 

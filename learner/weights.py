@@ -13,18 +13,7 @@ from torch import Tensor, nn
 from learner.zero import full_shape, gathered
 from perception.config import LearnerConfig
 from perception.weights import WeightBucket
-from runtime.weights import (
-    Broadcast,
-    checksum,
-    fill,
-    ipc_handle,
-    open_store,
-    plan_buckets,
-    plan_storages,
-    storage,
-    total,
-    view,
-)
+from runtime import weights as wire
 
 _BROADCASTS = ("nccl", "gloo")
 _BASE, _UP, _DOWN = ".base_layer.", ".lora_B.", ".lora_A."
@@ -104,7 +93,7 @@ class WeightSender:
         """By address."""
         self._buffers: dict[int, Tensor] = {}
         self._sending: dict[int, Callable[[], None]] = {}
-        self._broadcast: Broadcast | None = None
+        self._broadcast: wire.Broadcast | None = None
         self._receivers: tuple[str, ...] = ()
 
     def open(self, receivers: tuple[str, ...]) -> int:
@@ -118,9 +107,9 @@ class WeightSender:
                 self._broadcast.close()
             # Half of what the pool waits: the error of a broadcast that hangs says more, and comes first.
             host, world, limit = ray.util.get_node_ip_address(), len(receivers) + 1, self._config.timeout_s / 2
-            store = open_store(host, world, limit)
+            store = wire.open_store(host, world, limit)
             device = self._device if self._transport == "nccl" else None
-            self._broadcast = Broadcast(lambda: store, 0, world, limit, device)
+            self._broadcast = wire.Broadcast(lambda: store, 0, world, limit, device)
             self._receivers, self._address = receivers, (host, store.port, world)
         return len(self._plans)
 
@@ -136,12 +125,13 @@ class WeightSender:
         with self._values(plan, self._gives) as values:
             if not self._gives:
                 return None
-            flat = storage(values[plan.slots[0].name]) if self._in_place else fill(plan, values, self._buffer(index))
+            first = values[plan.slots[0].name]
+            flat = wire.storage(first) if self._in_place else wire.fill(plan, values, self._buffer(index))
         plan = replace(plan, payload=self._send(index, flat))
         if not self._config.checksum or self._rank > 0:
             return plan
-        sums.append(checksum((slot.name, view(flat, slot)) for slot in plan.slots))
-        return replace(plan, checksum=total(sums))
+        sums.append(wire.checksum((slot.name, wire.view(flat, slot)) for slot in plan.slots))
+        return replace(plan, checksum=wire.total(sums))
 
     def flush(self) -> None:
         """Wait until every bucket that is broadcast has left. Rank 0."""
@@ -176,9 +166,9 @@ class WeightSender:
     def _plan(self, *, trained: bool) -> list[WeightBucket]:
         chosen = {name: weight.base for name, weight in self._weights.items() if weight.trained is trained}
         if self._in_place:
-            return plan_storages(chosen)
+            return wire.plan_storages(chosen)
         shapes = {name: (full_shape(base), base.dtype) for name, base in chosen.items()}
-        return plan_buckets(shapes, self._config.bucket_mb << 20, self._transport)
+        return wire.plan_buckets(shapes, self._config.bucket_mb << 20, self._transport)
 
     @contextmanager
     def _values(self, plan: WeightBucket, wanted: bool) -> Iterator[dict[str, Tensor]]:
@@ -193,8 +183,8 @@ class WeightSender:
         sums = []
         for plan in self._plan(trained=False):
             with self._values(plan, self._rank == 0) as values:
-                sums.append(checksum(values.items()))
-        return total(sums)
+                sums.append(wire.checksum(values.items()))
+        return wire.total(sums)
 
     def _buffer(self, index: int) -> Tensor:
         place = index if self._transport == "ipc" else index % 2
@@ -212,7 +202,7 @@ class WeightSender:
         if self._transport == "ipc":
             place = flat.data_ptr()
             if not self._in_place or place not in self._handles:  # torch keeps an event for each one ever made
-                self._handles[place] = ipc_handle(flat)
+                self._handles[place] = wire.ipc_handle(flat)
             return self._handles[place]
         if self._broadcast is None:
             return ray.put(flat.cpu().numpy())

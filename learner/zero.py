@@ -33,14 +33,10 @@ class Zero:
         self._config = config
         self._total_steps = total_steps
         self._away: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in module.parameters() if parameter.requires_grad],
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=device.type == "cuda" or config.offload_optimizer,
-        )
-        self._deepspeed = _engine(module, config, dtype, optimizer)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        fused, decay = device.type == "cuda" or config.offload_optimizer, config.weight_decay
+        adam = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=decay, fused=fused)
+        self._deepspeed = _engine(module, config, dtype, adam)
 
     def forward(self, batch: Any) -> Any:
         return self._deepspeed(batch)

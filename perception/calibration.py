@@ -69,10 +69,9 @@ class Calibrator:
 
     def __init__(self, config: LookConfig) -> None:
         self._config = config
-        width = len(FEATURES)
         self.state = LookState(weights=(), threshold=1.0, explore=config.explore)
-        self._judged = np.zeros((0, width + 1))
-        self._decisions = np.zeros((0, width + 2))
+        self._judged = np.zeros((0, len(FEATURES) + 1))
+        self._decisions = np.zeros((0, len(FEATURES) + 2))
 
     @property
     def fitted(self) -> bool:
@@ -98,8 +97,7 @@ class Calibrator:
 
     def restore(self, saved: CalibratorState) -> None:
         """Raises ValueError where the checkpoint knows other features."""
-        width = len(FEATURES)
-        if (saved.judged.shape[1], saved.decisions.shape[1]) != (width + 1, width + 2):
+        if (saved.judged.shape[1], saved.decisions.shape[1]) != (len(FEATURES) + 1, len(FEATURES) + 2):
             raise ValueError(f"the checkpoint's calibration has other features than {', '.join(FEATURES)}")
         self.state, self._judged, self._decisions = saved.look, saved.judged, saved.decisions
 

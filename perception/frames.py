@@ -75,11 +75,11 @@ def _mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
 
     def mapped(item: AnswerObject) -> AnswerObject:
         box, point = item.box, item.point
-        return replace(
-            item,
-            box=(box[0] * x + right, box[1] * y + down, box[2] * x + right, box[3] * y + down) if box else None,
-            point=(point[0] * x + right, point[1] * y + down) if point else None,
-        )
+        if box:
+            box = (box[0] * x + right, box[1] * y + down, box[2] * x + right, box[3] * y + down)
+        if point:
+            point = (point[0] * x + right, point[1] * y + down)
+        return replace(item, box=box, point=point)
 
     return replace(answer, objects=tuple(map(mapped, answer.objects)))
 

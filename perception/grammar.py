@@ -12,9 +12,7 @@ LONGEST = 1_000_000
 """Characters. A longer answer is not read, nor are sentences beyond: each would become some 30 times its size in Python
 objects. The published limit of 3,000 tokens is below a fiftieth of it."""
 _HALF = re.compile("[\ud800-\udfff]")
-_ESCAPE = re.compile(
-    r"(\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|\\[^u])|\\u[dD][89a-fA-F][\da-fA-F]{2}"
-)
+_ESCAPE = re.compile(r"(\\u(?i:d[89ab][\da-f]{2})\\u(?i:d[c-f][\da-f]{2})|\\[^u])|\\u(?i:d[89a-f][\da-f]{2})")
 """A whole surrogate pair or any other escape (group 1), or half a pair."""
 _LARGEST = 1e6  # a coordinate beyond this is no place in any image
 

@@ -89,15 +89,8 @@ def match(answered: Objects, true: Objects, cost: Cost, pixel: float = 0.0) -> M
     else:
         total = (1 - iou) + np.minimum(1, l1 / METRIC.width) + np.minimum(1, distance / _DIAGONAL)
     rows, columns = linear_sum_assignment(total)
-    return Matched(
-        answered=len(answered),
-        true=len(true),
-        rows=rows,
-        columns=columns,
-        iou=iou[rows, columns],
-        distance=distance[rows, columns],
-        hits=hits[rows, columns],
-    )
+    pairs = {"iou": iou[rows, columns], "distance": distance[rows, columns], "hits": hits[rows, columns]}
+    return Matched(answered=len(answered), true=len(true), rows=rows, columns=columns, **pairs)
 
 
 def pairwise_iou(a: np.ndarray, b: np.ndarray, pixel: float = 0.0) -> np.ndarray:

@@ -39,7 +39,7 @@ def _chart(title: str, unit: str = "", smooth: bool = False, stacked: bool = Fal
 
 
 def _metric(name: str, label: str, chart: str = "", unit: str = "", *, progress: str = "", **look: bool) -> str:
-    """`unit` and the chart's `look` (smooth, stacked) stand with the first metric of a chart."""
+    """`unit` and the chart's `look` (smooth, stacked) stand with the first metric of a chart, or with the chart."""
     LABELS[name] = label
     if chart:
         DRAWN[name] = _chart(chart, unit, **look)
@@ -55,9 +55,8 @@ GIOU = _metric("perception/giou", "gIoU", "Training gIoU", "mean IoU", smooth=Tr
 COMPONENTS = _chart("Reward components", "mean raw value")
 PARSE_OK = _metric("reward/parse_ok", "answers that parse", progress="parsed {:.1%}")
 # Look-to-Confirm (look=relook): over the trajectories of a step
-RELOOK_RATE = _metric(
-    "look/relook_rate", "looked at again", "Re-look rate", "share of answers", progress="looked again {:.1%}"
-)
+_chart("Re-look rate", "share of answers")
+RELOOK_RATE = _metric("look/relook_rate", "looked at again", "Re-look rate", progress="looked again {:.1%}")
 RELOOK_CHANGED = _metric("look/changed", "of these, changed", "Re-look rate")  # the kept answer is not the first one
 LOOK_PASSES = _metric("look/passes", "passes per trajectory")
 # Answers whose confidence lies below the threshold are looked at again
@@ -66,9 +65,8 @@ CONFIDENCE = _metric("look/confidence", "kept answers, mean", "Threshold and con
 # Kept answer less the first one, over those looked at again
 RELOOK_GAIN = _metric("look/gain", "gain", "Gain of a second look", "mask IoU, mean", smooth=True)
 # In ten bins, before this step is learned from
-CALIBRATION_ERROR = _metric(
-    "look/calibration_error", "error", "Calibration error", "|expected − true mask IoU|", smooth=True
-)
+_chart("Calibration error", "|expected − true mask IoU|", smooth=True)
+CALIBRATION_ERROR = _metric("look/calibration_error", "error", "Calibration error")
 PREFIX_HITS = _metric("look/prefix_hits", "prefix cache hits")  # share of a second pass's prefix that was cached
 # Time: seconds of one step by stage, as far as the step waited for it; they add up to the step
 SECONDS_GENERATE = _metric("time/generate", "generate", "Time of a step", "seconds", stacked=True)
@@ -76,9 +74,8 @@ SECONDS_SCORE = _metric("time/score", "score", "Time of a step")
 SECONDS_LEARN = _metric("time/learn", "learn", "Time of a step")
 SECONDS_SYNC = _metric("time/sync", "sync", "Time of a step")
 SECONDS_CONTROLLER = _metric("time/controller", "controller", "Time of a step")  # the rest
-TOKENS_PER_S = _metric(
-    "throughput/tokens_per_s", "tokens / s", "Throughput", "sampled tokens / s", smooth=True, progress="{:,.0f} tok/s"
-)
+_chart("Throughput", "sampled tokens / s", smooth=True)
+TOKENS_PER_S = _metric("throughput/tokens_per_s", "tokens / s", "Throughput", progress="{:,.0f} tok/s")
 SECONDS_STEP = _metric("time/step", "step", progress="{:.1f} s/step")
 SAMPLES_PER_S = _metric("throughput/samples_per_s", "trajectories / s")
 SAM_CACHE_HITS = _metric("throughput/sam_cache_hits", "SAM2 cache hits")  # share of groups
@@ -91,9 +88,8 @@ ENTROPY = _metric("policy/entropy", "entropy", "Entropy", "nats per token", smoo
 RATIO = _metric("policy/ratio", "ratio", "Importance ratio", "learner / engine")  # mean, before truncation and clipping
 IMPORTANCE = _metric("policy/importance", "truncated weight", "Importance ratio")
 IMPORTANCE_CAPPED = _metric("policy/importance_capped", "tokens cut at importance_cap")
-LOGPROB_MISMATCH = _metric(
-    "policy/logprob_mismatch", "mismatch", "Engine against learner", "mean |log-prob difference|"
-)
+_chart("Engine against learner", "mean |log-prob difference|")
+LOGPROB_MISMATCH = _metric("policy/logprob_mismatch", "mismatch", "Engine against learner")
 LOGPROB_MISMATCH_MAX = _metric("policy/logprob_mismatch_max", "largest mismatch")
 CLIP_LOW = _metric("policy/clip_low", "below the range", "Clipped tokens", "share")
 CLIP_HIGH = _metric("policy/clip_high", "above the range", "Clipped tokens")

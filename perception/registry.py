@@ -113,17 +113,18 @@ def _imported(name: str, where: str) -> None:
         raise UserError(f"{where}: cannot be imported ({type(error).__name__}: {error})") from error
 
 
+def keyword_only(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Its keyword-only parameters by name: what a user may set."""
+    every = inspect.signature(function).parameters
+    return {name: one for name, one in every.items() if one.kind is one.KEYWORD_ONLY}
+
+
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The given keyword arguments, converted to the annotated types of the function's keyword-only parameters.
 
     Raises UserError, beginning with `where`, for an unknown, missing or ill-typed one.
     """
-    wanted = {
-        name: parameter
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    hints = get_type_hints(function)
+    wanted, hints = keyword_only(function), get_type_hints(function)
     arguments: dict[str, Any] = {}
     for name, value in given.items():
         if name not in wanted:

@@ -29,9 +29,8 @@ def open_table(path: str, split: str = "") -> Any:
         found = _load(datasets, Path(path), split)
     except Exception as error:  # datasets raises its own errors, pyarrow's and the hub's
         why = " ".join(str(error).split())
-        raise DataError(
-            f"{path}: cannot be opened as a table ({why}); give a parquet file, a folder saved by datasets, or a hub id"
-        ) from error
+        cure = "give a parquet file, a folder saved by datasets, or a hub id"
+        raise DataError(f"{path}: cannot be opened as a table ({why}); {cure}") from error
     if isinstance(found, dict):
         if split not in found and len(found) > 1:
             raise DataError(f"{path}: no split {split!r}; set data.options.split to one of {', '.join(found)}")

@@ -17,9 +17,7 @@ def make_store(config: RewardConfig) -> RankStore | None:
     return RankStore(ranked, config.ecdf) if config.rank == "ecdf" and ranked else None
 
 
-def rewarded(
-    groups: Sequence[Group], config: RewardConfig, store: RankStore | None, kl_coef: float = 0.0
-) -> list[Group]:
+def rewarded(groups: list[Group], config: RewardConfig, store: RankStore | None, kl_coef: float = 0.0) -> list[Group]:
     """The groups with a reward on every scored trajectory: weighted components, plus what `rank` makes of the ranked
     ones, less `kl_coef` * its KL where that was measured.
 

@@ -47,12 +47,8 @@ def group_ranks(group: Group, config: GroupRankConfig, failed: bool) -> tuple[fl
     Raises ValueError naming the sample where masks were not compared.
     """
     name = group.prompt.sample.id
-    values = [
-        [_value(candidate, config, name) for candidate in one.score.candidates]
-        if one.score is not None and (failed or one.failure is None)
-        else []
-        for one in group.trajectories
-    ]
+    scores = (one.score if failed or one.failure is None else None for one in group.trajectories)
+    values = [[_value(one, config, name) for one in (score.candidates if score else ())] for score in scores]
     return soft_ranks(values, config.temperature)
 
 
@@ -64,10 +60,8 @@ def average_precision(iou: float) -> float:
 def _value(candidate: Candidate, config: GroupRankConfig, name: str) -> float:
     metric = candidate.mask_dice if config.by == "dice" else candidate.mask_iou
     if metric is None:
-        raise ValueError(
-            f"sample '{name}': its masks were not compared, so reward.rank=group has nothing to rank; "
-            "score it with mask_iou, or choose another reward.rank"
-        )
+        why = "its masks were not compared, so reward.rank=group has nothing to rank"
+        raise ValueError(f"sample '{name}': {why}; score it with mask_iou, or choose another reward.rank")
     if candidate.answer.failure is not None:
         return 0.0
     return average_precision(metric) if config.by == "ap" else metric

@@ -10,7 +10,8 @@ from torch import Tensor
 from perception.types import MaskPrompt
 from reward_workers.segmenter import Segmentation
 
-Decode = Callable[[Sequence[MaskPrompt], np.ndarray, int], Segmentation]
+Prompts = Sequence[MaskPrompt]
+Decode = Callable[[Prompts, np.ndarray, int], Segmentation]
 """(prompts, owners (N,), answers) -> the answers' masks, as `Segmenter.segment` makes them of one image."""
 
 
@@ -24,13 +25,7 @@ class MaskCache:
         return len(self._kept)
 
     def segment(
-        self,
-        image: str,
-        prompts: Sequence[MaskPrompt],
-        owners: np.ndarray,
-        answers: int,
-        decode: Decode,
-        last: bool = False,
+        self, image: str, prompts: Prompts, owners: np.ndarray, answers: int, decode: Decode, last: bool = False
     ) -> Segmentation:
         """As `decode(prompts, owners, answers)`; each distinct answer that is not kept is decoded, once. They are kept
         from then on, or `last`: forgotten."""

@@ -36,11 +36,8 @@ def read_passes(trajectory: Trajectory, prompt: Prompt) -> tuple[Pass, ...]:
         return ()
     if not trajectory.turns:
         return (Pass(Answer(objects=(), failure=trajectory.failure), None, 0),)
-    task = TASKS[prompt.task]
-    return tuple(
-        Pass(view_to_image(task.parse(turn.text), view_of(turn, prompt)), turn, place)
-        for place, turn in enumerate(trajectory.turns)
-    )
+    task, turns = TASKS[prompt.task], enumerate(trajectory.turns)
+    return tuple(Pass(view_to_image(task.parse(turn.text), view_of(turn, prompt)), turn, i) for i, turn in turns)
 
 
 def view_of(turn: Turn | None, prompt: Prompt) -> View:

@@ -28,23 +28,15 @@ class RewardPool:
     """Lives in one asyncio loop. `await start()` first, `await shutdown()` at the end."""
 
     def __init__(
-        self,
-        config: RewardConfig,
-        look: LookConfig,
-        model: ModelConfig,
-        placement: PlacementConfig,
-        seats: Sequence[Seat],
+        self, config: RewardConfig, look: LookConfig, model: ModelConfig, placement: PlacementConfig, seats: list[Seat]
     ) -> None:
         """One worker per seat."""
         self._limit = Limit(config.timeout_s, "reward.timeout_s")
         self._scoring = asyncio.Semaphore(_SCORES_AT_ONCE * len(seats))
+        settings = (config, look, model, placement.device, placement.threads, placement.reward_gpus)
+        start = Limit(placement.start_timeout_s, "placement.start_timeout_s")
         self.actors: ActorPool[RewardWorker] = ActorPool(
-            "reward worker",
-            RewardWorker,
-            lambda number: (config, look, model, placement.device, placement.threads, placement.reward_gpus),
-            seats,
-            start=Limit(placement.start_timeout_s, "placement.start_timeout_s"),
-            restarts=MAX_RESTARTS,
+            "reward worker", RewardWorker, lambda _: settings, seats, start=start, restarts=MAX_RESTARTS
         )
 
     async def start(self) -> float:

@@ -93,11 +93,9 @@ class RankStore:
         """Everything a checkpoint needs. Raises RuntimeError in the middle of a step."""
         if self._pending:
             raise RuntimeError("the rank store holds an unfinished step: flush it before a checkpoint")
-        return RankStoreState(
-            names=self.names,
-            rows={name: queue.rows.astype(np.float64) for name, queue in self._queues.items()},
-            steps={name: queue.steps for name, queue in self._queues.items()},
-        )
+        rows = {name: queue.rows.astype(np.float64) for name, queue in self._queues.items()}
+        steps = {name: queue.steps for name, queue in self._queues.items()}
+        return RankStoreState(names=self.names, rows=rows, steps=steps)
 
     def restore(self, state: RankStoreState) -> None:
         """Continue from a checkpoint. Raises ValueError if it ranked other components."""

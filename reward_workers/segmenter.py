@@ -159,9 +159,8 @@ class Segmenter:
     def encode(self, images: Sequence[np.ndarray]) -> list[Embedding]:
         """Encode RGB uint8 (H, W, 3) images of any sizes in one call."""
         maps = self.features(self.pixels(images))
-        return [
-            Embedding(tuple(level[i : i + 1] for level in maps), *image.shape[:2]) for i, image in enumerate(images)
-        ]
+        sizes = [image.shape[:2] for image in images]
+        return [Embedding(tuple(level[i : i + 1] for level in maps), *size) for i, size in enumerate(sizes)]
 
     def embed(self, key: str, image: Callable[[], np.ndarray]) -> tuple[Embedding, bool]:
         """The embedding under this content key, and whether it was there already. `image` is called only when not."""
@@ -194,21 +193,16 @@ class Segmenter:
         return logits, iou
 
     def segment(
-        self,
-        embedding: Embedding,
-        prompts: Sequence[MaskPrompt],
-        owners: np.ndarray,
-        answers: int,
-        multimask: bool = False,
+        self, image: Embedding, prompts: Sequence[MaskPrompt], owners: np.ndarray, answers: int, multimask: bool = False
     ) -> Segmentation:
         """Masks of `answers` answers about one image. Prompts as in `decode`, owners (N,) their answers."""
-        logits, iou = self.decode(embedding, prompts, multimask)
+        logits, iou = self.decode(image, prompts, multimask)
         boxes = np.array([prompt.box or (np.nan,) * 4 for prompt in prompts], np.float64).reshape(-1, 4)
-        measured = torch.stack([iou, _stability(logits), _agreement(logits, boxes, embedding)], 1).cpu().numpy()
+        measured = torch.stack([iou, _stability(logits), _agreement(logits, boxes, image)], 1).cpu().numpy()
         features = np.zeros((answers, 3))
         np.add.at(features, owners, measured)
         features /= np.maximum(np.bincount(owners, minlength=answers), 1)[:, None]
-        return Segmentation(self._unions(logits, owners, answers, embedding), features)
+        return Segmentation(self._unions(logits, owners, answers, image), features)
 
     @torch.no_grad()
     def _unions(self, logits: Tensor, owners: np.ndarray, answers: int, embedding: Embedding) -> Tensor:
@@ -309,14 +303,10 @@ def _hydra_untouched() -> Iterator[None]:
 
 
 def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield node["_target_"]
-        for value in node.values():
-            yield from _targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _targets(value)
+    if isinstance(node, dict) and "_target_" in node:
+        yield node["_target_"]
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _targets(value)
 
 
 def model_files(folder: Path) -> tuple[Traversable, Path]:

@@ -30,16 +30,10 @@ class RewardWorker:
     """SAM2 (and torch) is loaded only where a component or a caller asks for masks."""
 
     def __init__(
-        self,
-        config: RewardConfig,
-        look: LookConfig,
-        model: ModelConfig,
-        device: str,
-        threads: int,
-        gpu_share: float = 1.0,
+        self, config: RewardConfig, look: LookConfig, model: ModelConfig, device: str, threads: int, share: float = 1.0
     ) -> None:
-        """`threads`: intra-op threads of torch, 0 for its own default. `gpu_share`: of the GPU's memory, its limit."""
-        self._gpu_share = gpu_share
+        """`threads`: intra-op threads of torch, 0 for its own default. `share`: of the GPU's memory, its limit."""
+        self._gpu_share = share
         self._config, self._look, self._model, self._device, self._threads = config, look, model, device, threads
         self._images = ImageCache(fetch)
         self._loaded: Segmenter | None = None

@@ -23,21 +23,10 @@ from perception.families import engine_name
 from perception.frames import PIXEL_LIMITS
 from perception.grammar import clean
 from perception.images import ImageCache
-from perception.types import (
-    BANNED_LOGIT,
-    Failure,
-    FailureKind,
-    Feed,
-    Group,
-    ImageHandle,
-    PolicySpec,
-    Prompt,
-    SamplingSpec,
-    Trajectory,
-    Turn,
-)
+from perception.types import BANNED_LOGIT, Feed, Group, ImageHandle, PolicySpec, Prompt, SamplingSpec, Trajectory, Turn
 from perception.weights import EngineInfo, UpdateReport, WeightBucket
 from rollout.death import DeathWatch, EngineDead
+from rollout.failures import failed_group, failed_trajectory, failure_of
 from rollout.update import WeightUpdates
 from runtime.objects import fetch
 
@@ -140,9 +129,7 @@ def sampling_params(policy: PolicySpec, sampling: SamplingSpec, seed: int) -> Sa
 class RolloutEngine:
     """Call `start` first. All methods may run concurrently, except that updates must not overlap one another."""
 
-    def __init__(
-        self, policy: PolicySpec, config: RolloutConfig, device: str, threads: int, sleeps: bool = False
-    ) -> None:
+    def __init__(self, policy: PolicySpec, config: RolloutConfig, device: str, threads: int, sleeps: bool = False):
         self._created = time.monotonic()
         self._policy = policy
         self._config, self._sleeps = config, sleeps
@@ -273,7 +260,7 @@ class RolloutEngine:
             view=feed.view,
             prompt_tokens=len(request.prompt_token_ids or ()),
         )
-        return Trajectory(index=index, turns=(turn,) if ids else (), failure=_failure(turn))
+        return Trajectory(index=index, turns=(turn,) if ids else (), failure=failure_of(turn))
 
 
 def answer_text(policy: PolicySpec, tokenizer: Any, ids: Sequence[int]) -> str:
@@ -281,23 +268,3 @@ def answer_text(policy: PolicySpec, tokenizer: Any, ids: Sequence[int]) -> str:
     tokens, too."""
     silent = {*policy.eos_token_ids, tokenizer.pad_token_id}
     return policy.opened + str(tokenizer.decode([token for token in ids if token not in silent]))
-
-
-def failed_group(prompt: Prompt, n: int, detail: str) -> Group:
-    """A group of n trajectories that failed as `detail` says."""
-    return Group(prompt=prompt, trajectories=tuple(failed_trajectory(prompt, index, detail) for index in range(n)))
-
-
-def failed_trajectory(prompt: Prompt, index: int, detail: str) -> Trajectory:
-    failure = Failure(kind=FailureKind.ENGINE, detail=f"sample {prompt.sample.id}: {detail}")
-    return Trajectory(index=index, turns=(), failure=failure)
-
-
-def _failure(turn: Turn) -> Failure | None:
-    if turn.finish_reason not in ("stop", "length"):
-        return Failure(kind=FailureKind.ENGINE, detail=f"vLLM ended the sample with {turn.finish_reason!r}")
-    if not turn.token_ids:
-        return Failure(kind=FailureKind.EMPTY, detail="vLLM returned no token")
-    if turn.finish_reason == "length":
-        return Failure(kind=FailureKind.TRUNCATED, detail=f"no end of answer within {len(turn.token_ids)} tokens")
-    return None

@@ -12,7 +12,8 @@ from perception.errors import ActorError
 from perception.types import Feed, Group, PolicySpec, Prompt, SamplingSpec, Trajectory, Turn
 from perception.weights import EngineInfo, UpdateReport, WeightBucket
 from rollout.defaults import by_placement
-from rollout.engine import EngineDead, EnginePart, RolloutEngine, failed_group, failed_trajectory
+from rollout.engine import EngineDead, EnginePart, RolloutEngine
+from rollout.failures import failed_group, failed_trajectory
 from runtime.actors import ActorPool, Call, Late, Limit, Slot, call, idlest
 from runtime.placement import Seat
 from runtime.weights import total
@@ -120,10 +121,8 @@ class RolloutPool:
         reports = await self.actors.each(calls, self._patient, self._updating, "taking new weights")
         for slot, report in zip(self._updating, reports, strict=True):
             if sums and report.checksum != total(sums):
-                raise ActorError(
-                    f"rollout engine {slot.number} does not hold the learner's weights after the sync of version "
-                    f"{version}: its checksum is {report.checksum:016x}, not {total(sums):016x}"
-                )
+                stale = f"rollout engine {slot.number} does not hold the learner's weights after the sync of version"
+                raise ActorError(f"{stale} {version}: its checksum is {report.checksum:016x}, not {total(sums):016x}")
         self._version = version
         await self._wake("kv_cache")
         return reports

@@ -71,11 +71,8 @@ class WeightUpdates:
         earlier = self._switches.pop((request, completion.index), ())
         switches = (*earlier, (self._version, len(completion.token_ids)))
         starts = [0, *(end for _, end in switches)]
-        return tuple(
-            VersionSpan(version=version, start=start, end=end)
-            for start, (version, end) in zip(starts, switches, strict=False)
-            if end > start
-        )
+        parts = zip(starts, switches, strict=False)
+        return tuple(VersionSpan(version=one, start=start, end=end) for start, (one, end) in parts if end > start)
 
     async def _end(self, version: int, checksum: bool) -> UpdateReport:
         staging, nbytes = self._staging or time.monotonic(), self._nbytes
@@ -88,13 +85,9 @@ class WeightUpdates:
         await self._step("loading the staged buckets", load)
         await self._step("resuming", self._engine.resume_generation())
         resumed = time.monotonic()
-        return UpdateReport(
-            version=version,
-            transfer_seconds=began - staging,
-            pause_seconds=resumed - began,
-            nbytes=nbytes,
-            checksum=total(await self._rpc("summing up its weights", "sum_weights")) if checksum else None,
-        )
+        seconds = {"transfer_seconds": began - staging, "pause_seconds": resumed - began}
+        summed = total(await self._rpc("summing up its weights", "sum_weights")) if checksum else None
+        return UpdateReport(version=version, nbytes=nbytes, checksum=summed, **seconds)
 
     async def _pause(self) -> Any:
         """Every cache of the old weights is dropped: prefixes, images, their features."""

@@ -125,11 +125,8 @@ def local_gpus() -> int:
 
 def _worker_env(placement: PlacementConfig, plugins: Sequence[Path]) -> dict[str, str]:
     """Environment of every worker process. What the job was submitted with stays: Ray refuses to merge a clash."""
-    env = {
-        PLUGINS: os.environ[PLUGINS],
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    env = {PLUGINS: os.environ[PLUGINS], "TOKENIZERS_PARALLELISM": "false"}
+    env["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
     if placement.threads:
         env["OMP_NUM_THREADS"] = str(placement.threads)
     if placement.device == "cpu":

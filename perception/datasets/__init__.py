@@ -11,7 +11,6 @@ bad record is one bad record. The keyword-only parameters are `data.options`, ch
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -22,7 +21,7 @@ from perception.datasets.objects import target as objects_target
 from perception.datasets.records import Record
 from perception.errors import DataError, SkippedRecordError
 from perception.grammar import MAX_OBJECTS, clean
-from perception.registry import Registry, check_arguments, import_all
+from perception.registry import Registry, check_arguments, import_all, keyword_only
 from perception.types import Sample
 
 READERS: Registry[Callable[..., Iterable[Record]]] = Registry("data format")
@@ -40,7 +39,7 @@ def _options(config: DataConfig, held_out: bool) -> dict[str, Any]:
     """Every option of the reader as it is used, defaults included. Raises UserError for an unknown one."""
     read = READERS[config.format]
     changed = config.eval_options if held_out else {}
-    defaults = {one.name: one.default for one in signature(read).parameters.values() if one.kind is one.KEYWORD_ONLY}
+    defaults = {name: one.default for name, one in keyword_only(read).items()}
     where = "data.eval_options" if changed else "data.options"
     return defaults | check_arguments(read, config.options | changed, where)
 
@@ -120,15 +119,9 @@ class Dataset(Sequence[Sample]):
             why = "its EXIF orientation was ignored" if record.size == (width, height) else "one of them was resized"
             raise DataError(f"{where}: {source} is {width}x{height} but the annotations say {stated}: {why}", "size")
         truth = record.truth
-        sample = Sample(
-            id=clean(record.id),
-            image=source,
-            height=height,
-            width=width,
-            question=clean(record.question),
-            task=record.task,
-            target=truth(height, width, where) if callable(truth) else objects_target(truth, height, width, where),
-        )
+        target = truth(height, width, where) if callable(truth) else objects_target(truth, height, width, where)
+        asked = {"id": clean(record.id), "question": clean(record.question), "task": record.task}
+        sample = Sample(image=source, height=height, width=width, target=target, **asked)
         try:
             if (count := sample.target.count) > MAX_OBJECTS:
                 raise DataError(f"{count} objects, more than the {MAX_OBJECTS} of an answer; ask for fewer", "truth")

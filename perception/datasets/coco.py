@@ -126,15 +126,14 @@ def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], pat
         place = f"expression {number} of the list"
         try:
             one = given if isinstance(given, Expression) else parse(Expression, given, place)
+            where = f"expression {one.id}"
             if one.image_id not in images:
-                where = f"expression {one.id}"
                 raise DataError(f"{where}: no image has id {one.image_id}; add it or mend image_id")
             shared = described(one.image_id)
         except DataError as error:
             yield broken(place, DataError(f"{path}: {error}"))
             continue
         truth = partial(_expression_truth, one, annotations, names)
-        where = f"expression {one.id}"
         yield Record(id=str(one.id), question=one.question, task=one.task, truth=truth, place=where, **shared)
 
 
@@ -256,10 +255,6 @@ def write(path: Path, records: Iterable[Scene]) -> int:
 def _annotation(item: TrueObject) -> dict:
     assert item.mask is not None and item.box is not None and item.point is not None, "a record's objects are whole"
     x1, y1, x2, y2 = map(float, item.box)
-    return {
-        "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "area": masks.area(item.mask),
-        "iscrowd": 0,
-        "segmentation": {"size": [item.mask.height, item.mask.width], "counts": item.mask.counts.decode("ascii")},
-        "point": [float(value) for value in item.point],
-    }
+    box, point = [x1, y1, x2 - x1, y2 - y1], [float(value) for value in item.point]
+    rle = {"size": [item.mask.height, item.mask.width], "counts": item.mask.counts.decode("ascii")}
+    return {"bbox": box, "area": masks.area(item.mask), "iscrowd": 0, "segmentation": rle, "point": point}

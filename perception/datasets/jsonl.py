@@ -50,23 +50,18 @@ def read(path: Path) -> Iterator[Record]:
     for number, text in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not text.strip():
             continue
-        where = f"{path}: line {number}"
+        key, where = f"{path.stem}:{number}", f"{path}: line {number}"
         try:
             line, keys = parse(Line, text, where), parse(dict[str, msgspec.Raw], text, where)
-            for key in keys:
-                if (meant := _meant(key)) and meant not in keys:
-                    raise DataError(f"{where}: unknown key {key!r}; did you mean {meant!r}?")
+            for written in keys:
+                if (meant := _meant(written)) and meant not in keys:
+                    raise DataError(f"{where}: unknown key {written!r}; did you mean {meant!r}?")
         except DataError as error:
-            yield broken(f"{path.stem}:{number}", error)
+            yield broken(key, error)
             continue
-        yield Record(
-            id=f"{path.stem}:{number}" if line.id is None else str(line.id),
-            image=line.image,
-            question=line.question,
-            task=line.task,
-            truth=partial(_truth, line, path.parent),
-            place=f"line {number}",
-        )
+        name, place = str(key if line.id is None else line.id), f"line {number}"
+        truth = partial(_truth, line, path.parent)
+        yield Record(id=name, image=line.image, question=line.question, task=line.task, truth=truth, place=place)
 
 
 @cache
@@ -83,17 +78,11 @@ def _truth(line: Line, folder: Path, height: int, width: int, where: str) -> Tar
     count = len(line.boxes if line.boxes is not None else given or [])
     for name, values in (("mask", given), ("points", line.points)):
         if values is not None and len(values) != count:
-            raise DataError(
-                f"{where}: {len(values)} in {name} for {count} objects; give one for each, or leave it out", "truth"
-            )
-    objects = [
-        TrueObject(
-            box=line.boxes[i] if line.boxes is not None else None,
-            point=line.points[i] if line.points is not None else None,
-            mask=_mask(given[i], folder, height, width, where) if given is not None else None,
-        )
-        for i in range(count)
-    ]
+            what = f"{len(values)} in {name} for {count} objects"
+            raise DataError(f"{where}: {what}; give one for each, or leave it out", "truth")
+    masks = [_mask(one, folder, height, width, where) for one in given or ()]
+    parts = [one or [None] * count for one in (line.boxes, line.points, masks)]
+    objects = [TrueObject(box=box, point=point, mask=mask) for box, point, mask in zip(*parts, strict=True)]
     return target(objects, height, width, where)
 
 

@@ -40,14 +40,9 @@ def target(objects: Sequence[TrueObject], height: int, width: int, where: str, *
         raise DataError(f"{where}: {some}; give one to all or to none", "truth")
     boxes = [_box(item, height, width, where) for item in objects]
     points = [_point(item, box, height, width, where) for item, box in zip(objects, boxes, strict=True)]
-    labels = tuple(item.label for item in objects)
-    return Target(
-        boxes=np.array(boxes, np.float32).reshape(-1, 4),
-        points=np.array(points, np.float32).reshape(-1, 2),
-        masks=tuple(with_mask),
-        labels=labels if any(labels) else (),
-        **known,
-    )
+    corners, dots = np.array(boxes, np.float32).reshape(-1, 4), np.array(points, np.float32).reshape(-1, 2)
+    labels = tuple(item.label for item in objects) if any(item.label for item in objects) else ()
+    return Target(boxes=corners, points=dots, masks=tuple(with_mask), labels=labels, **known)
 
 
 def mask_target(mask: np.ndarray, height: int, width: int, where: str, **known: Any) -> Target:

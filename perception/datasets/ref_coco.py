@@ -46,13 +46,10 @@ def read(path: Path, *, split: str, texts: Texts = "all", task: str = "segment")
     if split not in (splits := {ref.split for ref in refs}):
         raise DataError(f"{path}: no split {split!r}; set data.options.split to one of {', '.join(sorted(splits))}")
     instances = files.parse(coco.CocoFile, files.read_bytes(file), str(file))
-    expressions = [
-        coco.Expression(f"{ref.ref_id}:{index}", ref.image_id, sentence.sent, ref.objects, task)
-        for ref in refs
-        if ref.split == split
-        for index, sentence in enumerate(ref.sentences[: None if texts == "all" else 1])
-    ]
-    return coco.records(instances, expressions, path)
+    most = None if texts == "all" else 1
+    chosen = [(ref, i, one.sent) for ref in refs if ref.split == split for i, one in enumerate(ref.sentences[:most])]
+    asked = [coco.Expression(f"{ref.ref_id}:{i}", ref.image_id, text, ref.objects, task) for ref, i, text in chosen]
+    return coco.records(instances, asked, path)
 
 
 class _Plain(pickle.Unpickler):
