@@ -117,7 +117,7 @@ def test_a_score_that_takes_too_long_is_a_failure_that_names_the_setting() -> No
 def test_pool_says_which_worker_did_not_start(tmp_path: Path) -> None:
     async def run() -> None:
         pool = make_pool(MASKED, ModelConfig(path="", segmenter=str(tmp_path)))
-        with pytest.raises(ActorError, match=r"reward worker 0 did not start(.|\n)*has no \*.yaml"):
+        with pytest.raises(ActorError, match=r"reward worker 0 did not start(.|\n)*needs \*\.yaml"):
             await pool.start()
 
     asyncio.run(run())

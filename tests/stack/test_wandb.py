@@ -50,6 +50,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, groups: list[Group]) -> Pa
             (recorder.run_dir / "policy").mkdir()
             (recorder.run_dir / "policy" / "config.json").write_text("{}")
             recorder.summary({})
+            recorder.exported(recorder.run_dir / "policy")
     return recorder.run_dir
 
 

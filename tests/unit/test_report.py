@@ -249,11 +249,11 @@ def test_an_image_that_does_not_decode_is_said(tmp_path: Path) -> None:
 
 def test_large_images_are_shown_smaller_and_overlays_keep_their_frame(tmp_path: Path) -> None:
     entry = scene_group(tmp_path, 5, 5.0, np.random.default_rng(0))
-    image = np.random.default_rng(0).integers(0, 255, (900, 1800, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (450, 900, 3), dtype=np.uint8)
     cv2.imwrite(entry.prompt.sample.image.path, image)
-    sample = replace(entry.prompt.sample, height=900, width=1800)
+    sample = replace(entry.prompt.sample, height=450, width=900)
     picture = drawn(replace(entry, prompt=replace(entry.prompt, sample=sample)), tmp_path)
-    assert picture.image is not None and (picture.width, picture.height) == (1800, 900)
+    assert picture.image is not None and (picture.width, picture.height) == (900, 450)
     assert pixels_of(picture.image).shape == (MAX_SIDE // 2, MAX_SIDE, 3)
 
 
