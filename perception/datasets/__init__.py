@@ -8,6 +8,7 @@ question - image, truth - is read and checked when the question is drawn: start-
 bad record is one bad record. The keyword-only parameters are `data.options`, checked against the signature.
 """
 
+import atexit
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from perception.types import Sample
 READERS: Registry[Callable[..., Iterable[Record]]] = Registry("data format")
 reader = READERS.register
 """Decorator: register a reader under the name that `data.format` takes."""
+atexit.register(gc.unfreeze)  # what was frozen with the records below is freed when the program ends
 
 
 def stated(config: DataConfig) -> str:
