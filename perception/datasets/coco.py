@@ -121,20 +121,26 @@ def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], pat
     """Each expression about `data`, which was read from `path`. Raises DataError where an id stands twice."""
     images, annotations = _index(data.images, "image", path), _index(data.annotations, "annotation", path)
     names = {category.id: category.name for category in data.categories}
-    described = cache(lambda key: parse(Image, images[key], f"{path}: image {key}").described())
+    described = cache(lambda key: tuple(parse(Image, images[key], f"image {key}").described().values()))
     for number, given in enumerate(expressions, start=1):
-        place = f"expression {number} of the list"
         try:
-            one = given if isinstance(given, Expression) else parse(Expression, given, place)
-            where = f"expression {one.id}"
+            one = given if isinstance(given, Expression) else parse(Expression, given, "its form")
             if one.image_id not in images:
-                raise DataError(f"{where}: no image has id {one.image_id}; add it or mend image_id")
-            shared = described(one.image_id)
+                raise DataError(f"expression {one.id}: no image has id {one.image_id}; add it or mend image_id")
+            image, size = described(one.image_id)
         except DataError as error:
-            yield broken(place, DataError(f"{path}: {error}"))
+            place = f"expression {number} of the list"
+            yield broken(place, DataError(f"{path}: {place}: {error}"))
             continue
-        truth = partial(_expression_truth, one, annotations, names)
-        yield Record(id=str(one.id), question=one.question, task=one.task, truth=truth, place=where, **shared)
+        yield Record(
+            id=str(one.id),
+            image=image,
+            question=one.question,
+            task=one.task,
+            truth=partial(_expression_truth, one, annotations, names),
+            place=f"expression {one.id}",
+            size=size,
+        )
 
 
 def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowds: bool = True) -> Iterator[Record]:
