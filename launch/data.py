@@ -154,7 +154,7 @@ def draw(dataset: Dataset, samples: int, seed: int) -> Iterator[tuple[Sample | N
 
 def page(rows: Sequence[Sequence[str]], bad: Mapping[str, Sequence[str]], drawn: Mapping[str, Sequence]) -> str:
     """A self-contained page of the table, the problems and what was drawn of each set."""
-    make = {"text": printable, "corners": corner_and_size, "path": lambda rle: outline(masks.decode(rle))}
+    make = {"text": printable, "rectangles": corner_and_size, "path": lambda rle: outline(masks.decode(rle))}
     return render("data.html.j2", headings=HEADINGS, rows=rows, problems=bad, sets=drawn, **make)
 
 
