@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -105,10 +105,7 @@ def _read(index: int) -> Seen | DataError:
 @lru_cache(maxsize=1)  # questions about one image follow one another
 def decoded(source: ImageSource) -> np.ndarray:
     """(H, W, 3) uint8 RGB. Raises DataError where the image does not decode."""
-    try:
-        return images.decode(images.read(source))
-    except (DataError, OSError) as error:
-        raise DataError(f"{source}: the image is damaged ({error}); replace or remove it", "image") from error
+    return images.decode_named(source, partial(images.read, source))
 
 
 def tabulate(found: Mapping[str, Found]) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ Everywhere an image is what a viewer shows: the EXIF orientation of photographs 
 import hashlib
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +91,17 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def pixels(handle: ImageHandle, fetch: Callable[[ImageHandle], bytes]) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of what `fetch` gives. Raises DataError as `decode_named` does."""
+    name = handle.ref if isinstance(handle.ref, ImageSource) else f"image {handle.key}"
+    return decode_named(name, partial(fetch, handle))
+
+
+def decode_named(name: object, fetch: Callable[[], bytes]) -> np.ndarray:
     """`decode` of what `fetch` gives. Raises DataError naming an image that has gone or does not decode."""
     try:
-        return decode(fetch(handle))
+        return decode(fetch())
     except (DataError, OSError) as error:
-        named = handle.ref if isinstance(handle.ref, ImageSource) else f"image {handle.key}"
-        raise DataError(f"{named}: the image is damaged or gone ({error}); replace or remove it", "image") from error
+        raise DataError(f"{name}: the image is damaged or gone ({error}); replace or remove it", "image") from error
 
 
 def encode(pixels: np.ndarray) -> bytes:

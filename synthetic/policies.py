@@ -75,8 +75,14 @@ def make_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
+    tokenizer = chat_tokenizer(backend)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in SCAFFOLD])
+    return tokenizer
+
+
+def chat_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer with the chat format: its special tokens are added after what `backend` has."""
     backend.add_special_tokens(list(SPECIAL))
-    backend.add_tokens([AddedToken(piece, normalized=False) for piece in SCAFFOLD])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|im_end|>",

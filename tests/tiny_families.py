@@ -46,6 +46,7 @@ from transformers import (
 )
 
 from perception.types import PolicySpec
+from synthetic.policies import CHAT_TEMPLATE, SPECIAL
 from tests import tiny_policy
 
 TEXT = {
@@ -98,7 +99,7 @@ def build(family: str, path: Path, seed: int = 0) -> PolicySpec:
         weights = load_file(path / "model.safetensors")
         released = {name.replace("vision_tower.", "vision_tower.vision_model."): w for name, w in weights.items()}
         save_file(released, path / "model.safetensors", metadata={"format": "pt"})
-    marks = MARKS[family].values() if family in MARKS else tiny_policy.SPECIAL[3:]
+    marks = MARKS[family].values() if family in MARKS else SPECIAL[3:]
     return PolicySpec(
         path=str(path),
         dtype="float32",
@@ -215,7 +216,7 @@ def _chat_template(image: str) -> str:
 
 
 def _processor(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
-    chat = _chat_template(IMAGE[family]) if family in IMAGE else tiny_policy.CHAT_TEMPLATE
+    chat = _chat_template(IMAGE[family]) if family in IMAGE else CHAT_TEMPLATE
     template = {"tokenizer": tokenizer, "chat_template": chat}
     if family == "llava_onevision":
         return LlavaOnevisionProcessor(

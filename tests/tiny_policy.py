@@ -17,7 +17,7 @@ from transformers import (
 
 from perception.types import PolicySpec
 from synthetic import policies
-from synthetic.policies import CHAT_TEMPLATE, SPECIAL
+from synthetic.policies import SPECIAL
 
 IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -27,15 +27,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[t for t in SPECIAL if t not in ("<|im_end|>", "<|endoftext|>")],
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return policies.chat_tokenizer(backend)
 
 
 def build(path: Path, seed: int = 0) -> PolicySpec:

@@ -37,7 +37,7 @@ RANKS = "ranks.npz"
 RANKED = "ranks.json"
 SUMS = "SHA256SUMS"
 FITTING = ("lora", "freeze_vision", "parameters", "trained")
-"""Of what a checkpoint was made with, what must be the same where it is read."""
+"""What must be the same where a checkpoint is read, out of all that it says it was made with."""
 
 
 @dataclass(slots=True)

@@ -99,7 +99,7 @@ class Dataset(Sequence[Sample]):
             raise
 
     def usable(self, start: int = 0) -> Iterator[Sample]:
-        """Samples in order, without those that are left out. Raises DataError where none is."""
+        """Samples in order, without those that are left out. Raises DataError for a record that ends the run."""
         for index in range(start, len(self)):
             try:
                 yield self[index]
@@ -117,9 +117,9 @@ class Dataset(Sequence[Sample]):
         where = f"{self.path}: {record.place}"
         source, height, width = self._images.find(record.image, where)
         if record.size and record.size != (height, width):
-            stated = f"{record.size[1]}x{record.size[0]}"
+            given = f"{record.size[1]}x{record.size[0]}"
             why = "its EXIF orientation was ignored" if record.size == (width, height) else "one of them was resized"
-            raise DataError(f"{where}: {source} is {width}x{height} but the annotations say {stated}: {why}", "size")
+            raise DataError(f"{where}: {source} is {width}x{height} but the annotations say {given}: {why}", "size")
         truth = record.truth
         target = truth(height, width, where) if callable(truth) else objects_target(truth, height, width, where)
         asked = {"id": clean(record.id), "question": clean(record.question), "task": record.task}

@@ -10,7 +10,7 @@ from perception.errors import DataError
 from perception.types import ImageSource, Target
 
 Texts = Literal["first", "all"]
-"""Of several texts about one thing: ask with the first, or with each."""
+"""Which of several texts about one thing are asked: the first, or each."""
 Truth = Sequence[TrueObject] | Callable[[int, int, str], Target]
 """All true objects; or (height, width) of the image and the beginning of messages -> truth, raising DataError."""
 

@@ -33,7 +33,7 @@ class Shape(NamedTuple):
     """x y in pixels, or in shares of width and height."""
     group: object = None
     pixels: Callable[[int, int], np.ndarray] | None = None
-    """Of a mask: (height, width) of the image -> (h, w) bool, the part whose upper left pixel is `points[0]`."""
+    """A mask's: (height, width) of the image -> (h, w) bool, the part whose upper left pixel is `points[0]`."""
 
 
 class Drawn(NamedTuple):

@@ -16,7 +16,7 @@ from reward_workers.components import Case, component
 from reward_workers.components.format import json_answer
 
 MAX_OBJECTS = 120
-"""Of the truth as of the answer, those beyond are not looked at."""
+"""Those beyond are not looked at, neither in the truth nor in the answer."""
 
 
 @component(needs={"boxes", "points"})

@@ -15,8 +15,8 @@ from launch.run.prompts import PromptMaker, read_policy_spec
 from perception.config import ModelConfig, TaskConfig
 from reward_workers.components.format import think_format
 from rollout.engine import answer_text
+from synthetic.policies import CHAT_TEMPLATE
 from tests import builders, tiny_families
-from tests.tiny_policy import CHAT_TEMPLATE
 
 FORM = TaskConfig(system="Be brief.", template="Find {question}.", inline="", again="Again.")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

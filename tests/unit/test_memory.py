@@ -26,17 +26,13 @@ EXACT = ("weights", "gradients", "optimizer", "reduce bucket")
 OWN = ("model.path=absent", "model.segmenter=random:large", "data.train=train.jsonl", "data.eval=eval.jsonl")
 GPU_80, GPU_40, GPU_24 = 79.2, 39.4, 23.6
 """Memory of an A100 or H100, an A100 and a 4090, as CUDA reports it."""
-
-
 ROOMY = Machine(gpu=GPU_80, host=128.0, disk=900.0)
+PLAIN = LearnerConfig()
 
 
 @cache
 def settings(*overrides: str) -> Config:
     return compose([*overrides])
-
-
-PLAIN = LearnerConfig()
 
 
 @cache
