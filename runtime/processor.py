@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import AutoProcessor
 
-from perception.frames import PIXEL_LIMITS
+PIXEL_LIMITS = ("shortest_edge", "longest_edge")
+"""Names that Qwen-VL's image processors give to the fewest and the most pixels of a resized image."""
 
 
 def load_processor(path: str, pixels: tuple[int | None, int | None] | None = None) -> Any:

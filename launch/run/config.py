@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 
 from launch.record import run_directory
 from launch.run.command_line import leaves, one_line, told, typed, unknown, valid_keys
-from perception.config import Config, RunConfig, TaskConfig
+from perception.config import Config, RunConfig
 from perception.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -93,12 +93,6 @@ def validate(tree: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(f"config: {one_line(error)}") from error
     return typed(Config, plain)
-
-
-def read_tasks(name: str) -> dict[str, TaskConfig]:
-    """The task templates of `conf/task/<name>.yaml`."""
-    tree = OmegaConf.to_container(OmegaConf.load(CONF / "task" / f"{name}.yaml"), resolve=True)
-    return TypeAdapter(dict[str, TaskConfig]).validate_python(tree)
 
 
 def entry(run: Callable[[Config], None]) -> NoReturn:
