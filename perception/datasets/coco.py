@@ -12,19 +12,15 @@ optional; the default is the centre of the largest inscribed circle. Image names
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from perception.datasets import reader
+from perception.datasets import DataError, Record, Records, TrueObject, broken, files, read_segmentation, reader, target
 from perception.datasets.categories import Frame, all_instances, ask
-from perception.datasets.files import parse, read_bytes
-from perception.datasets.objects import TrueObject, read_segmentation, target
-from perception.datasets.records import Record, broken
-from perception.errors import DataError
 from perception.types import Box, Point, Target
 
 Id = int | str
@@ -100,27 +96,27 @@ class _Key(msgspec.Struct, gc=False):
 @reader("coco")
 def read(
     path: Path, *, task: str = "segment", absent: int = 0, crowds: Literal["ignore", "objects"] = "ignore"
-) -> Iterator[Record]:
+) -> Records:
     """Every expression; without any, every category in an image, and `absent` others that are not there.
 
     `crowds`: whether iscrowd marks pixels to ignore, as COCO means it, or objects like all others, as with CVAT.
     Raises DataError where the file is not of this form or an id stands twice.
     """
-    data = parse(CocoFile, read_bytes(path), str(path))
+    data = files.parse(CocoFile, files.read_bytes(path), str(path))
     if data.expressions is not None:
         yield from records(data, data.expressions, path)
     else:
         yield from by_category(data, path, task, absent, crowds == "ignore")
 
 
-def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], path: Path) -> Iterator[Record]:
+def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], path: Path) -> Records:
     """Each expression about `data`, which was read from `path`. Raises DataError where an id stands twice."""
     images, annotations = _index(data.images, "image", path), _index(data.annotations, "annotation", path)
     names = {category.id: category.name for category in data.categories}
-    described = cache(lambda key: tuple(parse(Image, images[key], f"image {key}").described().values()))
+    described = cache(lambda key: tuple(files.parse(Image, images[key], f"image {key}").described().values()))
     for number, given in enumerate(expressions, start=1):
         try:
-            one = given if isinstance(given, Expression) else parse(Expression, given, "its form")
+            one = given if isinstance(given, Expression) else files.parse(Expression, given, "its form")
             if one.image_id not in images:
                 raise DataError(f"expression {one.id}: no image has id {one.image_id}; add it or mend image_id")
             image, size = described(one.image_id)
@@ -139,7 +135,7 @@ def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], pat
         )
 
 
-def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowds: bool = True) -> Iterator[Record]:
+def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowds: bool = True) -> Records:
     """A question per image and category: all its instances, or none for `absent` categories annotated elsewhere.
 
     A category gives no question where it is there as a crowd alone, or LVIS says that not all of it is annotated.
@@ -153,7 +149,7 @@ def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowd
     for number, raw in enumerate(data.annotations, start=1):
         place = f"annotation {number} of the list"
         try:
-            one = parse(_Listed, raw, place)
+            one = files.parse(_Listed, raw, place)
             if one.category_id not in names:
                 raise DataError(f"{place}: no category has id {one.category_id}; add it or mend category_id")
         except DataError as error:
@@ -168,7 +164,7 @@ def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowd
     for key, raw in _index(data.images, "image", path).items():
         groups = found.pop(key, {})
         try:
-            image = parse(Image, raw, f"{path}: image {key}")
+            image = files.parse(Image, raw, f"{path}: image {key}")
         except DataError as error:
             yield broken(f"image {key}", error)
             continue
@@ -203,7 +199,7 @@ def _expression_truth(
     objects = []
     for key in expression.annotation_ids:
         place = f"{where}, annotation {key}"
-        annotation = parse(Annotation, annotations[key], place) if key in annotations else None
+        annotation = files.parse(Annotation, annotations[key], place) if key in annotations else None
         if annotation is None or annotation.image_id != expression.image_id:
             what = f"image {expression.image_id} has no annotation {key}"
             raise DataError(f"{where}: {what}; mend annotation_ids", "truth")
@@ -212,4 +208,4 @@ def _expression_truth(
 
 
 def _object(raw: msgspec.Raw, label: str, *frame: *Frame) -> TrueObject:
-    return parse(Annotation, raw, frame[2]).object(label, *frame, empty=True)
+    return files.parse(Annotation, raw, frame[2]).object(label, *frame, empty=True)

@@ -5,15 +5,13 @@ A category is judged in an image where it is annotated there or stands in `neg_c
 `coco_url`: those of the validation set lie in train2017/ and in val2017/.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from perception.datasets import coco, files, reader
-from perception.datasets.records import Record
+from perception.datasets import Records, coco, files, reader
 
 
 @reader("lvis")
-def read(path: Path, *, task: str = "segment", absent: int = 0) -> Iterator[Record]:
+def read(path: Path, *, task: str = "segment", absent: int = 0) -> Records:
     """Every category in an image, and `absent` of those known not to be there; `bow_(weapon)` is "bow (weapon)"."""
     data = files.parse(coco.CocoFile, files.read_bytes(path), str(path))
     for category in data.categories:

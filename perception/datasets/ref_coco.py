@@ -11,15 +11,12 @@ makes lists, dictionaries, texts and numbers, and calls nothing.
 
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
-from perception.datasets import coco, files, reader
-from perception.datasets.records import Record, Texts
-from perception.errors import DataError
+from perception.datasets import DataError, Records, Texts, coco, files, reader
 
 
 class Sentence(msgspec.Struct, gc=False):
@@ -39,7 +36,7 @@ class Ref(msgspec.Struct, gc=False):
 
 
 @reader("ref_coco")
-def read(path: Path, *, split: str, texts: Texts = "all", task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, split: str, texts: Texts = "all", task: str = "segment") -> Records:
     """Every question of the split. Raises DataError where a file is not of this form, or there is no such split."""
     data, file = files.read_bytes(path), path.with_name("instances.json")
     refs = files.parse(list[Ref], data if path.suffix == ".json" else _json(data, path), str(path))

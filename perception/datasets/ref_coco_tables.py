@@ -7,7 +7,6 @@
 `texts` asks with all sentences about an object, or with the first: one question per object.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 import msgspec
 
 from perception import tables
-from perception.datasets import coco, files, objects, reader
-from perception.datasets.records import Record, Texts, per_text
+from perception.datasets import Record, Records, Texts, coco, files, objects, per_text, reader
 from perception.types import Box, Target
 
 _COLUMNS = ("answer", "sentences", "segmentation", "raw_anns", "image_path", "bbox")
@@ -38,7 +36,7 @@ class Annotation(coco.Annotation):
 
 
 @reader("ref_coco_tables")
-def read(path: Path, *, split: str = "", texts: Texts = "all", task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, split: str = "", texts: Texts = "all", task: str = "segment") -> Records:
     """Every question of a table or a JSON file. Raises DataError where it is of another form."""
     if path.suffix == ".json":
         for number, one in enumerate(files.parse(list[Grounding], files.read_bytes(path), str(path))):
