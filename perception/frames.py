@@ -70,3 +70,7 @@ def mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
         return replace(item, box=box, point=point)
 
     return replace(answer, objects=tuple(map(moved, answer.objects)))
+
+
+PIXEL_LIMITS = ("shortest_edge", "longest_edge")
+"""Names that Qwen-VL's image processors give to the fewest and the most pixels of a resized image."""

@@ -4,8 +4,7 @@ from typing import Any
 
 from transformers import AutoProcessor
 
-PIXEL_LIMITS = ("shortest_edge", "longest_edge")
-"""Names that Qwen-VL's image processors give to the fewest and the most pixels of a resized image."""
+from perception.frames import PIXEL_LIMITS
 
 
 def load_processor(path: str, pixels: tuple[int | None, int | None] | None = None) -> Any:

@@ -11,11 +11,12 @@ from transformers import AutoConfig
 
 from perception.config import ModelConfig, TaskConfig
 from perception.families import engine_renames, family_of
+from perception.frames import PIXEL_LIMITS
 from perception.grammar import clean
 from perception.tasks import TASKS
 from perception.types import ImageHandle, PolicySpec, Prompt, Sample, View
 from perception.views import Rect
-from runtime.processor import PIXEL_LIMITS, load_processor
+from runtime.processor import load_processor
 
 _MARK = "a text that stands nowhere else"
 _MARKS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -27,10 +27,6 @@ from perception.grammar import MAX_OBJECTS, clean
 from perception.registry import Registry, check_arguments, import_all, keyword_only
 from perception.types import Sample
 
-__all__ = ["READERS", "DataError", "Dataset", "Record", "Records", "Texts", "TrueObject", "load", "reader", "stated"]
-__all__ += ["PICTURES", "broken", "each", "files_in", "find_file", "mask_target", "parse", "per_text", "read_bytes"]
-__all__ += ["read_segmentation", "read_text", "target"]
-
 READERS: Registry[Callable[..., Records]] = Registry("data format")
 reader = READERS.register
 """Decorator: register a reader under the name that `data.format` takes."""

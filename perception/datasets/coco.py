@@ -9,6 +9,10 @@ about all its instances. With a further list `expressions` these are the questio
 encoding, its `bbox` is [x, y, width, height]; either may be missing. A key `point` [x, y] inside the object is
 optional; the default is the centre of the largest inscribed circle. Image names are relative to the JSON file or to
 `images/` beside it. What no question needs is never read.
+
+LVIS is COCO's form with federated truth: a category is judged in an image where it is annotated there or stands in
+`neg_category_ids`; one that stands in `not_exhaustive_category_ids` is not asked for, since more of it may be there.
+Images are found by the last two parts of `coco_url`: those of the validation set lie in train2017/ and in val2017/.
 """
 
 from collections import defaultdict
@@ -43,7 +47,7 @@ class Image(msgspec.Struct, gc=False):
 class Annotation(msgspec.Struct, gc=False):
     """Read when the question is drawn."""
 
-    image_id: Id
+    image_id: Id | None = None
     category_id: Id | None = None
     bbox: Box | None = None
     segmentation: Any = None
@@ -109,6 +113,15 @@ def read(
         yield from by_category(data, path, task, absent, crowds == "ignore")
 
 
+@reader("lvis")
+def read_lvis(path: Path, *, task: str = "segment", absent: int = 0) -> Records:
+    """Every category in an image, and `absent` of those known not to be there; `bow_(weapon)` is "bow (weapon)"."""
+    data = files.parse(CocoFile, files.read_bytes(path), str(path))
+    for category in data.categories:
+        category.name = category.name.replace("_", " ")
+    yield from by_category(data, path, task, absent)
+
+
 def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], path: Path) -> Records:
     """Each expression about `data`, which was read from `path`. Raises DataError where an id stands twice."""
     images, annotations = _index(data.images, "image", path), _index(data.annotations, "annotation", path)
@@ -124,14 +137,9 @@ def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], pat
             place = f"expression {number} of the list"
             yield broken(place, DataError(f"{path}: {place}: {error}"))
             continue
+        truth, place = partial(_expression_truth, one, annotations, names), f"expression {one.id}"
         yield Record(
-            id=str(one.id),
-            image=image,
-            question=one.question,
-            task=one.task,
-            truth=partial(_expression_truth, one, annotations, names),
-            place=f"expression {one.id}",
-            size=size,
+            id=str(one.id), image=image, question=one.question, task=one.task, truth=truth, place=place, size=size
         )
 
 
