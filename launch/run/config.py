@@ -28,6 +28,7 @@ from perception.config import Config, RunConfig
 from perception.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+_WHOLE = re.compile(r"(reward\.(?:components|ranked))=\{")
 
 
 def defaults(kind: Any) -> dict[str, Any]:
@@ -65,7 +66,12 @@ def with_base(words: Sequence[str]) -> list[str]:
         base = OmegaConf.merge(base, {key: value for key, value in saved.items() if key not in chosen})
         words = [*words, "~recipe"]
     ConfigStore.instance().store(name="typed_defaults", node=base)
-    return list(words)
+    return [one for word in words for one in _replacing(word)]
+
+
+def _replacing(word: str) -> list[str]:
+    """A reward given as a whole takes the place of the preset's, to which Hydra would add it."""
+    return [f"~{whole[1]}", f"+{word}"] if (whole := _WHOLE.match(word)) else [word]
 
 
 def plain(config: Config) -> dict[str, Any]:
