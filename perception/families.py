@@ -22,7 +22,7 @@ class Family:
     """The frame that its released models answer in; `model.answer_frame` wins."""
     native: bool = False
     """Images are resized to multiples of the image processor's patch_size * merge_size, and each such square becomes
-    one token (`perception.frames.smart_resize`). Only then is `resized` a frame."""
+    one token (transformers' `smart_resize`). Only then is `resized` a frame."""
     images_alone: bool = True
     """An image becomes the same tokens whatever other images its prompt has."""
     renames: tuple[tuple[str, str], ...] = ()

@@ -5,7 +5,6 @@ resized it (Qwen2.5-VL answers there), 0..1000 (Qwen3-VL), or the 840x840 square
 stated. Converting scales each axis by the ratio of the sizes; nothing is rounded or clipped.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,14 +37,9 @@ def convert_points(points: np.ndarray, source: Frame, target: Frame) -> np.ndarr
     return np.asarray(points, np.float64).reshape(-1, 2) * _scale(source, target)
 
 
-def convert_answer(answer: Answer, source: Frame, target: Frame) -> Answer:
-    """The same answer, its boxes and points measured in `target`."""
-    return _mapped(answer, _scale(source, target), np.zeros(2))
-
-
 def view_to_image(answer: Answer, view: View) -> Answer:
     """An answer about a view, in its own frame -> original pixels."""
-    return _mapped(answer, _scale(Frame(view.height, view.width), _extent(view)), np.array([view.left, view.top]))
+    return mapped(answer, _scale(Frame(view.height, view.width), _extent(view)), np.array([view.left, view.top]))
 
 
 def view_arrays_to_image(boxes: np.ndarray, points: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
@@ -53,12 +47,6 @@ def view_arrays_to_image(boxes: np.ndarray, points: np.ndarray, view: View) -> t
     frame, corner = Frame(view.height, view.width), np.array([view.left, view.top], np.float64)
     moved = convert_boxes(boxes, frame, _extent(view)) + np.tile(corner, 2)
     return moved, convert_points(points, frame, _extent(view)) + corner
-
-
-def image_to_view(answer: Answer, view: View) -> Answer:
-    """An answer in original pixels -> the view's own frame."""
-    near = _mapped(answer, np.ones(2), -np.array([view.left, view.top]))
-    return convert_answer(near, _extent(view), Frame(view.height, view.width))
 
 
 def _extent(view: View) -> Frame:
@@ -69,11 +57,11 @@ def _scale(source: Frame, target: Frame) -> np.ndarray:
     return np.array([target.width / source.width, target.height / source.height])
 
 
-def _mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
-    """Every x and y times `scale` plus `shift`, each (2,)."""
+def mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
+    """The same answer, every x and y times `scale` plus `shift`, each (2,)."""
     (x, y), (right, down) = scale.tolist(), shift.tolist()
 
-    def mapped(item: AnswerObject) -> AnswerObject:
+    def moved(item: AnswerObject) -> AnswerObject:
         box, point = item.box, item.point
         if box:
             box = (box[0] * x + right, box[1] * y + down, box[2] * x + right, box[3] * y + down)
@@ -81,27 +69,8 @@ def _mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
             point = (point[0] * x + right, point[1] * y + down)
         return replace(item, box=box, point=point)
 
-    return replace(answer, objects=tuple(map(mapped, answer.objects)))
+    return replace(answer, objects=tuple(map(moved, answer.objects)))
 
 
 PIXEL_LIMITS = ("shortest_edge", "longest_edge")
 """Names that Qwen-VL's image processors give to the fewest and the most pixels of a resized image."""
-
-
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) Qwen2-VL's image processor resizes to: multiples of `factor`, at most `max_pixels` in all.
-
-    Equal to transformers' `smart_resize` for every size. Raises ValueError for an aspect ratio above 200.
-    """
-    if max(height, width) / min(height, width) > 200:
-        raise ValueError(f"aspect ratio must not exceed 200, got {height} x {width}")
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        rows = max(factor, math.floor(height / shrink / factor) * factor)
-        columns = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * columns < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows = math.ceil(height * grow / factor) * factor
-        columns = math.ceil(width * grow / factor) * factor
-    return rows, columns

@@ -6,8 +6,11 @@ Of several runs that start at once each makes its own, and the first to be ready
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.run.config import read_tasks
-from perception.config import Config, DataConfig, ModelConfig
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter
+
+from launch.run.config import CONF
+from perception.config import Config, DataConfig, ModelConfig, TaskConfig
 from perception.errors import UserError
 from perception.files import replacing
 
@@ -44,3 +47,9 @@ def _random_policy(model: ModelConfig, shape: str, say: Callable[[str], None]) -
     random = policies.make_model(policies.SHAPES[shape], tokenizer, seed=0)
     with replacing(Path(model.path), shared=True) as folder:
         policies.save(random, tokenizer, folder, policies.SHAPES[shape].max_side)
+
+
+def read_tasks(name: str) -> dict[str, TaskConfig]:
+    """The task templates of `conf/task/<name>.yaml`."""
+    tree = OmegaConf.to_container(OmegaConf.load(CONF / "task" / f"{name}.yaml"), resolve=True)
+    return TypeAdapter(dict[str, TaskConfig]).validate_python(tree)

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from launch.run.config import read_tasks
 from perception.config.fields import Natural, Positive, Rate
 from synthetic.policy import SEED_BASE, SEEDS_PER_RUN, WarmStart, train_policy
+from synthetic.prepare import read_tasks
 from synthetic.scenes import stream
 from synthetic.segmenter import TOOL_STYLE, train_tool
 

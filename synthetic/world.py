@@ -9,8 +9,8 @@ import numpy as np
 
 from perception import masks
 from perception.config.fields import Natural, Positive
-from perception.datasets import coco
 from perception.datasets.objects import TrueObject
+from synthetic import coco_writer
 from synthetic.scenes import SHIFTED, WORLD, SceneStyle, ask, generate
 
 SPLITS = {"train": (0, WORLD), "eval": (500_000_000, WORLD), "shifted": (600_000_000, SHIFTED)}
@@ -33,7 +33,7 @@ class World:
         counts = {"train": self.train, "eval": self.eval, "shifted": self.eval}
         for split, (first, style) in SPLITS.items():
             seeds = range(first + self.seed, first + self.seed + counts[split])
-            coco.write(self.out / f"{split}.json", records(seeds, replace(style, side=self.side)))
+            coco_writer.write(self.out / f"{split}.json", records(seeds, replace(style, side=self.side)))
 
 
 def write(out: Path, **sizes: int) -> None:
@@ -41,14 +41,14 @@ def write(out: Path, **sizes: int) -> None:
     World(out=out, **sizes).write()
 
 
-def records(seeds: range, style: SceneStyle) -> Iterator[coco.Scene]:
+def records(seeds: range, style: SceneStyle) -> Iterator[coco_writer.Scene]:
     """One image and one question per seed."""
     for seed in seeds:
         scene = generate(seed, style)
         question = ask(scene, np.random.default_rng(seed), style)
         ok, png = cv2.imencode(".png", cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR))
         assert ok, f"scene {seed} could not be encoded"
-        yield coco.Scene(
+        yield coco_writer.Scene(
             image=png.tobytes(),
             height=style.side,
             width=style.side,

@@ -18,7 +18,7 @@ from perception import images
 from perception.errors import DataError
 from perception.files import replacing
 from perception.grammar import clean
-from perception.types import Candidate, Group, Sample, Trajectory, Turn
+from perception.types import Candidate, Group, Rle, Sample, Trajectory, Turn
 
 _COORDINATES = pa.list_(pa.list_(pa.float32()))
 _PASS = {
@@ -81,19 +81,11 @@ def _store_picture(sample: Sample, folder: Path) -> str | None:
 
 
 def _group_columns(step: int, sample: Sample, folder: Path) -> dict[str, Any]:
-    return {
-        "step": step,
-        "sample_id": sample.id,
-        "task": sample.task,
-        "question": sample.question,
-        "image": clean(str(sample.image)),
-        "picture": _store_picture(sample, folder),
-        "height": sample.height,
-        "width": sample.width,
-        "truth_boxes": sample.target.boxes.tolist(),
-        "truth_points": sample.target.points.tolist(),
-        "truth_masks": [mask.counts.decode("ascii") for mask in sample.target.masks],
-    }
+    asked = {"step": step, "sample_id": sample.id, "task": sample.task, "question": sample.question}
+    shown = {"image": clean(str(sample.image)), "picture": _store_picture(sample, folder)}
+    size, target = {"height": sample.height, "width": sample.width}, sample.target
+    truth = {"truth_boxes": target.boxes.tolist(), "truth_points": target.points.tolist()}
+    return asked | shown | size | truth | {"truth_masks": [_text(mask) for mask in target.masks]}
 
 
 def _trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
@@ -102,33 +94,30 @@ def _trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
     passes = [_pass(turn, one) for turn, one in zip(trajectory.turns, candidates, strict=False)]
     for index, one in enumerate(passes):
         one["kept"] = score is not None and index == score.kept
+    kept = passes[score.kept if score else 0] if passes else _UNANSWERED
+    versions = sorted({span.version for turn in trajectory.turns for span in turn.versions})
+    turns = {"turns": [turn.text for turn in trajectory.turns], "passes": passes, "policy_versions": versions}
+    labels = [one.label for one in score.best.answer.objects if one.label] if score else []
+    measured = {"metrics": dict(score.metrics) if score else {}, "confidence": score.best.confidence if score else 0.0}
     return {
-        **(passes[score.kept if score else 0] if passes else _UNANSWERED),
-        "index": trajectory.index,
-        "turns": [turn.text for turn in trajectory.turns],
-        "passes": passes,
+        **(kept | turns | measured | {"index": trajectory.index, "labels": labels}),
         "response_tokens": trajectory.sampled_tokens,
-        "policy_versions": sorted({span.version for turn in trajectory.turns for span in turn.versions}),
         "reward": trajectory.reward,
         "advantage": trajectory.advantage if trajectory.reward is not None else None,
-        "metrics": dict(score.metrics) if score else {},
-        "confidence": score.best.confidence if score else 0.0,
         "failure": failure.kind.value if failure else None,
         "failure_detail": clean(failure.detail) if failure else None,
-        "labels": [one.label for one in score.best.answer.objects if one.label] if score else [],
     }
 
 
 def _pass(turn: Turn, candidate: Candidate | None) -> dict[str, Any]:
     """What was answered in a pass, and what came of it where that could be measured."""
     view, objects = turn.view, candidate.answer.objects if candidate else ()
-    mask = candidate.mask if candidate else None
-    return {
-        "text": turn.text,
-        "view": [view.left, view.top, view.right, view.bottom] if view else None,
-        "confidence": candidate.confidence if candidate else None,
-        "mask_iou": candidate.mask_iou if candidate else None,
-        "boxes": [list(one.box) for one in objects if one.box],
-        "points": [list(one.point) for one in objects if one.point],
-        "mask": mask.counts.decode("ascii") if mask else None,
-    }
+    measured = {name: getattr(candidate, name, None) for name in ("confidence", "mask_iou")}
+    boxes, points = [list(one.box) for one in objects if one.box], [list(one.point) for one in objects if one.point]
+    shown = [view.left, view.top, view.right, view.bottom] if view else None
+    mask = _text(candidate.mask) if candidate else None
+    return {"text": turn.text, "view": shown, "boxes": boxes, "points": points, "mask": mask, **measured}
+
+
+def _text(mask: Rle | None) -> str | None:
+    return mask.counts.decode("ascii") if mask else None

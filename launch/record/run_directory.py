@@ -58,14 +58,16 @@ def settings(run_dir: Path) -> dict[str, Any]:
 
 def check_inputs(config: Config) -> None:
     """Raises UserError where a new run would move aside what it is to read."""
-    data, model, path = config.data, config.model, (Path(config.run.output) / config.run.name).resolve()
+    data, model, run = config.data, config.model, config.run
+    path = (Path(run.output) / run.name).resolve()
     reads = {"model.path": model.path, "model.segmenter": model.segmenter, "data.images": data.images}
+    reads |= {"run.resume_weights": run.resume_weights and str(find(run))}
     reads |= {"data.train": data.train, "data.eval": data.eval}
     reads |= {f"data.also.{key}": one for key, one in data.also.items()}
     for key, read in reads.items():
-        if config.run.resume is None and read and Path(read).resolve().is_relative_to(path):
-            cure = f"choose another, as run.name={config.run.name}-2"
-            raise UserError(f"{key}={read} lies in the directory of run.name={config.run.name}; {cure}")
+        if run.resume is None and read and Path(read).resolve().is_relative_to(path):
+            cure = f"choose another, as run.name={run.name}-2"
+            raise UserError(f"{key}={read} lies in the directory of run.name={run.name}; {cure}")
 
 
 def create(run: RunConfig) -> Path:

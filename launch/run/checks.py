@@ -13,6 +13,7 @@ from launch.record import run_directory
 from launch.record.trackers import check_trackers
 from launch.record.trackers.wandb import logged_in
 from launch.run.alarms import Rule
+from launch.run.models import reading
 from launch.run.nodes import check_kept
 from launch.run.samples import load_samples
 from perception.config import Config, ModelConfig, weights
@@ -46,7 +47,8 @@ def check_machine(config: Config, say: Callable[[str], None]) -> None:
     check_kept(config.run.output)
     check_resources(config)
     if config.model.shape is None or Path(config.model.path).exists():
-        check_model(config.model)
+        with reading(config.model.path):
+            check_model(config.model)
     check_memory(config, say)
 
 
@@ -55,8 +57,9 @@ def check_files(config: Config) -> tuple[Sequence[Sample], dict[str, list[Sample
 
     Raises UserError for what is missing or does not fit, `perception.errors.DataError` for a damaged data set.
     """
-    check_model(config.model)
-    check_family(config)
+    with reading(config.model.path):
+        check_model(config.model)
+        check_family(config)
     check_segmenter(config.model)
     return load_samples(config)
 
@@ -66,7 +69,9 @@ def check_memory(config: Config, say: Callable[[str], None]) -> None:
     from launch.run import memory  # imports transformers: seconds
     from launch.run.cure import cure
 
-    machine, size = memory.this_machine(config), memory.measure(config.model, config.learner)
+    machine = memory.this_machine(config)
+    with reading(config.model.path):
+        size = memory.measure(config.model, config.learner)
     places = memory.rooms(size, config, machine)
     short = [room for room in places if room.short]
     if short or config.placement.device == "cuda":
@@ -139,10 +144,8 @@ def check_registered(config: Config) -> None:
 def check_output(config: Config) -> None:
     """The run's directory can be made, and the run to go on from is there. Makes nothing yet."""
     run, path = config.run, Path(config.run.output).absolute()
-    if run.resume is not None:
+    if run.resume is not None or run.resume_weights is not None:
         run_directory.find(run)
-    elif run.resume_weights is not None and run_directory.find(run).resolve() == (path / run.name).resolve():
-        raise UserError(f"run.resume_weights={run.resume_weights}: the new run would replace it; give another run.name")
     while not path.exists():
         path = path.parent
     if not path.is_dir():

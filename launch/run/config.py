@@ -24,10 +24,11 @@ from pydantic import TypeAdapter
 
 from launch.record import run_directory
 from launch.run.command_line import leaves, one_line, told, typed, unknown, valid_keys
-from perception.config import Config, RunConfig, TaskConfig
+from perception.config import Config, RunConfig
 from perception.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+_WHOLE = re.compile(r"(reward\.(?:components|ranked))=\{")
 
 
 def defaults(kind: Any) -> dict[str, Any]:
@@ -65,7 +66,12 @@ def with_base(words: Sequence[str]) -> list[str]:
         base = OmegaConf.merge(base, {key: value for key, value in saved.items() if key not in chosen})
         words = [*words, "~recipe"]
     ConfigStore.instance().store(name="typed_defaults", node=base)
-    return list(words)
+    return [one for word in words for one in _replacing(word)]
+
+
+def _replacing(word: str) -> list[str]:
+    """A reward given as a whole takes the place of the preset's, to which Hydra would add it."""
+    return [f"~{whole[1]}", f"+{word}"] if (whole := _WHOLE.match(word)) else [word]
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -93,12 +99,6 @@ def validate(tree: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(f"config: {one_line(error)}") from error
     return typed(Config, plain)
-
-
-def read_tasks(name: str) -> dict[str, TaskConfig]:
-    """The task templates of `conf/task/<name>.yaml`."""
-    tree = OmegaConf.to_container(OmegaConf.load(CONF / "task" / f"{name}.yaml"), resolve=True)
-    return TypeAdapter(dict[str, TaskConfig]).validate_python(tree)
 
 
 def entry(run: Callable[[Config], None]) -> NoReturn:

@@ -1,14 +1,17 @@
 """Models by name: a directory, a model's folder in a hub cache, or a hub id."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from launch.run.command_line import one_line
 from perception.config import Config
-from perception.errors import UserError
+from perception.errors import DataError, UserError
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _READ = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.yaml", "*.pt"]
@@ -41,3 +44,15 @@ def directory(key: str, name: str) -> str:
             why = str(error).strip().splitlines()[0]
     cure = f"run `hf download {hub[1]}` where there is a network, or give a directory"
     raise UserError(f"{key}={name}: no such directory, and not to be had from the hub ({why}); {cure}")
+
+
+@contextmanager
+def reading(path: str, failed: str = "its files cannot be used") -> Iterator[None]:
+    """Within this a policy's own files are read. Raises UserError, one line, for whatever transformers raises: it
+    checks few types, and stumbles over odd files wherever it first uses them."""
+    try:
+        yield
+    except (UserError, DataError):
+        raise
+    except Exception as error:
+        raise UserError(f"model.path={path}: {failed}: {one_line(error)} ({type(error).__name__})") from error

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from perception.config import ModelConfig, TaskConfig
 from perception.families import engine_renames, family_of
-from perception.frames import PIXEL_LIMITS, smart_resize
+from perception.frames import PIXEL_LIMITS
 from perception.grammar import clean
 from perception.tasks import TASKS
 from perception.types import ImageHandle, PolicySpec, Prompt, Sample, View
@@ -168,7 +168,9 @@ class PromptMaker:
         return len(self.processor(**shown, add_special_tokens=False)["input_ids"][0])
 
     def _resized(self, height: int, width: int) -> tuple[int, int, int]:
-        """(height, width, side of one token's square)."""
+        """(height, width, side of one token's square), as the processor resizes. Raises ValueError."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # imports torchvision: seconds
+
         images = self.processor.image_processor
         factor = images.patch_size * images.merge_size
         return *smart_resize(height, width, factor, *self.limits), factor

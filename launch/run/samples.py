@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from jinja2 import TemplateError
-
 from launch.run.agreement import check_agreement
+from launch.run.models import reading
 from launch.run.prompts import PromptMaker
 from perception.config import Config, DataConfig, TaskConfig
 from perception.datasets import Dataset, load
@@ -29,6 +28,7 @@ from runtime.objects import fetch, handle
 MAIN = ""
 """Name of the held-out set a run is judged by."""
 CHECKED = 256
+_NO_PROMPT = "no prompt can be built"
 _DECODED = 32  # training images whose pixels are read, too: a broken copy usually breaks many
 
 
@@ -82,16 +82,10 @@ def make_prompts(config: Config) -> PromptMaker:
     passes = config.look.max_passes if config.look.mode == "relook" else 1
     if config.rollout.max_images < passes:
         raise UserError(f"{config.rollout.max_images=} must be {passes}: one image a pass (look.max_passes)")
-    try:
+    with reading(config.model.path, _NO_PROMPT):
         prompts = PromptMaker(config.model, config.task)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, TemplateError) as error:
-        raise UserError(_no_prompt(config, error)) from error
-    check_agreement(config, prompts)
+        check_agreement(config, prompts)
     return prompts
-
-
-def _no_prompt(config: Config, error: Exception) -> str:
-    return f"model.path={config.model.path}: no prompt can be built: {' '.join(str(error).split())}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +111,8 @@ class Check:
     def _fits(self, sample: Sample) -> None:
         """Text, image tokens and max_new_tokens fit max_model_len."""
         rollout, prompts = self.config.rollout, self.prompts
-        try:
+        with reading(self.config.model.path, _NO_PROMPT):
             ids = prompts.tokens(sample, self.config.look.mode == "inline")
-        except (ValueError, TemplateError) as error:
-            raise UserError(_no_prompt(self.config, error)) from error
         if (shown := ids.count(prompts.image_token_id)) != 1:
             where = f"model.path={self.config.model.path}"
             raise UserError(f"{where}: the chat template shows {shown} images for one; correct it")

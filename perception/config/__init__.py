@@ -11,11 +11,6 @@ from perception.config.learning import AlgorithmConfig, LearnerConfig, LoraConfi
 from perception.config.rewards import EcdfConfig, GroupRankConfig, LookConfig, RewardConfig, Weights, weights
 from perception.config.running import PipelineConfig, PlacementConfig, RolloutConfig, RunConfig, WandbConfig
 
-__all__ = ["AnswerFrame", "Config", "DataConfig", "LookMode", "ModelConfig", "TaskConfig"]
-__all__ += ["AlgorithmConfig", "LearnerConfig", "LoraConfig"]
-__all__ += ["EcdfConfig", "GroupRankConfig", "LookConfig", "RewardConfig", "Weights", "weights"]
-__all__ += ["PipelineConfig", "PlacementConfig", "RolloutConfig", "RunConfig", "WandbConfig"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:

@@ -57,7 +57,7 @@ class DataConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskConfig:
     form: str | None = None
-    """Registered task (`perception.tasks`) that reads and writes the answers; None: the one of the same name."""
+    """Registered task (`perception.tasks`) that reads the answers; None: the one of the same name."""
     system: str | None
     """System turn; null: none. Where the chat format has no place for one, it opens the user's turn."""
     template: str

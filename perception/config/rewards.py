@@ -76,8 +76,8 @@ class RewardConfig:
     """The preset's name in messages."""
     components: Weights
     """Added to the reward as they are: component name -> weight, or {weight: 0.3, alpha: 0.5} with its parameters.
-    The command line adds to the preset's; weight 0 takes one away, which is then not even measured, and
-    `~reward.components '+reward.components={NAME: 1}'` replaces them all."""
+    `reward.components={NAME: 1}` replaces the preset's, `reward.components.NAME=1` adds to them, and weight 0 takes one
+    away, which is then not even measured."""
     ranked: Weights = field(default_factory=dict)
     """Components that `rank` is about, written the same way."""
     rank: Literal["none", "ecdf", "group"] = "none"

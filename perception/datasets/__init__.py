@@ -1,7 +1,9 @@
 """Data sets on disk -> Samples. One reader per layout; what cannot be used is a DataError of one line.
 
+    from perception.datasets import DataError, Record, Records, reader
+
     @reader("jsonl")
-    def read(path: Path, *, option: int = 3) -> Iterable[Record]: ...
+    def read(path: Path, *, option: int = 3) -> Records: ...
 
 A reader lists the questions at `path` and raises DataError where its files cannot be read at all. What is asked of one
 question - image, truth - is read and checked when the question is drawn: start-up does not grow with the data, and one
@@ -17,15 +19,15 @@ from pathlib import Path
 from typing import Any, overload
 
 from perception.config import DataConfig
-from perception.datasets.files import Images
-from perception.datasets.objects import target as objects_target
-from perception.datasets.records import Record
+from perception.datasets.files import PICTURES, Images, files_in, find_file, parse, read_bytes, read_text
+from perception.datasets.objects import TrueObject, mask_target, read_segmentation, target
+from perception.datasets.records import Record, Records, Texts, broken, each, per_text
 from perception.errors import DataError, SkippedRecordError
 from perception.grammar import MAX_OBJECTS, clean
 from perception.registry import Registry, check_arguments, import_all, keyword_only
 from perception.types import Sample
 
-READERS: Registry[Callable[..., Iterable[Record]]] = Registry("data format")
+READERS: Registry[Callable[..., Records]] = Registry("data format")
 reader = READERS.register
 """Decorator: register a reader under the name that `data.format` takes."""
 atexit.register(gc.unfreeze)  # what was frozen with the records below is freed when the program ends
@@ -121,9 +123,9 @@ class Dataset(Sequence[Sample]):
             why = "its EXIF orientation was ignored" if record.size == (width, height) else "one of them was resized"
             raise DataError(f"{where}: {source} is {width}x{height} but the annotations say {given}: {why}", "size")
         truth = record.truth
-        target = truth(height, width, where) if callable(truth) else objects_target(truth, height, width, where)
+        true = truth(height, width, where) if callable(truth) else target(truth, height, width, where)
         asked = {"id": clean(record.id), "question": clean(record.question), "task": record.task}
-        sample = Sample(image=source, height=height, width=width, target=target, **asked)
+        sample = Sample(image=source, height=height, width=width, target=true, **asked)
         try:
             if (count := sample.target.count) > MAX_OBJECTS:
                 raise DataError(f"{count} objects, more than the {MAX_OBJECTS} of an answer; ask for fewer", "truth")

@@ -4,7 +4,7 @@ An instance is whatever its reader makes an object of, and whether its pixels ar
 """
 
 import io
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from random import Random
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image
 
 from perception import images, masks
 from perception.datasets.objects import TrueObject, check_mask_size, target
-from perception.datasets.records import Record
+from perception.datasets.records import Record, Records
 from perception.errors import DataError
 from perception.types import Box, ImageSource, Rle, Target
 
@@ -26,7 +26,7 @@ Frame = tuple[int, int, str]
 
 def ask(
     key: int | str, found: Found, candidates: Collection[str], absent: int, truth: Callable[..., Target], **shared: Any
-) -> Iterator[Record]:
+) -> Records:
     """A question for each category that is not there as a crowd alone, and for `absent` candidates that are not found.
 
     `key` is the image's id, by which the absent ones are drawn; `truth` is given the category's name and instances, and

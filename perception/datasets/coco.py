@@ -1,4 +1,4 @@
-"""COCO's JSON, `images`, `annotations`, `categories`: read it, and write it.
+"""COCO's JSON: `images`, `annotations`, `categories`.
 
 As it is published (instances_val2017.json) and as CVAT and Roboflow export it, every category in an image is a question
 about all its instances. With a further list `expressions` these are the questions:
@@ -9,26 +9,22 @@ about all its instances. With a further list `expressions` these are the questio
 encoding, its `bbox` is [x, y, width, height]; either may be missing. A key `point` [x, y] inside the object is
 optional; the default is the centre of the largest inscribed circle. Image names are relative to the JSON file or to
 `images/` beside it. What no question needs is never read.
+
+LVIS is COCO's form with federated truth: a category is judged in an image where it is annotated there or stands in
+`neg_category_ids`; one that stands in `not_exhaustive_category_ids` is not asked for, since more of it may be there.
+Images are found by the last two parts of `coco_url`: those of the validation set lie in train2017/ and in val2017/.
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from perception import masks
-from perception.datasets import reader
+from perception.datasets import DataError, Record, Records, TrueObject, broken, files, read_segmentation, reader, target
 from perception.datasets.categories import Frame, all_instances, ask
-from perception.datasets.files import parse, read_bytes
-from perception.datasets.objects import TrueObject, read_segmentation, target
-from perception.datasets.records import Record, broken
-from perception.errors import DataError
-from perception.files import write_text
 from perception.types import Box, Point, Target
 
 Id = int | str
@@ -51,7 +47,7 @@ class Image(msgspec.Struct, gc=False):
 class Annotation(msgspec.Struct, gc=False):
     """Read when the question is drawn."""
 
-    image_id: Id
+    image_id: Id | None = None
     category_id: Id | None = None
     bbox: Box | None = None
     segmentation: Any = None
@@ -104,27 +100,36 @@ class _Key(msgspec.Struct, gc=False):
 @reader("coco")
 def read(
     path: Path, *, task: str = "segment", absent: int = 0, crowds: Literal["ignore", "objects"] = "ignore"
-) -> Iterator[Record]:
+) -> Records:
     """Every expression; without any, every category in an image, and `absent` others that are not there.
 
     `crowds`: whether iscrowd marks pixels to ignore, as COCO means it, or objects like all others, as with CVAT.
     Raises DataError where the file is not of this form or an id stands twice.
     """
-    data = parse(CocoFile, read_bytes(path), str(path))
+    data = files.parse(CocoFile, files.read_bytes(path), str(path))
     if data.expressions is not None:
         yield from records(data, data.expressions, path)
     else:
         yield from by_category(data, path, task, absent, crowds == "ignore")
 
 
-def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], path: Path) -> Iterator[Record]:
+@reader("lvis")
+def read_lvis(path: Path, *, task: str = "segment", absent: int = 0) -> Records:
+    """Every category in an image, and `absent` of those known not to be there; `bow_(weapon)` is "bow (weapon)"."""
+    data = files.parse(CocoFile, files.read_bytes(path), str(path))
+    for category in data.categories:
+        category.name = category.name.replace("_", " ")
+    yield from by_category(data, path, task, absent)
+
+
+def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], path: Path) -> Records:
     """Each expression about `data`, which was read from `path`. Raises DataError where an id stands twice."""
     images, annotations = _index(data.images, "image", path), _index(data.annotations, "annotation", path)
     names = {category.id: category.name for category in data.categories}
-    described = cache(lambda key: tuple(parse(Image, images[key], f"image {key}").described().values()))
+    described = cache(lambda key: tuple(files.parse(Image, images[key], f"image {key}").described().values()))
     for number, given in enumerate(expressions, start=1):
         try:
-            one = given if isinstance(given, Expression) else parse(Expression, given, "its form")
+            one = given if isinstance(given, Expression) else files.parse(Expression, given, "its form")
             if one.image_id not in images:
                 raise DataError(f"expression {one.id}: no image has id {one.image_id}; add it or mend image_id")
             image, size = described(one.image_id)
@@ -132,18 +137,13 @@ def records(data: CocoFile, expressions: Sequence[msgspec.Raw | Expression], pat
             place = f"expression {number} of the list"
             yield broken(place, DataError(f"{path}: {place}: {error}"))
             continue
+        truth, place = partial(_expression_truth, one, annotations, names), f"expression {one.id}"
         yield Record(
-            id=str(one.id),
-            image=image,
-            question=one.question,
-            task=one.task,
-            truth=partial(_expression_truth, one, annotations, names),
-            place=f"expression {one.id}",
-            size=size,
+            id=str(one.id), image=image, question=one.question, task=one.task, truth=truth, place=place, size=size
         )
 
 
-def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowds: bool = True) -> Iterator[Record]:
+def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowds: bool = True) -> Records:
     """A question per image and category: all its instances, or none for `absent` categories annotated elsewhere.
 
     A category gives no question where it is there as a crowd alone, or LVIS says that not all of it is annotated.
@@ -157,7 +157,7 @@ def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowd
     for number, raw in enumerate(data.annotations, start=1):
         place = f"annotation {number} of the list"
         try:
-            one = parse(_Listed, raw, place)
+            one = files.parse(_Listed, raw, place)
             if one.category_id not in names:
                 raise DataError(f"{place}: no category has id {one.category_id}; add it or mend category_id")
         except DataError as error:
@@ -172,7 +172,7 @@ def by_category(data: CocoFile, path: Path, task: str, absent: int, ignore_crowd
     for key, raw in _index(data.images, "image", path).items():
         groups = found.pop(key, {})
         try:
-            image = parse(Image, raw, f"{path}: image {key}")
+            image = files.parse(Image, raw, f"{path}: image {key}")
         except DataError as error:
             yield broken(f"image {key}", error)
             continue
@@ -207,7 +207,7 @@ def _expression_truth(
     objects = []
     for key in expression.annotation_ids:
         place = f"{where}, annotation {key}"
-        annotation = parse(Annotation, annotations[key], place) if key in annotations else None
+        annotation = files.parse(Annotation, annotations[key], place) if key in annotations else None
         if annotation is None or annotation.image_id != expression.image_id:
             what = f"image {expression.image_id} has no annotation {key}"
             raise DataError(f"{where}: {what}; mend annotation_ids", "truth")
@@ -216,51 +216,4 @@ def _expression_truth(
 
 
 def _object(raw: msgspec.Raw, label: str, *frame: *Frame) -> TrueObject:
-    return parse(Annotation, raw, frame[2]).object(label, *frame, empty=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
-    """One image, one question and its true objects, to be written."""
-
-    image: bytes
-    """An encoded PNG."""
-    height: int
-    width: int
-    question: str
-    task: str
-    objects: Sequence[TrueObject]
-    """Each with box, point and mask."""
-
-
-def write(path: Path, records: Iterable[Scene]) -> int:
-    """Write `path` (JSON) and the images into a folder beside it named like it; returns the number of records.
-
-    Images are written as they come. The JSON appears last and whole, so that a broken-off write is never read.
-    """
-    folder = path.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    document: dict[str, list[dict]] = {"images": [], "annotations": [], "categories": [], "expressions": []}
-    annotations = document["annotations"]
-    categories: dict[str, int] = {}
-    for index, record in enumerate(records, start=1):
-        name = f"{folder.name}/{index:07d}.png"
-        (path.parent / name).write_bytes(record.image)
-        document["images"].append({"id": index, "file_name": name, "height": record.height, "width": record.width})
-        ids = range(len(annotations) + 1, len(annotations) + 1 + len(record.objects))
-        for key, item in zip(ids, record.objects, strict=True):
-            category = categories.setdefault(item.label, len(categories) + 1)
-            annotations.append({"id": key, "image_id": index, "category_id": category, **_annotation(item)})
-        expression = {"id": index, "image_id": index, "question": record.question, "task": record.task}
-        document["expressions"].append(expression | {"annotation_ids": list(ids)})
-    document["categories"] = [{"id": key, "name": name} for name, key in categories.items()]
-    write_text(path, json.dumps(document))
-    return len(document["expressions"])
-
-
-def _annotation(item: TrueObject) -> dict:
-    assert item.mask is not None and item.box is not None and item.point is not None, "a record's objects are whole"
-    x1, y1, x2, y2 = map(float, item.box)
-    box, point = [x1, y1, x2 - x1, y2 - y1], [float(value) for value in item.point]
-    rle = {"size": [item.mask.height, item.mask.width], "counts": item.mask.counts.decode("ascii")}
-    return {"bbox": box, "area": masks.area(item.mask), "iscrowd": 0, "segmentation": rle, "point": point}
+    return files.parse(Annotation, raw, frame[2]).object(label, *frame, empty=True)

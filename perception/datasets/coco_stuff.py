@@ -8,7 +8,6 @@ tell instances apart: a class is one object, and is not counted. labels.txt has 
 map's name and .jpg, from `data.images`.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from perception.datasets import categories, files, reader
-from perception.datasets.records import Record
-from perception.errors import DataError
+from perception.datasets import DataError, Records, categories, files, reader
 from perception.types import ImageSource
 
 Release = Literal["stuffthingmaps", "pixelmaps"]
@@ -27,9 +24,7 @@ _ONLY = {"stuffthingmaps": {*range(1, 92), 255}, "pixelmaps": {182, 183}}
 
 
 @reader("coco_stuff")
-def read(
-    path: Path, *, labels: str, release: Release | None = None, task: str = "segment", absent: int = 0
-) -> Iterator[Record]:
+def read(path: Path, *, labels: str, release: Release | None = None, task: str = "segment", absent: int = 0) -> Records:
     """Every class in an image, and `absent` of those that are in others. `labels`: the path of labels.txt.
 
     Raises DataError where the maps are of both releases, or of no certain one and `release` does not say which.

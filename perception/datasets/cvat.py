@@ -4,7 +4,7 @@ Polygons, ellipses, turned boxes and masks are masks, boxes boxes, points points
 is refused. Shapes of one group and label are one object. CVAT's COCO export is read by `coco`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from xml.etree.ElementTree import Element
@@ -12,14 +12,12 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from perception import masks
-from perception.datasets import reader
-from perception.datasets.records import Record
+from perception.datasets import DataError, Records, reader
 from perception.datasets.shapes import Drawn, Shape, ellipse, questions, read_xml, rectangle
-from perception.errors import DataError
 
 
 @reader("cvat")
-def read(path: Path, *, task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, task: str = "segment") -> Records:
     """Every label of every image. Raises DataError where the file is none of CVAT's, or of a video."""
     root = read_xml(path / "annotations.xml" if path.is_dir() else path)
     if root.tag != "annotations" or root.find("track") is not None:

@@ -5,15 +5,12 @@ object; a QA file {"questions": [...], "answer": [...]} with an empty answer say
 with the first of a file's questions (`texts`).
 """
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from perception.datasets import files, objects, reader
-from perception.datasets.records import Record, Texts, each, per_text
-from perception.errors import DataError
+from perception.datasets import DataError, Records, Texts, each, files, objects, per_text, reader
 from perception.images import decode
 from perception.types import ImageSource, Target
 
@@ -24,7 +21,7 @@ class Asked(msgspec.Struct):
 
 
 @reader("earth_reason")
-def read(path: Path, *, texts: Texts = "first", task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, texts: Texts = "first", task: str = "segment") -> Records:
     """The folder of a split, as train. Raises DataError where its folders do not hold equally many files."""
     pictures, labels = (files.files_in(path / name, *files.PICTURES) for name in ("images", "labels"))
     asked = files.files_in(path / "QAs", ".json", ".txt")
@@ -32,7 +29,7 @@ def read(path: Path, *, texts: Texts = "first", task: str = "segment") -> Iterat
         counts = f"{len(pictures)} images, {len(labels)} labels, {len(asked)} QAs"
         raise DataError(f"{path}: {counts}, which belong together by position; copy the set again")
 
-    def records(index: int) -> Iterator[Record]:
+    def records(index: int) -> Records:
         found = files.parse(Asked, files.read_bytes(asked[index]), str(asked[index]))
         source = ImageSource(path=str(pictures[index].absolute()))
         truth, place = partial(_truth, labels[index]) if found.answer else (), asked[index].name

@@ -6,14 +6,12 @@ r"""Pages to be read, Fox benchmark: `en_page_ocr.json`, `cn_page_ocr.json`; pic
 The truth is a text alone; `task` names the task of a plugin that asks for one.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from perception.datasets import files, objects, reader
-from perception.datasets.records import Record
+from perception.datasets import Record, Records, files, objects, reader
 
 
 class Said(msgspec.Struct):
@@ -26,7 +24,7 @@ class Page(msgspec.Struct):
 
 
 @reader("fox_ocr")
-def read(path: Path, *, task: str = "ocr") -> Iterator[Record]:
+def read(path: Path, *, task: str = "ocr") -> Records:
     """Every page. Raises DataError where the file is not of this form."""
     for page in files.parse(list[Page], files.read_bytes(path), str(path)):
         asked, text = (said.value for said in page.conversations)

@@ -14,7 +14,6 @@ task      what is asked for: an entry of the settings' `task`, as segment (defau
 id        optional, unique. Default: file name and line number
 """
 
-from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
@@ -22,12 +21,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from perception.datasets import reader
-from perception.datasets.files import parse, read_bytes
+from perception.datasets import DataError, Record, Records, TrueObject, broken, files, read_segmentation, reader, target
 from perception.datasets.mask_files import load_mask
-from perception.datasets.objects import TrueObject, read_segmentation, target
-from perception.datasets.records import Record, broken
-from perception.errors import DataError
 from perception.types import Rle, Target
 
 _NAMES = {"bbox": "boxes", "bbox_2d": "boxes", "box": "boxes", "point_2d": "points", "segmentation": "mask"}
@@ -45,14 +40,14 @@ class Line(msgspec.Struct, gc=False):
 
 
 @reader("jsonl")
-def read(path: Path) -> Iterator[Record]:
+def read(path: Path) -> Records:
     """Every line. One that cannot be read is a broken record."""
-    for number, text in enumerate(read_bytes(path).split(b"\n"), start=1):
+    for number, text in enumerate(files.read_bytes(path).split(b"\n"), start=1):
         if not text.strip():
             continue
         key, where = f"{path.stem}:{number}", f"{path}: line {number}"
         try:
-            line, keys = parse(Line, text, where), parse(dict[str, msgspec.Raw], text, where)
+            line, keys = files.parse(Line, text, where), files.parse(dict[str, msgspec.Raw], text, where)
             for written in keys:
                 if (meant := _meant(written)) and meant not in keys:
                     raise DataError(f"{where}: unknown key {written!r}; did you mean {meant!r}?")

@@ -13,16 +13,14 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from perception.datasets import reader
-from perception.datasets.files import parse, read_bytes
-from perception.datasets.records import Record
+from perception.datasets import Records, parse, read_bytes, reader
 from perception.datasets.shapes import Drawn, Shape, ellipse, questions, rectangle
 
 Json = dict[str, Any]
 
 
 @reader("label_studio")
-def read(path: Path, *, image: str = "image", task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, image: str = "image", task: str = "segment") -> Records:
     """Every label of every task. Raises DataError where the file is no list of tasks."""
     tasks: dict[str, Json] = {}
     for number, one in enumerate(parse(list[Json], read_bytes(path), str(path)), start=1):

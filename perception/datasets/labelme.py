@@ -7,22 +7,19 @@ Polygons, circles and masks are masks, rectangles boxes, points points; a line h
 import base64
 import math
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from perception.datasets import reader
-from perception.datasets.files import files_in, find_file, parse, read_bytes
+from perception.datasets import Records, files_in, find_file, parse, read_bytes, reader
 from perception.datasets.mask_files import read_mask
-from perception.datasets.records import Record
 from perception.datasets.shapes import Drawn, Shape, ellipse, questions
 
 KINDS = {"rectangle": "box", "oriented_rectangle": "polygon", "circle": "polygon", "points": "point"}
 
 
 @reader("labelme")
-def read(path: Path, *, numbered: bool = False, task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, numbered: bool = False, task: str = "segment") -> Records:
     """Every label of every file of the folder."""
     for file in [path] if path.is_file() else files_in(path, ".json"):
         yield from questions(path, file.name, partial(_drawn, file, numbered), task)

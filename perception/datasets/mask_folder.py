@@ -7,17 +7,15 @@ shows in its content: masks are often JPEGs called .png. A mask whose sides diff
 `non_cam` asks about COD10K's pictures without a camouflaged object (NonCAM in their names), too: nothing is there.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from perception.datasets import files, objects, reader
+from perception.datasets import DataError, Record, Records, files, objects, reader
 from perception.datasets.mask_files import read_mask
-from perception.datasets.records import Record
-from perception.errors import DataError, UserError
+from perception.errors import UserError
 from perception.types import ImageSource, Target
 
 _HIDDEN, _SALIENT, _NOTHING = "the camouflaged object", "the salient object", "NonCAM"
@@ -37,7 +35,7 @@ LAYOUTS = {
 @reader("mask_folder")
 def read(
     path: Path, *, layout: str = "", images: str = "", masks: str = "", question: str = "", non_cam: bool = False
-) -> Iterator[Record]:
+) -> Records:
     """Every picture. Raises DataError where a folder holds none, UserError where it is not known which folders."""
     given = zip((images, masks, question), LAYOUTS.get(layout, ("", "", "")), strict=True)
     images, masks, question = (own or published.format(name=path.name) for own, published in given)

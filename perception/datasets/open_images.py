@@ -16,16 +16,13 @@ import cv2
 import numpy as np
 
 from perception import masks
-from perception.datasets import categories, files, mask_files, reader
-from perception.datasets.objects import TrueObject
-from perception.datasets.records import Record
-from perception.errors import DataError
+from perception.datasets import DataError, Records, TrueObject, categories, files, mask_files, reader
 
 
 @reader("open_images")
 def read(
     path: Path, *, classes: str, negatives: str = "", folder: str = "masks", absent: int = 0, task: str = "segment"
-) -> Iterator[Record]:
+) -> Records:
     """Every class in an image, and `absent` of those verified not to be there.
 
     `classes` and `negatives`: the paths of class-descriptions-boxable.csv, with or without a header, and of the image

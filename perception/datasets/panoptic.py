@@ -13,9 +13,7 @@ from typing import Any
 
 import msgspec
 
-from perception.datasets import categories, coco, files, reader
-from perception.datasets.records import Record, broken
-from perception.errors import DataError
+from perception.datasets import DataError, Records, broken, categories, coco, files, reader
 from perception.tables import rows
 from perception.types import ImageSource
 
@@ -50,7 +48,7 @@ class PanopticFile(msgspec.Struct):
 
 
 @reader("panoptic")
-def read(path: Path, *, task: str = "segment", absent: int = 0, split: str = "", names: str = "") -> Iterator[Record]:
+def read(path: Path, *, task: str = "segment", absent: int = 0, split: str = "", names: str = "") -> Records:
     """Every category in an image with all its segments, except where it is there as a crowd alone; `absent` others.
 
     `names`: for a table, a JSON file with COCO's list `categories`, whose names the table lacks.

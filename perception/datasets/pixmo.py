@@ -6,15 +6,12 @@ is found in `data.images` by `name`.
 """
 
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from perception.datasets import reader
-from perception.datasets.records import Record
-from perception.errors import DataError
+from perception.datasets import DataError, Record, Records, reader
 from perception.tables import open_table, rows
 from perception.types import ImageSource, Target
 
@@ -22,7 +19,7 @@ _NUMBER = re.compile(r"\b(two|three|four|five|six|seven|eight|nine|ten)\b ?", re
 
 
 @reader("pixmo")
-def read(path: Path, *, split: str = "", task: str = "count", name: str = "{sha256}.jpg") -> Iterator[Record]:
+def read(path: Path, *, split: str = "", task: str = "count", name: str = "{sha256}.jpg") -> Records:
     """Every row. `name`: of a picture's file, from the row's {sha256} or its number, as {row:05d}.jpg."""
     pictures = "image" in open_table(str(path), split).column_names
     for source, cells in rows(path, split, "label", "image_sha256"):
@@ -35,7 +32,7 @@ def read(path: Path, *, split: str = "", task: str = "count", name: str = "{sha2
 
 
 @reader("countbench")
-def read_countbench(path: Path, *, split: str = "", task: str = "count") -> Iterator[Record]:
+def read_countbench(path: Path, *, split: str = "", task: str = "count") -> Records:
     """Every row, by its `question`, or by its caption `text` without the number that would give the answer away."""
     for source, cells in rows(path, split, "question", "text"):
         yield _record(source, source, cells.get("question") or _NUMBER.sub("", cells.get("text") or ""), task)

@@ -11,7 +11,6 @@ Evaluations ask with the first of a file's `texts`.
 """
 
 import codecs
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,9 +20,7 @@ import msgspec
 import numpy as np
 
 from perception import masks
-from perception.datasets import files, objects, reader
-from perception.datasets.records import Record, Texts, each, per_text
-from perception.errors import DataError
+from perception.datasets import DataError, Records, Texts, each, files, objects, per_text, reader
 from perception.types import Point, Target
 
 _TARGET, _IGNORE = 1, 255
@@ -43,10 +40,10 @@ class Annotated(msgspec.Struct):
 
 
 @reader("reason_seg")
-def read(path: Path, *, ignore: Ignore, texts: Texts = "first", task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, ignore: Ignore, texts: Texts = "first", task: str = "segment") -> Records:
     """Every JSON file of the folder. Raises DataError where there is none."""
 
-    def records(file: Path) -> Iterator[Record]:
+    def records(file: Path) -> Records:
         found = files.parse(Annotated, files.read_bytes(file).decode("utf-8", "cp1252"), str(file))
         truth, image = partial(_truth, found.shapes, ignore), file.with_suffix(".jpg").name
         return per_text(found.text, texts, file.stem, image=image, task=task, truth=truth, place=file.name)

@@ -33,12 +33,16 @@ class Record(msgspec.Struct, kw_only=True, gc=False):
     """Why it cannot be used, where that shows while it is listed."""
 
 
+Records = Iterator[Record]
+"""What a reader gives."""
+
+
 def broken(place: str, fault: DataError) -> Record:
     """A record that cannot even be listed: it is refused, or counted and left out, when it is drawn."""
     return Record(id=place, image="", question="", task="", truth=(), place=place, fault=fault)
 
 
-def each(things: Iterable[Any], records: Callable[[Any], Iterable[Record]]) -> Iterator[Record]:
+def each(things: Iterable[Any], records: Callable[[Any], Records]) -> Records:
     """The records of every thing, as a file; one that raises DataError is a broken record."""
     for thing in things:
         try:
@@ -47,7 +51,7 @@ def each(things: Iterable[Any], records: Callable[[Any], Iterable[Record]]) -> I
             yield broken(str(thing), error)
 
 
-def per_text(texts: Sequence[str], which: Texts, name: str, **shared: Any) -> Iterator[Record]:
+def per_text(texts: Sequence[str], which: Texts, name: str, **shared: Any) -> Records:
     """A record per text, or for the first. `name` and the text's number make its id, `shared` are its other fields."""
     for index, text in enumerate(texts[: None if which == "all" else 1]):
         yield Record(id=f"{name}:{index}", question=text, **shared)

@@ -6,20 +6,28 @@ In gRefCOCO `ann_id` is a list: several objects, or [-1] where nothing is meant.
 train2014 (`data.images`). An object with an empty segmentation has a box alone. Pickles are read by an unpickler that
 makes lists, dictionaries, texts and numbers, and calls nothing.
 
+Published again, told apart by columns and suffix (`ref_coco_tables`):
+
+    lmms-lab/RefCOCO       pictures, `answer` (the sentences), `segmentation` (one flat polygon), `bbox` x y w h
+    jxu124/refcoco         `image_path` below `data.images`, `sentences`, `raw_anns` (COCO's annotation, as text)
+    Perception-R1, *.json  a list of `image`, `problem`, `normalized_solution`: x1 y1 x2 y2 in 0..1000
+
 `texts` asks with all sentences about an object, as evaluations do, or with the first: one question per object.
 """
 
 import io
 import pickle
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
-from perception.datasets import coco, files, reader
-from perception.datasets.records import Record, Texts
-from perception.errors import DataError
+from perception import tables
+from perception.datasets import DataError, Record, Records, Texts, coco, files, objects, per_text, reader
+from perception.types import Box, Target
+
+_COLUMNS = ("answer", "sentences", "segmentation", "raw_anns", "image_path", "bbox")
 
 
 class Sentence(msgspec.Struct, gc=False):
@@ -39,7 +47,7 @@ class Ref(msgspec.Struct, gc=False):
 
 
 @reader("ref_coco")
-def read(path: Path, *, split: str, texts: Texts = "all", task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, split: str, texts: Texts = "all", task: str = "segment") -> Records:
     """Every question of the split. Raises DataError where a file is not of this form, or there is no such split."""
     data, file = files.read_bytes(path), path.with_name("instances.json")
     refs = files.parse(list[Ref], data if path.suffix == ".json" else _json(data, path), str(path))
@@ -62,3 +70,37 @@ def _json(pickled: bytes, path: Path) -> bytes:
         return msgspec.json.encode(_Plain(io.BytesIO(pickled), encoding="latin1").load())
     except Exception as error:  # a damaged pickle raises whatever its last instruction does
         raise DataError(f"{path}: not a list of references ({error}); take the file that RefCOCO publishes") from error
+
+
+class Grounding(msgspec.Struct):
+    image: str
+    problem: str
+    normalized_solution: Box
+
+    def truth(self, height: int, width: int, where: str) -> Target:
+        x1, y1, x2, y2 = (value / 1000 for value in self.normalized_solution)
+        box = (x1 * width, y1 * height, x2 * width, y2 * height)
+        return objects.target([objects.TrueObject(box=box)], height, width, where)
+
+
+@reader("ref_coco_tables")
+def read_tables(path: Path, *, split: str = "", texts: Texts = "all", task: str = "segment") -> Records:
+    """Every question of a table or a JSON file. Raises DataError where it is of another form."""
+    if path.suffix == ".json":
+        for number, one in enumerate(files.parse(list[Grounding], files.read_bytes(path), str(path))):
+            place = f"row {number}"
+            yield Record(id=place, image=one.image, question=one.problem, task=task, truth=one.truth, place=place)
+        return
+    for source, row in tables.rows(path, split, *_COLUMNS):
+        image, place = row.get("image_path", source), f"row {source.row}"
+        asked = row.get("answer") or [one["sent"] for one in row.get("sentences", ())]
+        yield from per_text(asked, texts, place, image=image, task=task, truth=partial(_truth, row), place=place)
+
+
+def _truth(row: dict[str, Any], height: int, width: int, where: str) -> Target:
+    if "raw_anns" in row:
+        given = files.parse(coco.Annotation, row["raw_anns"], where)
+    else:
+        flat = row.get("segmentation")
+        given = coco.Annotation(bbox=row.get("bbox"), segmentation=[flat] if flat else None)
+    return objects.target([given.object("", height, width, where)], height, width, where)

@@ -5,7 +5,7 @@ none is only a point; it always has points.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from perception import masks
 from perception.datasets.categories import Instances, ask
 from perception.datasets.files import read_bytes
 from perception.datasets.objects import TrueObject, read_segmentation, target
-from perception.datasets.records import Record, broken
+from perception.datasets.records import Records, broken
 from perception.errors import DataError
 from perception.types import ImageSource, Point, Rle, Target
 
@@ -49,7 +49,7 @@ class Drawn(NamedTuple):
 
 def questions(
     path: Path, place: str, read: Callable[[], Drawn], task: str, absent: int = 0, relative: bool = False
-) -> Iterator[Record]:
+) -> Records:
     """A question per label of one image, which `place` names; a broken record where `read` meets malformed content.
 
     `absent`: so many labels are asked for that are not there. `relative`: points are shares of width and height.

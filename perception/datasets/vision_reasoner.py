@@ -15,7 +15,6 @@ part of the target; the reader `reason_seg` leaves the choice.
 """
 
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +22,7 @@ import msgspec
 import numpy as np
 
 from perception import tables
-from perception.datasets import files, objects, reader
-from perception.datasets.records import Record
-from perception.errors import DataError
+from perception.datasets import DataError, Record, Records, files, objects, reader
 from perception.types import Box, ImageSource, Point, Target
 
 _OLD = re.compile(r"\s*<box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>\s*<points>\((\d+),(\d+)\).*", re.DOTALL)
@@ -42,7 +39,7 @@ class Solved(msgspec.Struct):
 
 
 @reader("vision_reasoner")
-def read(path: Path, *, split: str = "", task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, split: str = "", task: str = "segment") -> Records:
     """Every row of a parquet file, a saved data set or a hub id. Raises DataError where it has no question."""
     for source, cells in tables.rows(path, split, "problem", "text"):
         place, (question, *_) = f"row {source.row}", cells.values()

@@ -3,18 +3,15 @@
 A box counts pixels from 1 and includes its last. `split` takes the names of `ImageSets/Main/SPLIT.txt`.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from perception.datasets import reader
-from perception.datasets.files import files_in, read_text
-from perception.datasets.records import Record
+from perception.datasets import Records, files_in, read_text, reader
 from perception.datasets.shapes import Drawn, Shape, questions, read_xml
 
 
 @reader("voc")
-def read(path: Path, *, split: str = "", task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, split: str = "", task: str = "segment") -> Records:
     """Every label of every file. Raises DataError where there is none."""
     root = path.parent if path.name == "Annotations" else path
     folder = root / "Annotations" if (root / "Annotations").is_dir() else root

@@ -6,24 +6,21 @@ labels is asked about only for `absent` classes: so many of those that an image 
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import yaml
 
-from perception.datasets import reader
-from perception.datasets.files import PICTURES, read_text
-from perception.datasets.records import Record
+from perception.datasets import PICTURES, DataError, Records, read_text, reader
 from perception.datasets.shapes import Drawn, Shape, questions
-from perception.errors import DataError
 from perception.types import ImageSource
 
 _OUTSIDE = 0.02  # share of the image by which labels leave it in practice; they are clipped
 
 
 @reader("yolo")
-def read(path: Path, *, split: str = "train", absent: int = 0, task: str = "segment") -> Iterator[Record]:
+def read(path: Path, *, split: str = "train", absent: int = 0, task: str = "segment") -> Records:
     """Every class in every image. Raises DataError where data.yaml cannot be read, or no image is found."""
     above = (folder / "data.yaml" for folder in (path, *path.absolute().parents))
     file = path if path.is_file() else next((one for one in above if one.is_file()), path / "data.yaml")

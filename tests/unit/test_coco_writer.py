@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from perception import masks
-from perception.datasets import coco
 from perception.datasets.objects import TrueObject
+from synthetic import coco_writer
 from tests.builders import dataset, noise, png, rectangle
 
 H, W = 20, 30
 
 
-def record(seed: int) -> coco.Scene:
+def record(seed: int) -> coco_writer.Scene:
     rng = np.random.default_rng(seed)
     boxes = [(int(x), int(y), int(x) + 6, int(y) + 5) for x, y in rng.integers(0, 14, (seed % 3, 2))]
     shapes = [masks.encode(rectangle(*box, H, W)) for box in boxes]
-    return coco.Scene(
+    return coco_writer.Scene(
         image=png(noise(rng, H, W)),
         height=H,
         width=W,
@@ -37,7 +37,7 @@ def record(seed: int) -> coco.Scene:
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "data" / "train.json"
     records = [record(seed) for seed in range(7)]
-    assert coco.write(path, iter(records)) == 7
+    assert coco_writer.write(path, iter(records)) == 7
     samples = dataset(path)
     assert [sample.id for sample in samples] == [str(i) for i in range(1, 8)]
     for written, sample in zip(records, samples, strict=True):
@@ -59,7 +59,7 @@ def test_a_broken_off_write_leaves_no_annotations(tmp_path: Path) -> None:
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError):
-        coco.write(tmp_path / "train.json", broken())
+        coco_writer.write(tmp_path / "train.json", broken())
     assert not (tmp_path / "train.json").exists()
 
 

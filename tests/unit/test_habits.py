@@ -25,6 +25,7 @@ from launch.record import run_directory
 from launch.record.run_directory import check_inputs
 from launch.run.command_line import told
 from launch.run.config import compose
+from perception.config import RewardConfig
 from perception.errors import ActorError, DataError, StoppedError, UserError
 from perception.registry import find_plugins
 from reward_workers.combine import rewarded
@@ -233,8 +234,19 @@ def test_a_component_of_weight_0_is_not_measured_but_its_name_is_checked() -> No
         reward_terms(changed(builders.config(), "reward", components={"mask_iuo": 0}).reward)
 
 
-def test_the_command_line_adds_to_components_or_replaces_them_all() -> None:
-    added = compose(["recipe=quickstart", "reward.components={parsed: 2}"]).reward
-    assert added.components["parsed"] == 2 and len(added.components) == 5
-    replaced = compose(["recipe=quickstart", "~reward.components", "+reward.components={parsed: 2}"]).reward
-    assert replaced.components == {"parsed": 2}
+OWN = ("model.path=policy", "model.segmenter=sam2", "data.train=train.jsonl", "data.eval=eval.jsonl")
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "dr_seg"])
+def test_the_command_line_adds_to_components_or_replaces_them_all(recipe: str) -> None:
+    def reward(*words: str) -> RewardConfig:
+        return compose([f"recipe={recipe}", *OWN, *words]).reward
+
+    preset = reward()
+    assert reward("reward.components.parsed=2").components == preset.components | {"parsed": 2}
+    replaced = reward("reward.components={parsed: 2}")
+    assert (replaced.components, replaced.ranked) == ({"parsed": 2}, preset.ranked)
+    assert reward("reward.ranked={box_iou: {weight: 1}}").ranked == {"box_iou": {"weight": 1}}
+    assert reward("reward=vision_reasoner", "reward.components={}", "reward.ranked={parsed: 1}").components == {}
+    older = reward("~reward.components", "+reward.components={parsed: 2}")  # as it had to be written before
+    assert older.components == {"parsed": 2}

@@ -260,8 +260,10 @@ def test_a_run_takes_the_weights_of_another(run_dir: Path, key: str) -> None:
 
 def test_a_run_does_not_replace_the_one_it_starts_from(run_dir: Path) -> None:
     config = settings(run_dir.parent, resume_weights=run_dir.name, name=run_dir.name)
-    with pytest.raises(UserError, match=r"give another run\.name"):
-        checks.check_output(config)
+    for name in (run_dir.name, str(run_dir)):
+        with pytest.raises(UserError, match=r"run\.resume_weights=.* lies in .*; choose another, as run\.name="):
+            run_directory.check_inputs(changed(config, "run", resume_weights=name))
+    run_directory.check_inputs(changed(config, "run", name="another"))
     with pytest.raises(UserError, match=r"run\.resume_weights=absent: no run there"):
         checks.check_output(changed(config, "run", resume_weights="absent"))
 
