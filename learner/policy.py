@@ -53,8 +53,12 @@ class Policy(nn.Module, ABC):
         self.head = VocabularyHead(linear, banned, temperature, entropy_gradient, config.compile)
         self.vocabulary: int = self.model.config.get_text_config().vocab_size
         self.images = self.images_known = 0
-        filler = spec.eos_token_ids[0]
-        self.layout = Layout(image_token_id=spec.image_token_id, filler_id=filler, picture=family.picture)
+        self.layout = Layout(
+            image_token_id=spec.image_token_id,
+            shown_id=self.model.config.image_token_id,
+            filler_id=spec.eos_token_ids[0],
+            picture=family.picture,
+        )
 
     @abstractmethod
     def collate(self, pieces: Sequence[Piece]) -> PackedBatch | PaddedBatch:
