@@ -44,8 +44,11 @@ class Policy(nn.Module, ABC):
         self.model = AutoModelForImageTextToText.from_pretrained(
             spec.path, dtype=getattr(torch, spec.dtype), attn_implementation=self.attention, local_files_only=True
         )
-        self.vision_trained = not config.freeze_vision and not config.lora.rank
         choose_trained(self.model, family, config)
+        texts = self.model.get_decoder(), self.model.get_output_embeddings()
+        text = {id(parameter) for module in texts for parameter in module.parameters()}
+        self.vision_trained = any(p.requires_grad and id(p) not in text for p in self.model.parameters())
+        """Whether anything is that makes images' features: beside some frozen towers, what projects them."""
         self.train()
         _checkpoint_layers(self.model, config.checkpointing)
         banned = torch.tensor(spec.banned_token_ids, dtype=torch.int64)
