@@ -2,7 +2,7 @@
 
 Weights are drawn wider than the library draws them: answers must depend on what the image shows. `qwen2_vl`, `qwen3_vl`
 and `llava` have the byte tokenizer of `tiny_policy`; the others one of their own, Llama's in kind, with another chat
-format and whole answers as tokens, so that what they sample is often a readable answer.
+format. They and `qwen3_vl` have whole answers as tokens, so that what they sample is often a readable answer.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def build(family: str, path: Path, seed: int = 0) -> PolicySpec:
     path.mkdir(parents=True, exist_ok=True)
     own = family in MARKS
     tokenizer = _llama_tokenizer(family) if own else tiny_policy.byte_tokenizer()
+    tokenizer.add_tokens(ANSWERS if family == "qwen3_vl" else [])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MODELS[family](tokenizer)
