@@ -75,12 +75,12 @@ def pack(pieces: Sequence[Piece], layout: Layout, multiple: int = 1) -> PackedBa
     ids: list[Tensor] = []
     positions: list[Tensor] = []
     predictors: list[Tensor] = []
-    images: list[tuple[int, Picture]] = []
+    images: list[tuple[Tensor, Picture]] = []
     place = 0
     for piece in pieces:
         ids.append(piece.prompt.ids)
         positions.append(piece.prompt.positions)
-        images += [(place + start, picture) for start, picture in piece.prompt.pictures]
+        images += [(place + shown, picture) for shown, picture in piece.prompt.pictures]
         place += len(piece.prompt.ids)
         last_of_prompt = place - 1
         for tail in piece.tails:
@@ -88,7 +88,7 @@ def pack(pieces: Sequence[Piece], layout: Layout, multiple: int = 1) -> PackedBa
             positions.append(torch.cat(tail.positions, dim=1)[:, : tail.length])
             sampled = torch.cat(tail.sampled)
             predictors.append(torch.where(sampled > 0, place + sampled - 1, last_of_prompt))
-            images += [(place + start, picture) for start, picture in tail.pictures]
+            images += [(place + shown, picture) for shown, picture in tail.pictures]
             place += tail.length
     padding = -place % multiple
     tails = [tail for piece in pieces for tail in piece.tails]
@@ -133,12 +133,11 @@ def _filler(layout: Layout) -> Piece:
     return Piece(prompt=prompt, tails=())
 
 
-def _images(places: Sequence[tuple[int, Picture]]) -> tuple[tuple[Picture, ...], Tensor, Tensor]:
+def _images(places: Sequence[tuple[Tensor, Picture]]) -> tuple[tuple[Picture, ...], Tensor, Tensor]:
     """The distinct images; for every image token its place in the row, and its row of their features."""
     distinct = {picture.key: picture for _, picture in places}
-    sizes = [len(picture.tokens) for picture in distinct.values()]
+    sizes = list({picture.key: len(slots) for slots, picture in places}.values())
     features = dict(zip(distinct, torch.arange(sum(sizes)).split(sizes), strict=True))
     none = torch.zeros(0, dtype=torch.int64)
-    slots = [torch.arange(len(picture.tokens)) + start for start, picture in places]
     source = [features[picture.key] for _, picture in places]
-    return tuple(distinct.values()), torch.cat([none, *slots]), torch.cat([none, *source])
+    return tuple(distinct.values()), torch.cat([none, *(slots for slots, _ in places)]), torch.cat([none, *source])

@@ -44,8 +44,11 @@ class Policy(nn.Module, ABC):
         self.model = AutoModelForImageTextToText.from_pretrained(
             spec.path, dtype=getattr(torch, spec.dtype), attn_implementation=self.attention, local_files_only=True
         )
-        self.vision_trained = not config.freeze_vision and not config.lora.rank
         choose_trained(self.model, family, config)
+        texts = self.model.get_decoder(), self.model.get_output_embeddings()
+        text = {id(parameter) for module in texts for parameter in module.parameters()}
+        self.vision_trained = any(p.requires_grad and id(p) not in text for p in self.model.parameters())
+        """Whether anything is that makes images' features: beside some frozen towers, what projects them."""
         self.train()
         _checkpoint_layers(self.model, config.checkpointing)
         banned = torch.tensor(spec.banned_token_ids, dtype=torch.int64)
@@ -53,8 +56,12 @@ class Policy(nn.Module, ABC):
         self.head = VocabularyHead(linear, banned, temperature, entropy_gradient, config.compile)
         self.vocabulary: int = self.model.config.get_text_config().vocab_size
         self.images = self.images_known = 0
-        filler = spec.eos_token_ids[0]
-        self.layout = Layout(image_token_id=spec.image_token_id, filler_id=filler, picture=family.picture)
+        self.layout = Layout(
+            image_token_id=spec.image_token_id,
+            shown_id=self.model.config.image_token_id,
+            filler_id=spec.eos_token_ids[0],
+            picture=family.picture,
+        )
 
     @abstractmethod
     def collate(self, pieces: Sequence[Piece]) -> PackedBatch | PaddedBatch:

@@ -46,11 +46,18 @@ class Layout:
     """The properties of a policy that its rows depend on."""
 
     image_token_id: int
+    """Stands for one image in an unexpanded prompt."""
+    shown_id: int
+    """Stands for one of its features in a row: nearly always the same id."""
     filler_id: int
     """Any ordinary id: what a rank without work computes on."""
     picture: Callable[[ImageHandle], Picture]
     positions: Callable[[Tensor, Tensor], Tensor] | None = None
-    """(ids (T,), grids (images, 3)) -> M-RoPE positions (3, T) from 0; None where the policy makes its own."""
+    """(ids (T,), grids (images, 3)) -> positions (3, T) from 0; None where the policy makes its own."""
+
+    def size(self, picture: Picture) -> int:
+        """Number of the image's features."""
+        return int((picture.tokens == self.shown_id).sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +68,8 @@ class Segment:
     """(T,) int64."""
     positions: Tensor
     """(3, T) int64 from 0; (3, 0) where the policy makes its own."""
-    pictures: tuple[tuple[int, Picture], ...] = ()
-    """Where in `ids` each image's tokens begin, and the image."""
+    pictures: tuple[tuple[Tensor, Picture], ...] = ()
+    """Where in `ids` each image's features stand, and the image."""
 
     @property
     def end(self) -> int:
@@ -83,8 +90,8 @@ class Tail:
     positions: list[Tensor] = field(default_factory=list)
     sampled: list[Tensor] = field(default_factory=list)
     """Places of the sampled tokens, that of the last one included although it is not in the row."""
-    pictures: list[tuple[int, Picture]] = field(default_factory=list)
-    """Where each image's tokens begin, and the image."""
+    pictures: list[tuple[Tensor, Picture]] = field(default_factory=list)
+    """Where each image's features stand, and the image."""
     targets: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     """Log-probs of the targets, as the rollout engine reported them."""
@@ -122,8 +129,8 @@ class Piece:
         return len(self.tails) * (len(self.prompt.ids) + max((tail.length for tail in self.tails), default=0))
 
 
-Expand = Callable[[Sequence[int], Sequence[ImageHandle]], Segment]
-"""Puts the tokens of images in the place of their placeholders."""
+Expand = Callable[[Sequence[int], Sequence[ImageHandle], Sequence[int]], Segment]
+"""Puts the tokens of images in the place of their placeholders, unless an engine has, whose ids come third."""
 
 
 def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = False) -> Iterator[Piece]:
@@ -131,14 +138,16 @@ def pieces(groups: Sequence[Group], layout: Layout, budget: int, padded: bool = 
 
     Trajectories without a sampled token take no part, nor do those that engine or reward worker failed; a group of
     nothing else is not looked at, nor is its image. Raises ValueError, naming the sample, where placeholders and images
-    do not match, a trajectory does not begin with the prompt, or an image cannot be read (DataError).
+    do not match, the engine made more or fewer tokens of an image, a trajectory does not begin with the prompt, or an
+    image cannot be read (DataError).
     """
     taking_part = {i: group for i, group in enumerate(groups) if any(one.learnable for one in group.trajectories)}
     pictures = _pictures(taking_part.values(), layout)
     for number, group in taking_part.items():
         prompt, name = group.prompt, group.prompt.sample.id
         expand = partial(_segment, layout, pictures, name)
-        first = expand(prompt.token_ids, prompt.images)
+        made = next(one for one in group.trajectories if one.learnable).turns[0].expanded_ids
+        first = expand(prompt.token_ids, prompt.images, made)
         tails: list[Tail] = []
         for index, trajectory in enumerate(group.trajectories):
             if not trajectory.learnable:
@@ -200,34 +209,42 @@ def _pictures(groups: Iterable[Group], layout: Layout) -> dict[str, Picture]:
 
 
 def _segment(
-    layout: Layout, known: Mapping[str, Picture], sample: str, ids: Sequence[int], images: Sequence[ImageHandle]
+    layout: Layout,
+    known: Mapping[str, Picture],
+    sample: str,
+    ids: Sequence[int],
+    images: Sequence[ImageHandle],
+    made: Sequence[int],
 ) -> Segment:
-    """Unexpanded ids with the images' tokens in the place of their placeholders. `sample` is named in the error."""
+    """What an engine made of unexpanded ids and their images or, where none did, the images' tokens in the place of
+    their placeholders. `sample` is named in the error."""
     places = [place for place, token in enumerate(ids) if token == layout.image_token_id]
     if len(places) != len(images):
         raise ValueError(f"sample {sample}: {len(places)} image placeholders for {len(images)} images")
-    parts: list[Tensor] = []
-    pictures: list[tuple[int, Picture]] = []
-    start = longer = 0
-    for place, handle in zip(places, images, strict=True):
-        picture = known[handle.key]
-        parts += [torch.tensor(ids[start:place], dtype=torch.int64), picture.tokens]
-        pictures.append((place + longer, picture))
-        start, longer = place + 1, longer + len(picture.tokens) - 1
-    expanded = torch.cat([*parts, torch.tensor(ids[start:], dtype=torch.int64)])
-    grids = [picture.grid for _, picture in pictures if picture.grid is not None]
+    pictures = [known[handle.key] for handle in images]
+    parts, start = [torch.tensor(made, dtype=torch.int64)], 0
+    if not made:
+        for place, picture in zip(places, pictures, strict=True):
+            parts += [torch.tensor(ids[start:place], dtype=torch.int64), picture.tokens]
+            start = place + 1
+        parts.append(torch.tensor(ids[start:], dtype=torch.int64))
+    expanded = torch.cat(parts)
+    shown, sizes = (expanded == layout.shown_id).nonzero().flatten(), [layout.size(picture) for picture in pictures]
+    if len(shown) != sum(sizes):
+        raise ValueError(f"sample {sample}: the engine made {len(shown)} image tokens, the learner {sum(sizes)}")
+    grids = [picture.grid for picture in pictures if picture.grid is not None]
     positions = expanded.new_zeros(3, 0)
     if layout.positions is not None and len(expanded):
         positions = layout.positions(expanded, torch.stack(grids) if grids else expanded.new_zeros(0, 3))
-    return Segment(ids=expanded, positions=positions, pictures=tuple(pictures))
+    return Segment(ids=expanded, positions=positions, pictures=tuple(zip(shown.split(sizes), pictures, strict=True)))
 
 
 def _tail(group: int, index: int, trajectory: Trajectory, expand: Expand, next_position: int) -> Tail:
     tail = Tail(group, index, trajectory.advantage)
     for number, turn in enumerate(trajectory.turns):
         if number:
-            fed = expand(turn.input_ids, turn.images)
-            tail.pictures += [(tail.length + start, picture) for start, picture in fed.pictures]
+            fed = expand(turn.input_ids, turn.images, turn.expanded_ids)
+            tail.pictures += [(tail.length + places, picture) for places, picture in fed.pictures]
             tail.ids.append(fed.ids)
             tail.positions.append(fed.positions + next_position)
             tail.length += len(fed.ids)
@@ -241,5 +258,5 @@ def _tail(group: int, index: int, trajectory: Trajectory, expand: Expand, next_p
     tail.logprobs = tuple(value for turn in trajectory.turns for value in turn.logprobs)
     # Nothing that follows the last sampled token is learned from, nor is the token itself computed on.
     tail.length = int(torch.cat(tail.sampled)[-1])
-    tail.pictures = [(start, picture) for start, picture in tail.pictures if start < tail.length]
+    tail.pictures = [(places, picture) for places, picture in tail.pictures if places[0] < tail.length]
     return tail

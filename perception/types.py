@@ -167,6 +167,7 @@ class Turn:
     text: str  # what the prompt opened and `token_ids` decoded, end of turn and padding left out; only ever parsed
     finish_reason: str
     view: View | None = None  # shown by the last image of `images`; None: the whole image, as in every first turn
+    expanded_ids: tuple[int, ...] = ()  # `input_ids` as the engine expanded them; (): no engine has
     prompt_tokens: int = 0  # tokens of the dialogue before `token_ids`, image tokens included
     prefix_tokens: int = 0  # in a later turn: tokens of the dialogue before its `input_ids`,
     prefix_cached: int = 0  # and how many of these the engine still had in its prefix cache

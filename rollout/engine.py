@@ -165,7 +165,8 @@ class RolloutEngine:
         if isinstance(output, str):
             return failed_group(prompt, sampling.n, output)
         feed = Feed(input_ids=prompt.token_ids, images=prompt.images, view=None)
-        done = (self._trajectory(c.index, feed, output, c) for c in output.outputs)
+        expanded = tuple(output.prompt_token_ids or ())  # one for all: it is sent once
+        done = (self._trajectory(c.index, feed, expanded, output, c) for c in output.outputs)
         return Group(prompt=prompt, trajectories=tuple(done))
 
     async def sample(
@@ -184,8 +185,9 @@ class RolloutEngine:
         output = await self._request([*ids, *feed.input_ids], [*images, *feed.images], spec, seed)
         if isinstance(output, str):
             return replace(failed_trajectory(prompt, index, output), turns=turns)
-        new = self._trajectory(index, feed, output, output.outputs[0])
         length = turns[-1].prompt_tokens + len(turns[-1].token_ids) if turns else 0
+        expanded = tuple((output.prompt_token_ids or [])[length:])
+        new = self._trajectory(index, feed, expanded, output, output.outputs[0])
         cached = min(length, output.num_cached_tokens or 0)
         last = (replace(turn, prefix_tokens=length, prefix_cached=cached) for turn in new.turns)
         return replace(new, turns=(*turns, *last))
@@ -246,7 +248,9 @@ class RolloutEngine:
             final = output
         return final
 
-    def _trajectory(self, index: int, feed: Feed, request: RequestOutput, completion: CompletionOutput) -> Trajectory:
+    def _trajectory(
+        self, index: int, feed: Feed, expanded: tuple[int, ...], request: RequestOutput, completion: CompletionOutput
+    ) -> Trajectory:
         ids = tuple(completion.token_ids)
         logprobs = cast("FlatLogprobs", completion.logprobs)
         turn = Turn(
@@ -258,6 +262,7 @@ class RolloutEngine:
             text=clean(answer_text(self._policy, self._tokenizer, ids)),
             finish_reason=completion.finish_reason or "unfinished",
             view=feed.view,
+            expanded_ids=expanded,
             prompt_tokens=len(request.prompt_token_ids or ()),
         )
         return Trajectory(index=index, turns=(turn,) if ids else (), failure=failure_of(turn))

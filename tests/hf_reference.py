@@ -54,26 +54,34 @@ class Reference:
 
     def perturb(self, seed: int) -> None:
         """Change every parameter, norms and biases included."""
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+        perturb(self.model, seed)
 
     def buckets(self, limit: int = 400_000) -> Iterator[WeightBucket]:
         """All parameters, in buckets of at least `limit` bytes."""
-        slots: list[TensorSlot] = []
-        data = bytearray()
-        for name, parameter in self.model.named_parameters():
-            data += b"\0" * (-len(data) % 16)
-            slots.append(TensorSlot(name=name, dtype="float32", shape=tuple(parameter.shape), offset=len(data)))
-            data += parameter.detach().numpy().tobytes()
-            if len(data) >= limit:
-                yield self._bucket(slots, data)
-                slots, data = [], bytearray()
-        if slots:
-            yield self._bucket(slots, data)
+        return buckets(self.model, limit)
 
-    @staticmethod
-    def _bucket(slots: list[TensorSlot], data: bytearray) -> WeightBucket:
-        payload = np.frombuffer(bytes(data), np.uint8)
-        return WeightBucket(slots=tuple(slots), nbytes=len(data), transport="store", payload=payload)
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+
+
+def buckets(model: torch.nn.Module, limit: int = 400_000) -> Iterator[WeightBucket]:
+    slots: list[TensorSlot] = []
+    data = bytearray()
+    for name, parameter in model.named_parameters():
+        data += b"\0" * (-len(data) % 16)
+        slots.append(TensorSlot(name=name, dtype="float32", shape=tuple(parameter.shape), offset=len(data)))
+        data += parameter.detach().numpy().tobytes()
+        if len(data) >= limit:
+            yield _bucket(slots, data)
+            slots, data = [], bytearray()
+    if slots:
+        yield _bucket(slots, data)
+
+
+def _bucket(slots: list[TensorSlot], data: bytearray) -> WeightBucket:
+    payload = np.frombuffer(bytes(data), np.uint8)
+    return WeightBucket(slots=tuple(slots), nbytes=len(data), transport="store", payload=payload)

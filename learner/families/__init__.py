@@ -81,6 +81,6 @@ register = FAMILIES.register
 
 
 def family_of(model_type: str) -> type[Family]:
-    from learner.families import qwen_vl  # noqa: F401 - it registers itself, and builds on `learner.policy`
+    from learner.families import qwen_vl  # noqa: F401 - it registers itself and all that pack, on `learner.policy`
 
     return FAMILIES[model_type] if model_type in FAMILIES else Family  # noqa: SIM401 - it has no `get`

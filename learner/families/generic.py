@@ -72,7 +72,7 @@ class PaddedPolicy(Policy):
         taken = signature(self.model.model.forward).parameters
         types = {name: (ids == self.model.config.image_token_id).long() for name in TOKEN_TYPES if name in taken}
         names = pictures[0].inputs if pictures else ()
-        return types | {name: _end_to_end([picture.inputs[name] for picture in pictures]) for name in names}
+        return types | {name: end_to_end([picture.inputs[name] for picture in pictures]) for name in names}
 
     def forward(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
         """(N,) float32 log pi(token) and (N,) float32 entropy in nats."""
@@ -80,7 +80,7 @@ class PaddedPolicy(Policy):
         return self.head(hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, self.vocabulary)
 
 
-def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
+def end_to_end(parts: Sequence[Tensor]) -> Tensor:
     """The parts along the first axis, padded with zeros along the others, as processors pad several images' tiles."""
     largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     whole = parts[0].new_zeros(sum(map(len, parts)), *largest)

@@ -1,44 +1,58 @@
-"""The Qwen-VL families on packed rows: M-RoPE positions, images as patches in native resolution, DeepStack."""
+"""The Qwen-VL families: M-RoPE positions, images as patches in native resolution, DeepStack."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
-from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from learner import text_attention, vision_attention
 from learner.families import Family, register
-from learner.packing import PackedBatch, pack
-from learner.policy import Policy
+from learner.families.packed import Packed, PackedPolicy
 from learner.rows import Picture, Piece
-from learner.text_attention import BLOCK
 from learner.transfer import to_device
 from learner.zero import full_shape
 from perception.config import LearnerConfig
-from perception.types import ImageHandle
 
-ROW_BUCKETS = 16
-"""Lengths of rows within `micro_tokens` that are compiled for on CUDA, at most.
 
-Padding as a share of the tokens, simulated over 400 steps of 16 groups (923 + 8 x 150 tokens) in rows of 8,192, of 8
-groups (prompts of 120 to 1,100 tokens) in rows of 16,384 and of 2 groups in rows of 8,192: 3, 4 and 6 % here; 6, 7 and
-12 % with 8 lengths; 12, 10 and 30 % with 4; 1 % with dynamic shapes, whose kernel must test every block's border."""
+class QwenPolicy(PackedPolicy):
+    """A model of the Qwen-VL families on packed rows."""
+
+    axes = 3
+
+    def __init__(self, family: Family, temperature: float, config: LearnerConfig, entropy_gradient: bool) -> None:
+        super().__init__(family, temperature, config, entropy_gradient)
+        # Not by the loader: it takes a name with "flash" in it, which the tower's form of call needs, for a package.
+        self.model.config.vision_config._attn_implementation_internal = vision_attention.NAME
+        multiply_patches(self.model)
+        self.model.model.language_model._deepstack_process = _add_deep_features  # of Qwen3-VL
+        self._grid_arguments = vision_attention.GridArguments(self.model.model.visual)
+        for block in self.model.model.visual.blocks if config.compile else ():  # for any number of patches
+            block.compile(**text_attention.COMPILE)
+
+    def positions(self, ids: Tensor, grids: Tensor) -> Tensor:
+        """M-RoPE: time, height, width."""
+        is_image = (ids == self.model.config.image_token_id).to(torch.int32)
+        positions, _ = self.model.model.get_rope_index(ids[None], is_image[None], image_grid_thw=grids)
+        return positions[:, 0]
+
+    def vision_features(self, pictures: Sequence[Picture]) -> Tensor:
+        tower = self.model.model.visual
+        values = to_device(torch.cat([picture.inputs["pixel_values"] for picture in pictures]), self.model.device)
+        grids = [picture.grid.tolist() for picture in pictures if picture.grid is not None]
+        known = to_device(self._grid_arguments(grids), self.model.device)
+        features = tower(values.to(tower.dtype), grid_thw=None, **known)
+        return torch.stack([features.pooler_output, *(getattr(features, "deepstack_features", None) or ())])
 
 
 @register("qwen2_vl")
 @register("qwen2_5_vl")
 @register("qwen3_vl")
-class QwenVL(Family):
-    def policy(self, rows: Literal["packed", "padded"]) -> type[Policy]:
-        sliding = getattr(self.config.get_text_config(), "use_sliding_window", False)
-        return super().policy(rows) if rows == "padded" or sliding else PackedPolicy
+class QwenVL(Packed):
+    packed: ClassVar[type[PackedPolicy]] = QwenPolicy
 
     def prepare(self, key: str, pixels: Tensor) -> Picture:
         images = self.processor.image_processor
@@ -50,109 +64,6 @@ class QwenVL(Family):
 
     def flops(self, model: Any, vision_trained: bool, adapters: bool) -> FlopCounter:
         return FlopCounter(model, vision_trained, adapters)
-
-
-class PackedPolicy(Policy):
-    """A model of the Qwen-VL families on packed rows: the vision tower runs once per image, the vocabulary head only
-    where a sampled token is predicted."""
-
-    attention: ClassVar[Any] = {"text_config": text_attention.NAME, "vision_config": "sdpa"}
-    padded = False
-
-    def __init__(self, family: Family, temperature: float, config: LearnerConfig, entropy_gradient: bool) -> None:
-        super().__init__(family, temperature, config, entropy_gradient)
-        self.layout = replace(self.layout, picture=self.picture, positions=self.positions)
-        self.features: LRUCache[str, Picture] = LRUCache(config.feature_cache_mb << 20, _feature_bytes)
-        """Images whose features are known, where the vision tower is frozen."""
-        # Not by the loader: it takes a name with "flash" in it, which the tower's form of call needs, for a package.
-        self.model.config.vision_config._attn_implementation_internal = vision_attention.NAME
-        multiply_patches(self.model)
-        self.model.model.language_model._deepstack_process = _add_deep_features  # of Qwen3-VL
-        self._grid_arguments = vision_attention.GridArguments(self.model.model.visual)
-        self._micro_tokens = config.micro_tokens
-        if config.compile:
-            for layer in self.model.model.language_model.layers:
-                layer.compile(dynamic=False, **text_attention.COMPILE)
-            for block in self.model.model.visual.blocks:  # for any number of patches
-                block.compile(**text_attention.COMPILE)
-
-    def picture(self, handle: ImageHandle) -> Picture:
-        return self.features.get(handle.key) or self.family.picture(handle)
-
-    def positions(self, ids: Tensor, grids: Tensor) -> Tensor:
-        """M-RoPE positions (3, T) of expanded ids (T,) holding the images of `grids` (images, 3)."""
-        is_image = (ids == self.model.config.image_token_id).to(torch.int32)
-        positions, _ = self.model.model.get_rope_index(ids[None], is_image[None], image_grid_thw=grids)
-        return positions[:, 0]
-
-    def collate(self, pieces: Sequence[Piece]) -> PackedBatch:
-        tokens = sum(piece.packed for piece in pieces)
-        multiple = row_multiple(tokens, self._micro_tokens) if self.model.device.type != "cpu" else 1
-        return pack(pieces, self.layout, multiple)
-
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(N,) float32 log pi(token) and (N,) float32 entropy in nats."""
-        embeddings = self.model.get_input_embeddings()(batch.input_ids)[0]
-        extra: dict[str, Any] = {}
-        levels = self._image_levels(batch.pictures)
-        if levels is not None:
-            levels = levels.index_select(1, batch.image_source).to(embeddings.dtype)
-            embeddings = embeddings.index_copy(0, batch.image_slots, levels[0])
-            if len(levels) > 1:
-                extra = {"visual_pos_masks": batch.image_slots, "deepstack_visual_embeds": levels[1:]}
-        mask = text_attention.packed_mask(batch.lengths, len(embeddings), embeddings.device)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeddings[None], position_ids=batch.position_ids, use_cache=False, packed=mask, **extra
-        ).last_hidden_state
-        return self.head(hidden[0].index_select(0, batch.predictors), batch.targets, self.vocabulary)
-
-    def _image_levels(self, pictures: Sequence[Picture]) -> Tensor | None:
-        """(levels, image tokens, hidden size) of the images end to end; None where no rank needs any."""
-        if self.vision_trained:
-            return self._vision_features(pictures)
-        levels = {p.key: self.features.get(p.key, p).features if p.features is None else p.features for p in pictures}
-        new = [picture for picture in pictures if levels[picture.key] is None]
-        self.images += len(pictures)
-        self.images_known += len(pictures) - len(new)
-        if self._any_rank(bool(new)):
-            with torch.no_grad():
-                computed = self._vision_features(new)
-            sizes = [len(picture.tokens) for picture in new]
-            for picture, own in zip(new, computed.split(sizes, dim=1) if new else (), strict=True):
-                levels[picture.key] = own
-                if own.nbytes <= self.features.maxsize:
-                    self.features[picture.key] = replace(picture, inputs={}, features=own.cpu())
-        found = [to_device(own, self.model.device) for own in levels.values() if own is not None]
-        return torch.cat(found, dim=1) if found else None
-
-    def _vision_features(self, pictures: Sequence[Picture]) -> Tensor:
-        """The vision tower's features of these images as (levels, k, hidden size); no image: of a blank one."""
-        pictures, tower = pictures or [self.blank], self.model.model.visual
-        values = to_device(torch.cat([picture.inputs["pixel_values"] for picture in pictures]), self.model.device)
-        grids = [picture.grid.tolist() for picture in pictures if picture.grid is not None]
-        known = to_device(self._grid_arguments(grids), self.model.device)
-        features = tower(values.to(tower.dtype), grid_thw=None, **known)
-        return torch.stack([features.pooler_output, *(getattr(features, "deepstack_features", None) or ())])
-
-    def _any_rank(self, needed: bool) -> bool:
-        """Whether the vision tower must run: under ZeRO-3 on all ranks or on none."""
-        if not hasattr(next(self.model.parameters()), "ds_id"):
-            return needed
-        flag = torch.tensor(float(needed), device=self.model.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
-
-def row_multiple(tokens: int, micro_tokens: int) -> int:
-    """What a row of so many tokens is padded to a multiple of on CUDA, itself one of FlexAttention's block.
-
-    That makes `ROW_BUCKETS` lengths up to `micro_tokens`, which only a trajectory that alone is longer exceeds, and
-    half as many for every doubling beyond.
-    """
-    multiple = max(1, math.ceil(micro_tokens / ROW_BUCKETS / BLOCK)) * BLOCK
-    while multiple * ROW_BUCKETS < tokens:
-        multiple *= 2
-    return multiple
 
 
 class _PatchProduct(nn.Conv3d):
@@ -240,8 +151,3 @@ def _tiles(length: int, side: int) -> int:
 def _matrices(module: Any) -> int:
     """Parameters of linear maps."""
     return sum(torch.Size(full_shape(p)).numel() for p in module.parameters() if len(full_shape(p)) > 1)
-
-
-def _feature_bytes(picture: Picture) -> int:
-    assert picture.features is not None
-    return picture.features.nbytes

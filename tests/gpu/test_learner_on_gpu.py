@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from learner.families.qwen_vl import ROW_BUCKETS, row_multiple
+from learner.families.packed import ROW_BUCKETS, row_multiple
 from learner.policy import Policy, load_policy
 from learner.pool import LearnerPool
 from learner.rank import LearnerRank

@@ -1,5 +1,8 @@
-"""Another family than Qwen-VL's through the whole program: LLaVA-OneVision, with a tokenizer, an image processor and a
-chat format of its own, in files as they are released. And one that cannot be trained is refused by name."""
+"""Model families through the whole program, or through engine, learner and an update of all weights.
+
+LLaVA-OneVision has a tokenizer, an image processor and a chat format of its own, in files as they are released;
+Qwen3-VL is trained by adapters. And what cannot be trained is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +24,8 @@ from runtime.cluster import ROOT
 from tests import tiny_families
 
 LIMIT_S = 240.0
+SHARES = (("idefics3", "internvl", "qwen2_vl"), ("mistral3", "pixtral"))
+"""Families in two processes side by side."""
 
 
 def train(output: Path, model: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -87,3 +94,34 @@ def test_a_model_that_cannot_be_trained_is_refused_by_name(policy: Path, tmp_pat
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "qwen2 is not supported: only image-text models are, such as qwen2_vl" in line
+
+
+@pytest.fixture(scope="module")
+def rounds() -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.family_rounds"]
+    with ExitStack() as started:
+        both = [
+            started.enter_context(subprocess.Popen([*command, *share], cwd=ROOT, text=True, stdout=subprocess.PIPE))
+            for share in SHARES
+        ]
+        lines = [line for one in both for line in one.communicate(timeout=LIMIT_S)[0].splitlines()]
+    return {found["family"]: found for found in (json.loads(line) for line in lines if line.startswith('{"family"'))}
+
+
+@pytest.mark.parametrize("family", [family for share in SHARES for family in share])
+def test_a_family_in_the_engine_and_in_the_learner_before_and_after_an_update(
+    rounds: dict[str, Any], family: str
+) -> None:
+    found = rounds[family]
+    assert max(found["before"], found["after"]) <= 1e-5 < 1e-2 < min(found["stale"], found["unseen"])
+    assert found["same_rows"] and found["same_weights"] and found["looks"] == 1
+
+
+def test_qwen3_vl_trains_by_adapters(tmp_path: Path) -> None:
+    tiny_families.build("qwen3_vl", model := tmp_path / "model")
+    done = train(tmp_path, model, "learner.lora.rank=4", "learner.checksum=true", "learner.parity_limit=1e-4")
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line) for line in (tmp_path / "tiny/metrics.jsonl").read_text().splitlines())
+    assert first["policy/grad_norm"] > 0 and second["policy/version"] == 1
+    assert max(one["policy/logprob_mismatch"] for one in (first, second)) < 1e-5
+    assert json.loads((tmp_path / "tiny/policy/adapter/adapter_config.json").read_text())["r"] == 4

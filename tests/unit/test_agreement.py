@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.smolvlm import processing_smolvlm
 
 from launch.run import checks
 from launch.run.samples import make_prompts
@@ -62,6 +63,20 @@ def refused(config: Config, words: str) -> None:
 
 def test_what_agrees_passes(policy: Path) -> None:
     make_prompts(settings(policy, max_model_len=4096))
+
+
+def test_a_placeholder_of_another_id_than_an_images_tokens_passes(tmp_path: Path) -> None:
+    spec = tiny_families.build("gemma3", tmp_path)
+    maker = make_prompts(settings(tmp_path, max_model_len=4096))
+    assert maker.config.image_token_id != maker.image_token_id == spec.image_token_id
+    assert {maker.config.image_token_id, maker.image_token_id} <= {*maker.marks}
+
+
+def test_smolvlm_names_the_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
+    tiny_families.build("smolvlm", tmp_path)
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    refused(settings(tmp_path), r"no prompt can be built: .* `pip install num2words`")
 
 
 def test_positions_against_max_model_len(policy: Path) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ import torch
 
 from launch.run.parity import LIMITS
 from learner.families.generic import PaddedPolicy
-from learner.families.qwen_vl import PackedPolicy, multiply_patches
+from learner.families.packed import PackedPolicy
+from learner.families.qwen_vl import QwenPolicy, multiply_patches
 from learner.policy import Policy, load_policy
-from perception.config import LearnerConfig
+from perception.config import LearnerConfig, LoraConfig
 from perception.types import Group, PolicySpec, Trajectory
 from tests import tiny_families
 from tests.builders import sampled_group, with_advantages
@@ -27,10 +30,14 @@ from tests.gradients import distance, evaluate
 
 TEMPERATURE = 0.8
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+OTHERS = ("llava", "llava_onevision", "internvl", "idefics3", "mistral3", "pixtral")
+ADAPTERS = {"lora": LoraConfig(rank=2)}
+SOME_FROZEN = (("llava_onevision", {"freeze_vision": True}), ("idefics3", ADAPTERS), ("qwen3_vl", ADAPTERS))
 
 
-def load(spec: PolicySpec, rows: str) -> Policy:
-    return load_policy(spec, TEMPERATURE, LearnerConfig(rows=rows), lambda handle: handle.ref)  # type: ignore[arg-type]
+def load(spec: PolicySpec, rows: str, **settings: Any) -> Policy:
+    config = LearnerConfig(rows=rows, **settings)  # type: ignore[arg-type]
+    return load_policy(spec, TEMPERATURE, config, lambda handle: handle.ref)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -41,7 +48,7 @@ def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def packed(spec: PolicySpec) -> Policy:
     policy = load(spec, "packed")
-    assert isinstance(policy, PackedPolicy)
+    assert isinstance(policy, QwenPolicy)
     return policy
 
 
@@ -114,6 +121,25 @@ def test_patches_by_a_matrix_product_are_those_by_convolution(padded: Policy, sp
     stock, stock_gradient = evaluate(load(spec, "padded"), groups, 1 << 20)
     assert max((ours[key] - stock[key]).abs().max().item() for key in stock) <= 1e-5
     assert distance(our_gradient, stock_gradient) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "settings"), [*((name, {}) for name in OTHERS), *SOME_FROZEN])
+def test_packed_rows_of_other_families_equal_padded_ones(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Images of several tiles, with marks and line ends; frozen ones' features are known the second time."""
+    spec = tiny_families.build(name, tmp_path)
+    groups = case("images of different sizes", spec)[1:] + case("a second image of one sample", spec)[1:]
+    groups += case("empty answers", spec)
+    ours, theirs = load(spec, "packed", **settings), load(spec, "padded", **settings)
+    assert isinstance(ours, PackedPolicy) and isinstance(theirs, PaddedPolicy)
+    if name == "qwen3_vl":
+        multiply_patches(theirs.model)
+    theirs.load_state_dict(ours.state_dict())  # adapters begin at random
+    expected, gradient = evaluate(theirs, groups, 1 << 20)
+    for budget in (1 << 20, 100):
+        found, own = evaluate(ours, groups, budget)
+        assert max((found[key] - expected[key]).abs().max().item() for key in expected) <= 4e-6
+        assert own.keys() == gradient.keys() and distance(own, gradient) <= 2e-6
+    assert (ours.images_known > 0) == ("lora" in settings)  # a frozen tower's projector is trained
 
 
 def test_in_double_precision_nothing_is_left_of_the_difference(

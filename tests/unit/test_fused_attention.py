@@ -22,7 +22,7 @@ from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_block_mask
 
 from learner import text_attention
-from learner.families.qwen_vl import row_multiple
+from learner.families.packed import row_multiple
 from learner.packing import PieceLengths, pack
 from learner.policy import load_policy
 from learner.rows import pieces

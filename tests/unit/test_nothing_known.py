@@ -105,7 +105,9 @@ def test_the_learner_leaves_it_alone(
 
 
 def test_a_question_with_too_many_placeholders_is_left_alone(tmp_path: Path) -> None:
-    layout = Layout(image_token_id=300, filler_id=0, picture=lambda handle: pytest.fail("nothing to prepare"))
+    layout = Layout(
+        image_token_id=300, shown_id=300, filler_id=0, picture=lambda handle: pytest.fail("nothing to prepare")
+    )
     assert list(pieces([unknown(damaged(tmp_path, "gone"), placeholders=n) for n in (0, 2, 3)], layout, 99)) == []
 
 
@@ -122,7 +124,9 @@ def test_a_failed_second_look_is_not_prepared() -> None:
         return Picture(key=handle.key, tokens=torch.tensor([300]), inputs={})
 
     about = builders.prompt(token_ids=(1, 300), images=(first,))
-    (piece,) = pieces([group(*both, about=about)], Layout(image_token_id=300, filler_id=0, picture=picture), 99)
+    (piece,) = pieces(
+        [group(*both, about=about)], Layout(image_token_id=300, shown_id=300, filler_id=0, picture=picture), 99
+    )
     assert prepared == ["whole"] and [tail.trajectory for tail in piece.tails] == [0]
 
 

@@ -23,7 +23,7 @@ from perception.config import LearnerConfig, LoraConfig
 from tests import tiny_policy
 from tests.builders import sampled_group
 
-NO_IMAGES = Layout(image_token_id=-1, filler_id=0, picture=lambda handle: pytest.fail("no image"))
+NO_IMAGES = Layout(image_token_id=-1, shown_id=-1, filler_id=0, picture=lambda handle: pytest.fail("no image"))
 spans = st.lists(
     st.builds(PieceLengths, prompt=st.integers(1, 7), tails=st.lists(st.integers(0, 5), max_size=4).map(tuple)),
     min_size=1,
