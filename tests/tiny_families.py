@@ -38,6 +38,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -79,19 +81,22 @@ ANSWERS = [
 
 
 def build(family: str, path: Path, seed: int = 0) -> PolicySpec:
-    """family: qwen2_5_vl, qwen2_vl, qwen3_vl, llava, llava_onevision or internvl."""
+    """family: qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_5, llava, llava_onevision or internvl."""
     if family == "qwen2_5_vl":
         return tiny_policy.build(path, seed)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = _llama_tokenizer(family) if family in MARKS else tiny_policy.byte_tokenizer()
     ids = dict(tokenizer.get_vocab())
-    makers = {"qwen2_vl": _qwen2, "qwen3_vl": _qwen3, "llava": _llava, "llava_onevision": _onevision}
+    makers = {"qwen2_vl": _qwen2, "qwen3_vl": _qwen3, "qwen3_5": _qwen3_5, "llava": _llava}
+    makers["llava_onevision"] = _onevision
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = makers.get(family, _internvl)(tokenizer, ids)
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.1 if "embed" in name else parameter[0].numel() ** -0.5)
+            if name.endswith("A_log"):  # by the library's own, a state is forgotten within two tokens
+                parameter.data.uniform_(0.002, 0.2).log_()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(path)
     _processor(family, tokenizer).save_pretrained(path)
@@ -141,6 +146,19 @@ def _qwen3(tokenizer: PreTrainedTokenizerFast, ids: dict[str, int]) -> Any:
     }
     return Qwen3VLForConditionalGeneration(
         Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **_special(ids))
+    )
+
+
+def _qwen3_5(tokenizer: PreTrainedTokenizerFast, ids: dict[str, int]) -> Any:
+    """Three layers of linear attention and one of the other kind; vLLM's kernels on the CPU want these dimensions."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    linear = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    text = TEXT | heads | linear | {"vocab_size": len(tokenizer), "rope_parameters": rope}
+    size = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64}
+    vision = size | {"depth": 2, "num_heads": 2, "patch_size": 14, "num_position_embeddings": 64}
+    return Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **_special(ids))
     )
 
 

@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from learner import text_attention, vision_attention
+from learner import gated_delta_net, text_attention, vision_attention
 from learner.families import Family, register
 from learner.packing import PackedBatch, pack
 from learner.policy import Policy
@@ -35,10 +35,13 @@ groups (prompts of 120 to 1,100 tokens) in rows of 16,384 and of 2 groups in row
 @register("qwen2_vl")
 @register("qwen2_5_vl")
 @register("qwen3_vl")
+@register("qwen3_5")
 class QwenVL(Family):
     def policy(self, rows: Literal["packed", "padded"]) -> type[Policy]:
-        sliding = getattr(self.config.get_text_config(), "use_sliding_window", False)
-        return super().policy(rows) if rows == "padded" or sliding else PackedPolicy
+        text = self.config.get_text_config()
+        others = [kind for kind in getattr(text, "layer_types", ()) if kind != "full_attention"]
+        packs = len(others) == gated_delta_net.layers(text)  # windows and other recurrences do not
+        return PackedPolicy if rows == "packed" and packs else super().policy(rows)
 
     def prepare(self, key: str, pixels: Tensor) -> Picture:
         images = self.processor.image_processor
@@ -68,11 +71,13 @@ class PackedPolicy(Policy):
         self.model.config.vision_config._attn_implementation_internal = vision_attention.NAME
         multiply_patches(self.model)
         self.model.model.language_model._deepstack_process = _add_deep_features  # of Qwen3-VL
+        self._reach = gated_delta_net.pack_layers(self.model)
         self._grid_arguments = vision_attention.GridArguments(self.model.model.visual)
         self._micro_tokens = config.micro_tokens
         if config.compile:
             for layer in self.model.model.language_model.layers:
-                layer.compile(dynamic=False, **text_attention.COMPILE)
+                # The blocks of a gated delta net have other sizes in every row.
+                (layer.mlp if hasattr(layer, "linear_attn") else layer).compile(dynamic=False, **text_attention.COMPILE)
             for block in self.model.model.visual.blocks:  # for any number of patches
                 block.compile(**text_attention.COMPILE)
 
@@ -100,6 +105,11 @@ class PackedPolicy(Policy):
             embeddings = embeddings.index_copy(0, batch.image_slots, levels[0])
             if len(levels) > 1:
                 extra = {"visual_pos_masks": batch.image_slots, "deepstack_visual_embeds": levels[1:]}
+        if self._reach:
+            branches = to_device(
+                gated_delta_net.branches(batch.lengths, len(embeddings), self._reach), embeddings.device
+            )
+            extra["attention_mask"] = {"full_attention": None, gated_delta_net.KIND: branches}
         mask = text_attention.packed_mask(batch.lengths, len(embeddings), embeddings.device)
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings[None], position_ids=batch.position_ids, use_cache=False, packed=mask, **extra
@@ -182,6 +192,7 @@ class FlopCounter:
     useful FLOPs of a micro-batch = sum over its groups of
         2 * text parameters * tokens              linear layers; a group's prompt once, its trajectories once each
       + 4 * heads * head dim * layers * pairs     scores and values of every (query, key) that attends
+      + 6 * value heads * key dim * value dim * linear layers * tokens    a gated delta net's state: read, write, read
       + 2 * hidden size * vocabulary * sampled    head, only where a sampled token is predicted
       + 2 * vision parameters * patches           once per image
       + 4 * vision width * sum over blocks of its windows' squared lengths
@@ -194,9 +205,9 @@ class FlopCounter:
     def __init__(self, model: Any, vision_trained: bool, adapters: bool) -> None:
         text, tower = model.config.get_text_config(), model.model.visual
         self._text_passes, self._vision_passes = 2 if adapters else 3, 3 if vision_trained else 1
-        self._text = _matrices(model.model.language_model.layers)
+        self._text = _matrices(model.model.language_model.layers) + gated_delta_net.products(text)
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self._pair = 4 * text.num_attention_heads * dim * text.num_hidden_layers
+        self._pair = 4 * text.num_attention_heads * dim * (text.num_hidden_layers - gated_delta_net.layers(text))
         self._sampled = 2 * text.hidden_size * text.vocab_size
         self._vision = model.config.vision_config
         self._width = getattr(self._vision, "embed_dim", None) or self._vision.hidden_size
