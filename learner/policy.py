@@ -90,7 +90,7 @@ def load_policy(
     family = families.family_of(settings.model_type)(spec, settings, fetch)
     kind = family.policy(config.rows)
     if config.rows == "packed" and kind.padded:
-        why = f"{settings.model_type} ({spec.path}) is of no family that packs, or its attention has windows"
+        why = f"{settings.model_type} ({spec.path}) is of no family that packs, or has layers that do not"
         log.warning(f"learner: rows are padded, not packed: {why}. Each answer costs its prompt and images again.")
     return kind(family, temperature, config, entropy_gradient)
 

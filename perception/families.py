@@ -28,7 +28,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     """Beginnings of parameter names: as transformers has them -> as vLLM loads them."""
     unfit: Mapping[str, str] = field(default_factory=dict)
-    """Device -> why its engine cannot be used."""
+    """Device, or device and dtype -> why its engine cannot be used."""
 
 
 FAMILIES: Registry[Family] = Registry("model family")
@@ -41,7 +41,8 @@ register("llava_onevision")(Family(images_alone=False))
 for ordinary in ("internvl", "idefics3", "llava", "llava_next", "mistral3"):
     register(ordinary)(Family())
 register("gemma3")(Family(unfit={"cpu": "vLLM's CPU attention is causal among an image's tokens, the model's is not"}))
-register("qwen3_5")(Family(unfit={"cpu": "vLLM's CPU kernels of its linear attention are inexact and bfloat16 only"}))
+_HALF = "vLLM computes linear attention in bfloat16 alone there; take model.dtype=bfloat16"
+register("qwen3_5")(Family(native=True, unfit={"cpu float32": _HALF}))
 
 
 def family_of(model_type: str) -> Family:

@@ -7,10 +7,11 @@ in it may be one of the worker's own. The engine's process imports this file for
 import ctypes
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import vllm._custom_ops as vllm_kernels
 import vllm.model_executor.layers.utils as vllm_layers
 import vllm.v1.core.sched.output as vllm_requests
 from torch import Tensor
@@ -36,6 +37,11 @@ def _plain_linear(layer: Any, remove_weight: bool = False) -> None:
     layer.cpu_linear = functional.linear
 
 
+def _plain_convolution(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel of linear attention that is given, and told of, a weight (channels, 1, width) that nothing packed."""
+    return lambda weight, is_weight_packed, **rest: kernel(weight=weight.flatten(1), is_weight_packed=False, **rest)
+
+
 class _CpuGenerator(torch.Generator):
     """vLLM rewinds a seeded request's generator when its prompt was only computed in part. torch's CPU generator cannot
     rewind and raises, which ends the engine; here the request goes on with the next random numbers instead."""
@@ -48,9 +54,13 @@ class _CpuGenerator(torch.Generator):
 
 
 # vLLM's CPU linears keep a packed copy of their weights, and nothing repacks the tied head when new weights come: it
-# would silently go on with the old ones. Unpacked linears read the parameter itself. On CUDA nothing is packed.
+# would silently go on with the old ones. Unpacked linears read the parameter itself, and so do the convolutions of
+# linear attention, whose new weights would not fit the packed ones. On CUDA nothing is packed.
 if current_platform.is_cpu():
     vllm_layers.dispatch_cpu_unquantized_gemm = _plain_linear
+    for name in ("causal_conv1d_fwd_cpu", "causal_conv1d_update_cpu"):
+        if hasattr(vllm_kernels, name):  # vLLM 0.26 has none
+            setattr(vllm_kernels, name, _plain_convolution(getattr(vllm_kernels, name)))
     torch.Generator = _CpuGenerator  # type: ignore[misc]
 
 # A request whose images lie wholly in the prefix cache is given to the worker without their pixels. A weight update

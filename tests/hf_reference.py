@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from perception.types import PolicySpec, Prompt
 from perception.weights import TensorSlot, WeightBucket
@@ -23,7 +23,7 @@ class Reference:
     policy: PolicySpec
 
     def __post_init__(self) -> None:
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.policy.path, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(self.policy.path, dtype=torch.float32).eval()
         self.processor: Any = AutoProcessor.from_pretrained(self.policy.path)
 
     def prompt(self, seed: int, images: int = 1) -> Prompt:

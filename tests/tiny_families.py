@@ -72,6 +72,8 @@ def build(family: str, path: Path, seed: int = 0) -> PolicySpec:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.1 if "embed" in name else parameter[0].numel() ** -0.5)
+            if name.endswith("A_log"):  # by the library's own, a state is forgotten within two tokens
+                parameter.data.uniform_(0.002, 0.2).log_()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(path)
     image = IMAGE.get(family, "<image>") if own else "<|image_pad|>"

@@ -63,6 +63,17 @@ def _qwen3(tokenizer: Tokenizer) -> Any:
     return hf.Qwen3VLForConditionalGeneration(config)
 
 
+def _qwen3_5(tokenizer: Tokenizer) -> Any:
+    """Three layers of linear attention and one of the other kind; vLLM's kernels on the CPU want these dimensions."""
+    linear = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "num_hidden_layers": 4}
+    rope = ROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    size = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64}
+    vision = size | {"depth": 2, "num_heads": 2, "patch_size": 14, "num_position_embeddings": 64}
+    text = _text(tokenizer, rope_parameters=rope, head_dim=32, **linear)
+    config = hf.Qwen3_5Config(text_config=text, vision_config=vision, **_native(tokenizer))
+    return hf.Qwen3_5ForConditionalGeneration(config)
+
+
 def _with(text: Any, vision: Any, tokenizer: Tokenizer, image: str = "<image>") -> dict[str, Any]:
     named = {"image_token_id": tokenizer.convert_tokens_to_ids(image), "tie_word_embeddings": True}
     return {"text_config": text, "vision_config": vision, **named}
@@ -145,6 +156,7 @@ GEMMA = {"boi": "<start_of_image>", "eoi": "<end_of_image>", "image": "<image_so
 MODELS: dict[str, Callable[[Tokenizer], Any]] = {
     "qwen2_vl": _qwen2,
     "qwen3_vl": _qwen3,
+    "qwen3_5": _qwen3_5,
     "llava": _llava,
     "llava_onevision": _onevision,
     "internvl": _internvl,
@@ -162,7 +174,7 @@ def processor(family: str, **chat: Any) -> Any:
     if family == "qwen2_vl":
         images, videos = hf.Qwen2VLImageProcessor(**kinds), hf.Qwen2VLVideoProcessor(size=LIMITS)
         return hf.Qwen2VLProcessor(image_processor=images, video_processor=videos, **chat)
-    if family == "qwen3_vl":
+    if family in ("qwen3_vl", "qwen3_5"):
         images, videos = hf.Qwen2VLImageProcessor(**kinds), hf.Qwen3VLVideoProcessor(size=LIMITS)
         return hf.Qwen3VLProcessor(image_processor=images, video_processor=videos, **chat)
     if family == "llava":

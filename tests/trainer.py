@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from perception.config import PlacementConfig, RolloutConfig
+from perception.types import PolicySpec
 from rollout.pool import RolloutPool
 from runtime.placement import anywhere
 from tests.hf_reference import Reference
-from tests.tiny_policy import build
 
 CONFIG = RolloutConfig(max_model_len=1024, kv_cache_mb=64, request_timeout_s=120)
 PLACEMENT = PlacementConfig(name="test", device="cpu", threads=1)
@@ -17,11 +15,10 @@ PLACEMENT = PlacementConfig(name="test", device="cpu", threads=1)
 class Trainer:
     """Sends the reference model's weights, in buckets. The pool is not started."""
 
-    def __init__(self, folder: Path) -> None:
-        """The policy is written to `folder`."""
-        self.reference, self.version = Reference(build(folder)), 0
+    def __init__(self, policy: PolicySpec) -> None:
+        self.reference, self.version = Reference(policy), 0
         seats = anywhere(PLACEMENT, "engine", 1)
-        self.pool = RolloutPool(self.reference.policy, CONFIG, PLACEMENT, seats, self.sync)
+        self.pool = RolloutPool(policy, CONFIG, PLACEMENT, seats, self.sync)
 
     async def sync(self) -> None:
         assert len(self.pool.begin_update()) == 1

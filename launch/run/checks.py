@@ -198,9 +198,9 @@ def check_family(config: Config) -> None:
     settings, device = _read_json(Path(config.model.path) / "config.json"), config.placement.device
     kind, tower = settings["model_type"], settings.get("vision_config", {}).get("model_type")
     family = family_of(kind)
-    if device in family.unfit:
-        fit = ", ".join(name for name in FAMILIES if device not in FAMILIES[name].unfit)
-        why = f"{kind} cannot be trained with placement.device={device}: {family.unfit[device]}"
+    for place in {device, f"{device} {config.model.dtype}"} & family.unfit.keys():
+        fit = ", ".join(name for name in FAMILIES if place not in FAMILIES[name].unfit)
+        why = f"{kind} cannot be trained with placement.device={device}: {family.unfit[place]}"
         raise UserError(f"model.path={config.model.path}: {why}; supported there are {fit}")
     if config.look.mode == "relook" and not family.images_alone:
         raise UserError(f"look=relook: {kind} sees one image otherwise than two; take look=none or look=inline")

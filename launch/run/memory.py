@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from learner import families
+from learner import families, gated_delta_net
 from learner.head import CHUNK_LOGITS
 from learner.policy import choose_trained
 from learner.weights import weights
@@ -60,7 +60,7 @@ class Layers:
     hidden: int
     """Numbers of a token between two layers."""
     width: int
-    """Inputs and outputs of a layer's linear maps, all together."""
+    """Inputs and outputs of a layer's linear maps, all together, and what a gated delta net keeps beside them."""
     weights: int
     """Parameters of a layer's linear maps."""
 
@@ -160,7 +160,7 @@ def measure(model: ModelConfig, learner: LearnerConfig) -> Size:
         trained=sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad),
         sent=sum(weight.base.numel() for weight in weights(policy).values() if weight.trained),
         vocabulary=text.vocab_size,
-        key_value=2 * text.num_hidden_layers * heads * dim,
+        key_value=2 * (text.num_hidden_layers - gated_delta_net.layers(text)) * heads * dim,
         text=_layers(texts),
         vision=_layers(towers),
     )
@@ -168,7 +168,10 @@ def measure(model: ModelConfig, learner: LearnerConfig) -> Size:
 
 def _layers(modules: list[nn.Module]) -> Layers:
     linears = [[one for one in module.modules() if isinstance(one, nn.Linear)] for module in modules]
-    widths = [sum(one.in_features + one.out_features for one in layer) for layer in linears]
+    widths = [
+        sum(one.in_features + one.out_features for one in layer) + gated_delta_net.kept(module)
+        for module, layer in zip(modules, linears, strict=True)
+    ]
     products = [sum(one.in_features * one.out_features for one in layer) for layer in linears]
     hidden = max((layer[0].in_features for layer in linears if layer), default=0)
     return Layers(count=len(modules), hidden=hidden, width=max(widths, default=0), weights=max(products, default=0))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cachetools import LRUCache
 from torch import Tensor
 
-from learner import text_attention
+from learner import gated_delta_net, text_attention
 from learner.families import Family, register
 from learner.families.generic import end_to_end
 from learner.packing import PackedBatch, pack
@@ -45,8 +45,10 @@ class PackedPolicy(Policy):
         self.features: LRUCache[str, Picture] = LRUCache(config.feature_cache_mb << 20, _feature_bytes)
         """Images whose features are known, where the vision tower is frozen."""
         self._micro_tokens = config.micro_tokens
+        self._reach = gated_delta_net.pack_layers(self.model)
         for layer in self.model.get_decoder().layers if config.compile else ():
-            layer.compile(dynamic=False, **text_attention.COMPILE)
+            # The blocks of a gated delta net have other sizes in every row.
+            (layer.mlp if hasattr(layer, "linear_attn") else layer).compile(dynamic=False, **text_attention.COMPILE)
 
     def picture(self, handle: ImageHandle) -> Picture:
         return self.features.get(handle.key) or self.family.picture(handle)
@@ -70,6 +72,10 @@ class PackedPolicy(Policy):
             embeddings = embeddings.index_copy(0, batch.image_slots, levels[0])
             if len(levels) > 1:
                 extra = {"visual_pos_masks": batch.image_slots, "deepstack_visual_embeds": levels[1:]}
+        if self._reach:
+            branches = gated_delta_net.branches(batch.lengths, len(embeddings), self._reach)
+            branches = to_device(branches, embeddings.device)
+            extra["attention_mask"] = {"full_attention": None, gated_delta_net.KIND: branches}
         mask = text_attention.packed_mask(batch.lengths, len(embeddings), embeddings.device)
         positions = batch.position_ids[: self.axes].squeeze(0)  # an only axis goes
         hidden = self.model.get_decoder()(
@@ -119,15 +125,15 @@ class PackedPolicy(Policy):
 @register("mistral3")
 @register("smolvlm")
 class Packed(Family):
-    """A family that packs, but for a model of it whose attention has windows."""
+    """A family that packs, but for a model of it with windows, or with a recurrence that is no gated delta net."""
 
     packed: ClassVar[type[PackedPolicy]] = PackedPolicy
 
     def policy(self, rows: Literal["packed", "padded"]) -> type[Policy]:
         text = self.config.get_text_config()
-        kinds = {"full_attention", *(getattr(text, "layer_types", None) or ())}
-        windows = len(kinds) > 1 or getattr(text, "sliding_window", None)
-        return super().policy(rows) if rows == "padded" or windows else self.packed
+        others = [kind for kind in getattr(text, "layer_types", None) or () if kind != "full_attention"]
+        packs = len(others) == gated_delta_net.layers(text) and not getattr(text, "sliding_window", None)
+        return self.packed if rows == "packed" and packs else super().policy(rows)
 
 
 def row_multiple(tokens: int, micro_tokens: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from learner import text_attention, vision_attention
+from learner import gated_delta_net, text_attention, vision_attention
 from learner.families import Family, register
 from learner.families.packed import Packed, PackedPolicy
 from learner.rows import Picture, Piece
@@ -51,6 +51,7 @@ class QwenPolicy(PackedPolicy):
 @register("qwen2_vl")
 @register("qwen2_5_vl")
 @register("qwen3_vl")
+@register("qwen3_5")
 class QwenVL(Packed):
     packed: ClassVar[type[PackedPolicy]] = QwenPolicy
 
@@ -93,6 +94,7 @@ class FlopCounter:
     useful FLOPs of a micro-batch = sum over its groups of
         2 * text parameters * tokens              linear layers; a group's prompt once, its trajectories once each
       + 4 * heads * head dim * layers * pairs     scores and values of every (query, key) that attends
+      + 6 * value heads * key dim * value dim * linear layers * tokens    a gated delta net's state: read, write, read
       + 2 * hidden size * vocabulary * sampled    head, only where a sampled token is predicted
       + 2 * vision parameters * patches           once per image
       + 4 * vision width * sum over blocks of its windows' squared lengths
@@ -105,9 +107,9 @@ class FlopCounter:
     def __init__(self, model: Any, vision_trained: bool, adapters: bool) -> None:
         text, tower = model.config.get_text_config(), model.model.visual
         self._text_passes, self._vision_passes = 2 if adapters else 3, 3 if vision_trained else 1
-        self._text = _matrices(model.model.language_model.layers)
+        self._text = _matrices(model.model.language_model.layers) + gated_delta_net.products(text)
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self._pair = 4 * text.num_attention_heads * dim * text.num_hidden_layers
+        self._pair = 4 * text.num_attention_heads * dim * (text.num_hidden_layers - gated_delta_net.layers(text))
         self._sampled = 2 * text.hidden_size * text.vocab_size
         self._vision = model.config.vision_config
         self._width = getattr(self._vision, "embed_dim", None) or self._vision.hidden_size

@@ -42,7 +42,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def trainer(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trainer]:
     """A pool of one engine, and the policy that it runs. Tests of the engine with version 0 come before the others."""
-    trainer = Trainer(tmp_path_factory.mktemp("policy"))
+    trainer = Trainer(build(tmp_path_factory.mktemp("policy")))
     (info,) = await trainer.pool.start()
     assert info.version.startswith("0.")
     yield trainer
