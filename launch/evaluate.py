@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from launch.record.summary import half_interval
 from launch.run.calibrate import calibrate
 from launch.run.checks import check_files, check_machine
 from launch.run.config import entry
@@ -65,6 +66,8 @@ async def evaluate(
             log.warning(f"no held-out numbers of task {task}{held_out and f' of {held_out}'}: {error}")
             continue
         metrics |= {catalog.HeldOut(task, *key, held_out).name: value for key, value in measured.items()}
+        for measure, half in _intervals(own[catalog.GREEDY]).items():
+            metrics[catalog.interval(catalog.HeldOut(task, measure, catalog.GREEDY, held_out).name)] = half
     return metrics, answered[catalog.GREEDY]
 
 
@@ -91,6 +94,12 @@ def _measured(groups: Mapping[str, Sequence[Group]], relooks: bool) -> dict[tupl
         if any(candidate.mask_iou is not None for score in several for candidate in score.candidates):
             found[catalog.LOOK_GAIN, catalog.SAMPLED] = looks[catalog.RELOOK_GAIN] * looks[catalog.RELOOK_RATE]
     return found | {(catalog.SAMPLES, catalog.SAMPLED): float(len(groups[catalog.SAMPLED]))}
+
+
+def _intervals(groups: Sequence[Group]) -> dict[str, float]:
+    """Half the 95 % t-interval of each measure's mean over samples with one answer each; none of a single sample."""
+    scores = [_score(group, group.trajectories[0]).metrics for group in groups]
+    return {name: half_interval([one[name] for one in scores]) for name in scores[0]} if len(scores) > 1 else {}
 
 
 def _score(group: Group, trajectory: Trajectory) -> Score:

@@ -193,8 +193,18 @@ def read_held_out(names: Iterable[str]) -> list[HeldOut]:
     return [HeldOut._make((*before.split("/"), held_out)) for before, _, held_out in split if before.count("/") == 2]
 
 
-def headline(metrics: Mapping[str, float]) -> float:
-    """What a policy is judged by: each task's first metric, of greedy answers on the first held-out set; their mean."""
+def headlines(metrics: Iterable[str]) -> dict[str, HeldOut]:
+    """Task -> its first metric, of greedy answers on the first held-out set."""
     found = [one for one in read_held_out(metrics) if one.way == GREEDY and not one.held_out]
-    first = {one.task: metrics[one.name] for one in reversed(found)}
-    return sum(first.values()) / len(first) if first else -math.inf
+    return {one.task: one for one in reversed(found)}
+
+
+def headline(metrics: Mapping[str, float]) -> float:
+    """What a policy is judged by, higher is better: the mean of `headlines`."""
+    first = [metrics[one.name] for one in headlines(metrics).values()]
+    return sum(first) / len(first) if first else -math.inf
+
+
+def interval(name: str) -> str:
+    """Half the width of a held-out metric's 95 % interval, which is over the samples."""
+    return f"interval/{name}"

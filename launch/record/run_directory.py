@@ -32,6 +32,10 @@ REPORT = "report.html"
 ROLLOUTS = "rollouts"
 POLICY, BEST = "policy", "best"
 LOCK = ".lock"
+SWEEP = "sweep.json"
+OUTPUT = "output.log"
+"""What a sweep's run printed."""
+_BEFORE = (OUTPUT, "multirun.yaml")  # of a sweep: they lie there before a run or a combination does
 
 
 def find(run: RunConfig) -> Path:
@@ -70,16 +74,17 @@ def check_inputs(config: Config) -> None:
             raise UserError(f"{key}={read} lies in the directory of run.name={run.name}; {cure}")
 
 
-def create(run: RunConfig) -> Path:
-    """The directory for a new run. An older run of that name is moved aside if it recorded anything.
+def create(path: Path, marker: str = CONFIG) -> Path:
+    """The directory for a new run, or for a sweep (`marker` SWEEP). An older one there is moved aside if it recorded
+    anything.
 
-    Raises UserError if the directory cannot be made, is in use, or holds something that is no run.
+    Raises UserError if the directory cannot be made, is in use, or holds something else.
     """
-    path = Path(run.output) / run.name
     try:
-        if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-            if not (path / CONFIG).is_file():
-                raise UserError(f"{path} holds files that are not a run; choose another run.name or run.output")
+        if path.is_dir() and any(one.name not in _BEFORE and one.name[0] != "." for one in path.iterdir()):
+            if not (path / marker).is_file():
+                what = "run" if marker == CONFIG else "sweep"
+                raise UserError(f"{path} holds files that are not a {what}; choose another run.name or run.output")
             lock(path).close()
             if _recorded(path):
                 asides = (path.with_name(f"{path.name}.{number}") for number in count(1))
@@ -134,4 +139,6 @@ def forget_after(run_dir: Path, step: int) -> None:
 
 
 def _recorded(path: Path) -> bool:
-    return any(file.is_file() and file.stat().st_size > 0 for file in (path / METRICS, path / EVALUATIONS))
+    return any(
+        file.is_file() and file.stat().st_size > 0 for file in (path / METRICS, path / EVALUATIONS, path / SWEEP)
+    )

@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from scipy.special import stdtrit
 
 from launch.record import run_directory
 from perception import metric_catalog as catalog
@@ -40,6 +42,11 @@ def samples(evaluation: Mapping[str, Any]) -> int:
     """Held-out samples of the set a run is judged by, all tasks together."""
     counts = [one for one in catalog.read_held_out(evaluation) if one.measure == catalog.SAMPLES and not one.held_out]
     return sum(int(evaluation[one.name]) for one in counts)
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % t-interval of the mean of two or more values."""
+    return float(stdtrit(len(values) - 1, 0.975) * stdev(values) / math.sqrt(len(values)))
 
 
 def _known(value: float | None) -> bool:

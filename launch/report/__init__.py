@@ -4,8 +4,6 @@ The page needs no network and no library: styles, one script, SVG curves and pic
 wrote is shown as text only; a content security policy lets no other script run.
 """
 
-import base64
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +17,7 @@ from launch.record.summary import changes
 from launch.report import charts
 from launch.report.curves import Record, curves
 from launch.report.gallery import Picture, Row, pictures
-from launch.report.page import asset, render
+from launch.report.page import render
 from launch.run.command_line import leaves
 from perception import metric_catalog as catalog
 from perception.errors import UserError
@@ -52,7 +50,6 @@ def write_report(run_dir: Path) -> Path:
     reward = config["reward"]
     draw: Draw = partial(pictures, reward=reward, pixels=config["look"]["pixels"])
     pairs, training, failed = _pairs(run_dir, draw), _training(run_dir, draw), _failed(run_dir, draw)
-    script = asset("report.js")
     page = render(
         "report.html.j2",
         run=run_dir.resolve().name,
@@ -70,8 +67,6 @@ def write_report(run_dir: Path) -> Path:
         failures=failures,
         failed=failed,
         looked_again=any(one.passes for shown in chain(*pairs, training, failed) for one in shown.attempts),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
     write_text(run_dir / run_directory.REPORT, page)
     return run_dir / run_directory.REPORT

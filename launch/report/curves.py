@@ -33,7 +33,7 @@ def _held_out(evaluations: Sequence[Record]) -> list[Spec]:
             title = f"Held-out {what}" + (f", {one.task}" if len(tasks) > 1 else "")
             label = f"{one.held_out}, {one.way}" if one.held_out else one.way
             series.setdefault(title, {})[one.name] = label
-    return [spec for title, of_title in series.items() for spec in _spread(title, "mean", of_title, marks=True)]
+    return [spec for title, of_title in series.items() for spec in spread(title, "mean", of_title, marks=True)]
 
 
 def _training(components: Iterable[str], failures: Iterable[str]) -> list[Spec]:
@@ -45,11 +45,11 @@ def _training(components: Iterable[str], failures: Iterable[str]) -> list[Spec]:
     return [
         spec
         for one in catalog.CHARTS.values()
-        for spec in _spread(one.title, one.unit, series[one.title], smooth=one.smooth, stacked=one.stacked)
+        for spec in spread(one.title, one.unit, series[one.title], smooth=one.smooth, stacked=one.stacked)
     ]
 
 
-def _spread(title: str, unit: str, series: Mapping[str, str], **look: bool) -> list[Spec]:
+def spread(title: str, unit: str, series: Mapping[str, str], **look: bool) -> list[Spec]:
     """One chart per `_COLOURS` series, so that they can be told apart."""
     pairs = list(series.items())
     parts = (pairs[i : i + _COLOURS] for i in range(0, len(pairs), _COLOURS))

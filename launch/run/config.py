@@ -102,15 +102,17 @@ def validate(tree: DictConfig) -> Config:
 
 
 def entry(run: Callable[[Config], None]) -> NoReturn:
-    """Compose, validate, run; exit 2 with one line on the user's mistakes, 0 when done. `--multirun` sweeps."""
+    """Compose, validate, run; exit 2 with one line on the user's mistakes, 0 when done.
+
+    `--multirun` does so for each combination of a sweep, in a process of its own (`hydra_plugins.relook_launcher`).
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def compose_and_run(tree: DictConfig) -> None:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            overrides = HydraConfig.get().job.override_dirname.replace("/", "_")
-            tree.run.name = f"{tree.run.name}-{overrides}"
         with told():
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise UserError("a sweep's combinations are runs of their own: leave hydra/launcher as it is")
             run(validate(tree))
 
     with told():

@@ -207,7 +207,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 def test_output_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.output"):
-        run_directory.create(RunConfig(name="x", output=str(tmp_path / "file")))
+        run_directory.create(tmp_path / "file" / "x")
 
 
 def test_wandb_is_offline_unless_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
