@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from rich.console import Console
 
+from launch.record.progress import Progress
 from launch.record.summary import half_interval
 from launch.run.calibrate import calibrate
 from launch.run.checks import check_files, check_machine
@@ -123,14 +125,17 @@ async def _evaluate_once(config: Config, train: Sequence[Sample], held_out: Sets
 
 
 def run(config: Config) -> None:
-    config = located(config)
-    check_machine(config, say=print)
-    prepare(config, say=print)
-    if config.look.mode != "relook":  # else it may have to learn when to look again
-        config = replace(config, data=replace(config.data, train=""))
-    train, held_out = check_files(config)
-    cluster.connect(config.placement, config.plugins)
-    print(json.dumps({**asyncio.run(_evaluate_once(config, train, held_out)), "data": stated(config.data)}))
+    with Progress(console=Console(stderr=True)) as progress:
+        config = located(config)
+        check_machine(config, say=print)
+        prepare(config, say=progress.phase)
+        if config.look.mode != "relook":  # else it may have to learn when to look again
+            config = replace(config, data=replace(config.data, train=""))
+        train, held_out = check_files(config, progress.phase)
+        progress.phase("starting engine and SAM2 worker, evaluating")
+        cluster.connect(config.placement, config.plugins)
+        measured = asyncio.run(_evaluate_once(config, train, held_out))
+    print(json.dumps({**measured, "data": stated(config.data)}))
 
 
 if __name__ == "__main__":

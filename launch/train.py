@@ -41,19 +41,20 @@ def run(config: Config) -> None:
         print(line)
     if not config.data.train:
         raise UserError("no value for data.train: give data.train=... (command line or recipe)")
-    config = located(config)
-    check_inputs(config)
-    check_machine(config, say=print)
-    prepare(config, say=print)
-    samples, held_out = check_files(config)
-    for warning in toy_settings(config):
-        print(f"warning: {warning}")
-    state = RunState.start(config, samples)
-    cluster.connect(config.placement, config.plugins)
-    resumed = state.step if config.run.resume else None
-    with Recorder(config, resume_step=resumed) as recorder, Progress(config.algorithm.steps) as progress:
-        session = Session(config, samples, held_out, state, System(config, recorder.run_dir), recorder, progress)
-        asyncio.run(session.run(train))
+    with Progress(config.algorithm.steps) as progress:
+        config = located(config)
+        check_inputs(config)
+        check_machine(config, say=print)
+        prepare(config, say=progress.phase)
+        samples, held_out = check_files(config, progress.phase)
+        for warning in toy_settings(config):
+            print(f"warning: {warning}")
+        state = RunState.start(config, samples)
+        progress.phase("starting Ray")
+        cluster.connect(config.placement, config.plugins)
+        with Recorder(config, resume_step=state.step if config.run.resume else None) as recorder:
+            session = Session(config, samples, held_out, state, System(config, recorder.run_dir), recorder, progress)
+            asyncio.run(session.run(train))
     report = write_report(recorder.run_dir)
     show(recorder.run_dir)
     progress.say(f"report   {report.resolve()}")

@@ -29,12 +29,13 @@ from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, LearnerReport, PolicySpec
 from runtime.actors import Call
 from runtime.objects import fetch
+from runtime.tracing import Traced
 from runtime.weights import join_store, open_store
 
 R = TypeVar("R")
 
 
-class LearnerRank:
+class LearnerRank(Traced):
     """Rank `rank` of `world`; `start` before anything else, on all ranks."""
 
     def __init__(

@@ -317,6 +317,10 @@ class Span:
     ended: float
 
 
+Work = tuple[str, str, float, float]
+"""Who was busy with what, without a gap, from when to when: ("rollout engine 0", "generate", ...), as a Span."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """The n trajectories of one prompt: the unit of everything downstream."""

@@ -21,12 +21,13 @@ from perception.types import Candidate, Failure, FailureKind, Finding, Group, Lo
 from reward_workers.components import Case, Component, held_out_terms, needed_truth, needs, reward_terms
 from reward_workers.passes import Pass, confidence_features, judge, mask_prompts, read_passes, view_of
 from runtime.objects import fetch
+from runtime.tracing import Traced
 
 if TYPE_CHECKING:
     from reward_workers.segmenter import Segmentation, Segmenter
 
 
-class RewardWorker:
+class RewardWorker(Traced):
     """SAM2 (and torch) is loaded only where a component or a caller asks for masks."""
 
     def __init__(

@@ -217,6 +217,10 @@ class RolloutEngine:
         """Come back to the GPU with these parts; with the last of them sampling goes on."""
         await self._watch.or_death(self._engine.wake_up(list(tags)), "waking up")
 
+    async def trace(self, file: str = "") -> None:
+        """`Traced.trace` of its first worker."""
+        await self._watch.or_death(self._engine.collective_rpc("trace", args=(file,)), "tracing")
+
     async def shutdown(self) -> None:
         self._decoder.shutdown()
         self._engine.shutdown(timeout=_SHUTDOWN_TIMEOUT_S)

@@ -24,6 +24,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from perception.weights import TensorSlot
+from runtime.tracing import Traced
 from runtime.weights import Inbox, shard_sum, total
 
 _PR_SET_PDEATHSIG = 1
@@ -75,7 +76,7 @@ def scheduler(vllm_config: VllmConfig, **arguments: Any) -> Scheduler:
     return kind(vllm_config=vllm_config, **arguments)
 
 
-class WeightReceiver:
+class WeightReceiver(Traced):
     model_runner: Any
     vllm_config: VllmConfig
     rank: int

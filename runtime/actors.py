@@ -8,6 +8,8 @@ Every wait has a limit, and ends with an error that names the actor, what it was
 """
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from perception.errors import ActorError
+from perception.types import Work
 from runtime.placement import Seat
 
 T = TypeVar("T")
@@ -109,6 +112,9 @@ class ActorPool(Generic[T]):
         self._start_limit, self._restarts, self._revived = start, restarts, revived
         self._deaths: tuple[type[Exception], ...] = (RayActorError, *deaths)
         self.slots = [Slot(number) for number in range(len(seats))]
+        self._worked: list[Work] = []
+        self._since: dict[tuple[str, str], float] = {}
+        self._calls = Counter[tuple[str, str]]()  # in flight, as `_since`: by actor and method
 
     @property
     def restarts(self) -> int:
@@ -136,8 +142,7 @@ class ActorPool(Generic[T]):
             actor = slot.actor
             slot.in_flight += 1
             try:
-                late = f"no answer from {self._role} {slot.number} in {limit}"
-                return await _within(limit, late, _sent(actor, wanted))
+                return await self._answer(slot, wanted, limit, f"no answer from {self._role} {slot.number} in {limit}")
             except self._deaths as death:
                 if slot.actor is actor and slot.revival is None:
                     slot.revival = asyncio.create_task(self._revive(slot, death))
@@ -150,6 +155,13 @@ class ActorPool(Generic[T]):
         """One call per actor, or per slot of `slots`; every failure is an ActorError."""
         pairs = zip(self.slots if slots is None else slots, calls, strict=True)
         return list(await asyncio.gather(*(self._one(slot, wanted, limit, doing) for slot, wanted in pairs)))
+
+    def worked(self) -> list[Work]:
+        """What the actors were busy with since this was last asked; overlapping calls of one method are one stretch."""
+        now = time.monotonic()
+        worked = [*self._worked, *((*key, began, now) for key, began in self._since.items())]
+        self._worked, self._since = [], dict.fromkeys(self._since, now)
+        return worked
 
     def running(self) -> list[Slot]:
         return [slot for slot in self.slots if slot.actor is not None]
@@ -211,11 +223,23 @@ class ActorPool(Generic[T]):
         if slot.actor is None:
             raise ActorError(f"{where} is gone, {doing} was for it")
         try:
-            return await _within(limit, f"{where}: {doing} took more than {limit}", _sent(slot.actor, wanted))
+            return await self._answer(slot, wanted, limit, f"{where}: {doing} took more than {limit}")
         except self._deaths as error:
             raise ActorError(f"{where} died while {doing}: {_why(error)}") from error
         except RayTaskError as error:
             raise ActorError(f"{where}, {doing}: {_why(error)}") from error
+
+    async def _answer(self, slot: Slot, wanted: Call[T, R], limit: Limit, late: str) -> R:
+        """What the call returns or raises (see `_within`). Until then its actor is busy."""
+        key = f"{self._role} {slot.number}", wanted.doing
+        self._since.setdefault(key, time.monotonic())
+        self._calls[key] += 1
+        try:
+            return await _within(limit, late, _sent(slot.actor, wanted))
+        finally:
+            self._calls[key] -= 1
+            if not self._calls[key]:
+                self._worked.append((*key, self._since.pop(key), time.monotonic()))
 
 
 def _why(error: Exception) -> str:

@@ -1,6 +1,8 @@
-"""Live progress: a panel on a terminal, one plain line per step anywhere else (CI logs, `ray job logs`)."""
+"""Live progress: a panel on a terminal, plain lines anywhere else (CI logs, `ray job logs`): one when something begins,
+one per step, and one every half minute about what lasts so long."""
 
 import math
+import threading
 import time
 from collections.abc import Mapping
 from typing import Self
@@ -8,10 +10,10 @@ from typing import Self
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from perception import metric_catalog as catalog
+from perception.types import Work
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK_STEPS = 40
@@ -20,42 +22,44 @@ _STAGE_COLOURS = ("blue", "magenta", "green", "yellow", "bright_black")
 
 
 class Progress:
-    """Shows where a run is. `phase` names what happens outside the steps; `step` shows a step's metrics.
+    """Shows where a program is. `phase` names what goes on and for how long; `step` shows a step's metrics.
 
     The line of a step shows the metrics in `metric_catalog.PROGRESS`.
     """
 
-    def __init__(self, total_steps: int, *, console: Console | None = None) -> None:
-        self._console = console or Console()
+    def __init__(self, total_steps: int = 0, *, console: Console | None = None, remind_s: float = 30.0) -> None:
+        """0 steps: there are only phases."""
+        self._console, self._remind_s, self._left = console or Console(), remind_s, threading.Event()
         self._total = total_steps
         self._done = 0
-        self._phase: str | None = None
+        self._phase: str | None = "checking settings and models"
+        self._past: list[Work] = []
         self._phase_start = time.monotonic()
-        self._metrics: Mapping[str, float] = {}
-        self._rewards: list[float] = []
-        self._seconds: list[float] = []
+        self._steps: list[Mapping[str, float]] = []
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._live.start()
+        else:
+            threading.Thread(target=self._remind, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._left.set()
         self._live.stop()
 
-    def phase(self, name: str) -> None:
-        """Show what is going on now ('starting the engine'); the next `step` ends it."""
-        self._phase, self._phase_start = name, time.monotonic()
-        if not self._console.is_terminal:
+    def phase(self, name: str, announce: bool = True) -> None:
+        """Show what is going on now ('starting the engine'), until the next `phase` or `step`."""
+        self._begin(name)
+        if announce and not self._console.is_terminal:
             self.say(name)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step, counted from 1."""
-        self._phase = None
-        self._done, self._metrics = step, metrics
-        self._rewards.append(metrics.get(catalog.REWARD_MEAN, math.nan))
-        self._seconds.append(metrics.get(catalog.SECONDS_STEP, 0.0))
+        self._begin(None)
+        self._done = step
+        self._steps.append(metrics)
         if not self._console.is_terminal:
             self.say(self._line())
 
@@ -63,46 +67,59 @@ class Progress:
         """Print a lasting line above the live panel."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def worked(self) -> list[Work]:
+        """The phases that ended since this was last asked."""
+        past, self._past = self._past, []
+        return past
+
+    def _begin(self, name: str | None) -> None:
+        now = time.monotonic()
+        if self._phase is not None:
+            self._past.append(("controller", self._phase, self._phase_start, now))
+        self._phase, self._phase_start = name, now
+
+    def _remind(self) -> None:
+        while not self._left.wait(self._remind_s):
+            if self._phase is not None and time.monotonic() - self._phase_start >= self._remind_s:
+                self.say(self._going_on())
+
+    def _going_on(self) -> str:
+        return f"{self._phase} … {_clock(time.monotonic() - self._phase_start)}"
+
     def _line(self) -> str:
         stages = "  ".join(f"{catalog.LABELS[name]} {seconds:.2f}" for name, seconds in self._stages())
         return f"step {self._done}/{self._total}  {self._figures()}  [{stages}]  ETA {self._eta()}"
 
     def _figures(self) -> str:
-        shown = ((name, form) for name, form in catalog.PROGRESS.items() if name in self._metrics)
-        return "  ".join(form.format(self._metrics[name]) for name, form in shown)
+        last = self._steps[-1]
+        return "  ".join(form.format(last[name]) for name, form in catalog.PROGRESS.items() if name in last)
 
     def _stages(self) -> list[tuple[str, float]]:
-        return [(name, self._metrics[name]) for name in catalog.STAGES if name in self._metrics]
+        return [(name, self._steps[-1][name]) for name in catalog.STAGES if name in self._steps[-1]]
 
     def _eta(self) -> str:
-        recent = self._seconds[-_RECENT_STEPS:]
+        recent = [metrics.get(catalog.SECONDS_STEP, 0.0) for metrics in self._steps[-_RECENT_STEPS:]]
         return _clock((self._total - self._done) * sum(recent) / len(recent)) if recent else "?"
 
     def _render(self) -> Group:
-        head = Table.grid(padding=(0, 2))
-        head.add_row(
-            Text(f"step {self._done}/{self._total}", style="bold"),
-            ProgressBar(total=self._total, completed=self._done, width=30),
-            Text(f"ETA {self._eta()}" if self._done else "", style="dim"),
-        )
-        lines: list[Table | Text] = [head]
+        head = Text.assemble((f"step {self._done}/{self._total}", "bold"), (f"  ETA {self._eta()}", "dim"))
+        bar = ProgressBar(total=self._total, completed=self._done, width=60)
+        lines: list[ProgressBar | Text] = [head, bar] if self._total else []
         if self._phase is not None:
-            lines.append(Text(f"{self._phase} … {time.monotonic() - self._phase_start:.0f} s", style="cyan"))
-        if self._metrics:
-            lines.append(Text(self._figures()))
-            lines.append(Text.assemble("reward ", (_sparkline(self._rewards[-_SPARK_STEPS:]), "green")))
-            lines.extend(self._stage_bar())
+            lines.append(Text(self._going_on(), style="cyan"))
+        if self._steps:
+            rewards = [metrics.get(catalog.REWARD_MEAN, math.nan) for metrics in self._steps[-_SPARK_STEPS:]]
+            sparks = Text.assemble("reward ", (_sparkline(rewards), "green"))
+            lines += [Text(self._figures()), sparks, self._stage_bar()]
         return Group(*lines)
 
-    def _stage_bar(self) -> tuple[Text, Text]:
-        """The step's stages, side by side, as wide as they took long, and their key."""
-        stages = self._stages()
-        total = sum(seconds for _, seconds in stages) or 1.0
-        bar, key = Text("stages "), Text("       ")
-        for (name, seconds), colour in zip(stages, _STAGE_COLOURS, strict=False):
-            bar.append("█" * round(30 * seconds / total), style=colour)
-            key.append(f"{catalog.LABELS[name]} {seconds:.2f} s  ", style=colour)
-        return bar, key
+    def _stage_bar(self) -> Text:
+        """The step's stages, side by side, each with a bar as long as it took."""
+        total = sum(seconds for _, seconds in self._stages()) or 1.0
+        line = Text("stages ")
+        for (name, seconds), colour in zip(self._stages(), _STAGE_COLOURS, strict=False):
+            line.append(f"{catalog.LABELS[name]} {seconds:.2f} s {'█' * round(30 * seconds / total)}  ", style=colour)
+        return line
 
 
 def _sparkline(values: list[float]) -> str:

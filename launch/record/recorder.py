@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from launch.run.config import plain
 from perception.config import Config
 from perception.files import write_text
 from perception.metric_catalog import headline
-from perception.types import Group
+from perception.types import Group, Work
+
+_EPOCH = time.time() - time.monotonic()
 
 
 class Recorder(AbstractContextManager):
@@ -47,6 +50,14 @@ class Recorder(AbstractContextManager):
     def evaluation(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group] = ()) -> None:
         """Record a held-out evaluation of the policy after `step` steps; `groups` are kept for pictures."""
         self._record(run_directory.EVALUATIONS, "eval", step, metrics, groups)
+
+    def worked(self, step: int, work: Iterable[Work]) -> None:
+        """Record what was done until the end of this step, or after the last one, in Chrome's trace format."""
+        with (self.run_dir / run_directory.TIMELINE).open("a", encoding="utf-8") as file:
+            for who, doing, began, ended in work:
+                event = {"step": step, "ph": "X", "pid": who, "tid": doing.partition(" ")[0], "name": doing}
+                micros = {"ts": round((began + _EPOCH) * 1e6), "dur": round((ended - began) * 1e6)}
+                file.write(json.dumps(event | micros) + "\n")
 
     def alert(self, title: str, text: str) -> None:
         """Tell those who watch the run from elsewhere."""

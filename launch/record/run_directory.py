@@ -1,7 +1,8 @@
 """Directory of a run: made whole or not at all, never written by two runs at once, never overwritten.
 
-    config.yaml  environment.json  metrics.jsonl  evaluations.jsonl  summary.json  report.html
-    rollouts/  checkpoints/  policy/  best/  wandb/
+    config.yaml  environment.json  metrics.jsonl  evaluations.jsonl  timeline.jsonl
+    summary.json  report.html  timeline.json
+    rollouts/  checkpoints/  policy/  best/  profile/  wandb/
 
 A new run takes the name `runs/<name>`; an older one of that name is moved aside to `<name>.1`, `<name>.2`, ...
 """
@@ -27,10 +28,11 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+TIMELINE, TRACE = "timeline.jsonl", "timeline.json"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 ROLLOUTS = "rollouts"
-POLICY, BEST = "policy", "best"
+POLICY, BEST, PROFILE = "policy", "best", "profile"
 LOCK = ".lock"
 SWEEP = "sweep.json"
 OUTPUT = "output.log"
@@ -130,7 +132,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def forget_after(run_dir: Path, step: int) -> None:
     """Drop what was recorded after `step`, which a resumed run is about to record again."""
-    for name in (METRICS, EVALUATIONS):
+    for name in (METRICS, EVALUATIONS, TIMELINE):
         kept = [record for record in read_lines(run_dir / name) if record["step"] <= step]
         write_text(run_dir / name, "".join(json.dumps(record) + "\n" for record in kept))
     for path in (run_dir / ROLLOUTS).glob("*.parquet"):

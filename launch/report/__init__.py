@@ -30,12 +30,14 @@ HELD_OUT_SHOWN = 8
 TRAINING_SHOWN = 3
 """Groups of each training step shown."""
 FAILURES_SHOWN = 6
+STRETCHES_SHOWN = 3000
+"""Of the timeline, the last."""
 _FAILURE_FILES = 20
 """Failures are looked for in so many of the latest rollout files."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` from what the run has recorded so far; returns its path.
+    """Write `report.html` from what the run has recorded so far; returns its path. `timeline.json` is for Perfetto.
 
     Raises UserError if the directory holds no run.
     """
@@ -46,6 +48,7 @@ def write_report(run_dir: Path) -> Path:
     config = run_directory.settings(run_dir)
     metrics = run_directory.read_lines(run_dir / run_directory.METRICS)
     evaluations = run_directory.read_lines(run_dir / run_directory.EVALUATIONS)
+    timeline = run_directory.read_lines(run_dir / run_directory.TIMELINE)
     failures = _failure_shares(metrics)
     reward = config["reward"]
     draw: Draw = partial(pictures, reward=reward, pixels=config["look"]["pixels"])
@@ -62,6 +65,7 @@ def write_report(run_dir: Path) -> Path:
         eval_steps=[record["step"] for record in evaluations],
         charts=curves(metrics, evaluations, (*reward["components"], *reward["ranked"]), failures),
         frame=charts,
+        timeline=timeline[-STRETCHES_SHOWN:],
         pairs=pairs,
         training=training,
         failures=failures,
@@ -69,6 +73,7 @@ def write_report(run_dir: Path) -> Path:
         looked_again=any(one.passes for shown in chain(*pairs, training, failed) for one in shown.attempts),
     )
     write_text(run_dir / run_directory.REPORT, page)
+    write_text(run_dir / run_directory.TRACE, json.dumps({"traceEvents": timeline}))
     return run_dir / run_directory.REPORT
 
 

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ from launch.record.trackers.wandb import logged_in
 from launch.run.alarms import Rule
 from launch.run.models import reading
 from launch.run.nodes import check_kept
-from launch.run.samples import load_samples
+from launch.run.samples import Samples, load_samples
 from perception.config import Config, ModelConfig, weights
 from perception.errors import UserError
 from perception.families import FAMILIES, engine_renames, family_of
 from perception.registry import find_plugins
 from perception.tasks import TASKS
-from perception.types import Sample
 from reward_workers.components import held_out_terms, reward_terms
 from runtime.placement import check_resources
 
@@ -32,6 +32,8 @@ _POLICY_FILES = {
 }
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 
+PROFILED = 10
+"""Steps that can be profiled: a trace that is much longer can be kept, but hardly opened."""
 REAL = 100_000_000
 """Parameters of a policy beyond which it is no toy."""
 
@@ -52,15 +54,18 @@ def check_machine(config: Config, say: Callable[[str], None]) -> None:
     check_memory(config, say)
 
 
-def check_files(config: Config) -> tuple[Sequence[Sample], dict[str, list[Sample]]]:
-    """Models and data, cheapest first; returns the run's training samples and its held-out ones by set.
+def check_files(config: Config, phase: Callable[[str], None] = lambda name: None) -> Samples:
+    """Models and data, cheapest first; returns the run's training samples and its held-out ones. `phase` is told what
+    is being checked.
 
     Raises UserError for what is missing or does not fit, `perception.errors.DataError` for a damaged data set.
     """
+    phase("checking policy and segmenter")
     with reading(config.model.path):
         check_model(config.model)
         check_family(config)
     check_segmenter(config.model)
+    phase("reading and checking the data")
     return load_samples(config)
 
 
@@ -115,8 +120,20 @@ def check_settings(config: Config) -> None:
         raise UserError(f"reward={config.reward.name} has neither components nor ranked: nothing would be rewarded")
     check_trackers(config.run.trackers)
     list(map(Rule, config.run.stop_if))
+    profiled(config)
     if config.wandb.mode == "online" and not logged_in():
         raise UserError("wandb.mode=online, but nobody is logged in: run `wandb login`, or use wandb.mode=auto")
+
+
+def profiled(config: Config) -> range:
+    """The steps of `run.profile_steps`, if any. Raises UserError."""
+    given = config.run.profile_steps
+    found = re.fullmatch(r"([1-9]\d*):(\d+)", given or "")
+    steps = range(int(found[1]), int(found[2]) + 1) if found else range(0)
+    if given and not (0 < len(steps) <= PROFILED and steps[-1] <= config.algorithm.steps):
+        cure = f'give the first and the last step, as "3:5", at most {PROFILED} of {config.algorithm.steps=}'
+        raise UserError(f"run.profile_steps={given}: {cure}")
+    return steps
 
 
 def check_quantization(config: Config) -> None:

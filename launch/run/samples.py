@@ -27,12 +27,14 @@ from runtime.objects import fetch, handle
 
 MAIN = ""
 """Name of the held-out set a run is judged by."""
+Samples = tuple[Sequence[Sample], dict[str, list[Sample]]]
+"""Those to train on, and the held-out ones by the name of their set."""
 CHECKED = 256
 _NO_PROMPT = "no prompt can be built"
 _DECODED = 32  # training images whose pixels are read, too: a broken copy usually breaks many
 
 
-def load_samples(config: Config) -> tuple[Sequence[Sample], dict[str, list[Sample]]]:
+def load_samples(config: Config) -> Samples:
     """Training samples (none without `data.train`), each checked again when it is drawn, and the first
     `data.eval_samples` of every held-out set. Prints what is left out.
 

@@ -16,6 +16,7 @@ from launch.record.recorder import Recorder
 from launch.run.alarms import ALARMS, Rule, example
 from launch.run.batch import Batch, next_batch
 from launch.run.calibrate import calibrate
+from launch.run.checks import profiled
 from launch.run.parity import parity_gate
 from launch.run.pipeline import Pipeline
 from launch.run.samples import left_out
@@ -61,6 +62,7 @@ class Session:
         """Up to `algorithm.steps`, or the current one once `stop` is set."""
         for step in range(self.state.step + 1, self.config.algorithm.steps + 1):
             self.stepping = True
+            self.progress.phase(f"step {step}", announce=False)
             yield step
             if self.stop.is_set():
                 return
@@ -68,6 +70,8 @@ class Session:
 
     async def next_batch(self, scored: Pipeline, step: int) -> Batch:
         """Ranked, rewarded, advantaged. The first one that holds anything must pass the parity gate."""
+        if step in profiled(self.config):
+            await self.system.trace()
         batch = await next_batch(scored, step, self.config, self.system.learner, self.state.ranks)
         if not self.checked and any(one.learnable for group in batch.groups for one in group.trajectories):
             await parity_gate(self.system, batch.groups, self.progress)
@@ -94,9 +98,14 @@ class Session:
         metrics |= self._learn_to_look(batch)
         self.recorder.step(step, metrics, batch.groups)
         self.progress.step(step, metrics)
+        self._worked()
         last, every = step == config.algorithm.steps, config.run.checkpoint_every
         self._heed(step, metrics, batch.groups, last)
+        if (steps := profiled(config)) and (step == steps[-1] or (self.stop.is_set() and step in steps)):
+            self.progress.phase("writing the traces")
+            await self.system.trace(self.recorder.run_dir.resolve() / run_directory.PROFILE)
         if self.stop.is_set() or (every and (last or step % every == 0)):
+            self.progress.phase(f"writing the checkpoint of step {step}")
             await self.state.save(self.system, self.recorder.run_dir)
         if config.run.eval_every and step % config.run.eval_every == 0 and not last and not self.stop.is_set():
             await self.assess(f"evaluating after step {step}")
@@ -106,6 +115,7 @@ class Session:
         self.progress.phase(phase)
         metrics, groups = await evaluate_all(self.system, self.held_out, self.config.run.rollouts_kept)
         if self.config.run.eval_every and self.state.step and self.recorder.is_best(metrics):
+            self.progress.phase("exporting the best policy so far")
             with replacing(self.recorder.run_dir.resolve() / run_directory.BEST) as folder:
                 await self.system.export(folder)
         self.recorder.evaluation(self.state.step, metrics, groups)
@@ -121,6 +131,7 @@ class Session:
         try:
             self.progress.say(await self.system.start())
             if self.state.checkpoint is not None:
+                self.progress.phase(f"reading {self.state.checkpoint}")
                 await self.state.restore(self.system)
             if self.system.must_calibrate and not self.state.step:
                 self.progress.phase("learning when to look again")
@@ -133,6 +144,7 @@ class Session:
                 summary = self.state.summary(after, self.system.restarts) | {"left_out": left_out(self.samples)}
                 self.recorder.summary(summary)  # first: whatever becomes of the export, it says how the run went
                 policy = self.recorder.run_dir.resolve() / run_directory.POLICY
+                self.progress.phase("exporting the policy")
                 with replacing(policy) as folder:
                     await self.system.export(folder)
                     write_card(folder, self.config, summary)
@@ -140,7 +152,12 @@ class Session:
         finally:
             if not self.ended:
                 self.progress.phase("shutting down")
+                self._worked()
                 await self.system.shutdown()
+
+    def _worked(self) -> None:
+        """Add to the timeline what was done until now."""
+        self.recorder.worked(self.state.step, [*self.progress.worked(), *self.system.worked()])
 
     def _signalled(self, own: asyncio.Task[Any] | None) -> None:
         """The first signal waits for the step that is under way; a second one, or one between steps, ends the run."""

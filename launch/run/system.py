@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -16,10 +17,11 @@ from launch.run.prompts import PromptMaker, prompt_seed, read_policy_spec
 from learner.pool import LearnerPool
 from perception.calibration import Calibrator
 from perception.config import Config, LookMode
-from perception.types import Group, LookState, Prompt, Sample, SamplingSpec
+from perception.types import Group, LookState, Prompt, Sample, SamplingSpec, Work
 from reward_workers.pool import RewardPool
 from rollout.pool import RolloutPool
 from runtime import placement
+from runtime.actors import ActorPool, Call, Limit
 from runtime.cluster import cluster_address
 from runtime.objects import handle
 
@@ -80,6 +82,8 @@ class System:
             deterministic=deterministic,
             turn=self.learners_turn,
         )
+        actors = (self.engines.actors, self.rewards.actors, self.learner.actors)
+        self._pools: dict[str, ActorPool[Any]] = dict(zip(("engine", "reward", "learner"), actors, strict=True))
 
     async def start(self, learner: bool = True) -> str:
         """Everything at once, with or without the learner, but engines first where they share GPUs: vLLM charges what
@@ -128,6 +132,17 @@ class System:
     def restarts(self) -> dict[str, int]:
         """Actors restarted so far, by role."""
         return {"rollout engines": self.engines.actors.restarts, "reward workers": self.rewards.actors.restarts}
+
+    def worked(self) -> list[Work]:
+        """What the workers were busy with since this was last asked."""
+        return [one for pool in self._pools.values() for one in pool.worked()]
+
+    async def trace(self, folder: Path | None = None) -> None:
+        """Begin to trace the first worker of each role, or else end it, with `ROLE.json.gz` in the folder."""
+        limit = Limit(self.config.placement.start_timeout_s, "placement.start_timeout_s")
+        for role, pool in self._pools.items():
+            file = str(folder / f"{role}.json.gz") if folder else ""
+            await pool.ask(Call("trace", (file,), {}), lambda slots: slots[0], limit)
 
     def prompt(self, sample: Sample, step: int, place: int, mode: LookMode | None = None) -> Prompt:
         """`step` and `place` only seed the sampling: the same run, step and place draw the same answers.

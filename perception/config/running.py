@@ -110,5 +110,8 @@ class RunConfig:
     """Groups of a recorded step written to rollouts parquet, with their pictures."""
     rollouts_every: Positive = 1
     """Steps between recorded rollouts."""
+    profile_steps: str | None = None
+    """First and last of at most 10 steps, as "3:5", that are profiled: the first engine, reward worker and learner rank
+    and the controller each leave a trace in `profile/`, for ui.perfetto.dev. These steps take longer."""
     trackers: tuple[str, ...] = ("wandb",)
     """Where the run can be watched: wandb, tensorboard, or one that a plugin registers (`launch.record.trackers`)."""

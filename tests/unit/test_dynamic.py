@@ -30,7 +30,7 @@ from launch.train import train
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, Config
 from perception.errors import UserError
-from perception.types import FailureKind, Group, ImageSource, LearnerReport, Prompt, Sample, Span
+from perception.types import FailureKind, Group, ImageSource, LearnerReport, Prompt, Sample, Span, Work
 from tests import builders
 from tests.builders import changed, group, lost, measured, noise, sample, turn
 
@@ -81,6 +81,9 @@ class World:
             replace(one, trajectories=tuple(replace(each, kl=0.25 * each.index) for each in one.trajectories))
             for one in groups
         ]
+
+    def worked(self) -> list[Work]:
+        return []
 
     async def save(self, folder: str) -> dict[str, str]:
         return {}

@@ -67,7 +67,7 @@ def test_training_data_are_read_only_where_something_is_learned_of_them(
 ) -> None:
     """Looking again may have to be learned; a recipe's training data need not be there otherwise."""
 
-    def check_files(settings: Config) -> Any:
+    def check_files(settings: Config, phase: Any) -> Any:
         raise UserError(f"train={settings.data.train}")
 
     monkeypatch.setattr(program, "check_machine", lambda *_, **__: None)
@@ -211,7 +211,7 @@ def test_an_evaluation_says_what_the_held_out_set_was_read_as(
 
     for name in ("check_machine", "prepare", "cluster"):
         monkeypatch.setattr(program, name, Mock())
-    monkeypatch.setattr(program, "check_files", lambda settings: (SEGMENT, {"": SEGMENT}))
+    monkeypatch.setattr(program, "check_files", lambda settings, phase: (SEGMENT, {"": SEGMENT}))
     monkeypatch.setattr(program, "_evaluate_once", measured)
     options = {"options": {"split": "train"}, "eval_options": {"split": "testA"}}
     program.run(changed(config(), "data", format="ref_coco", **options))

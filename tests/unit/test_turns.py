@@ -25,7 +25,7 @@ from launch.run.system import System
 from launch.train import train
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, Config, PlacementConfig, RolloutConfig
-from perception.types import Group, ImageSource, LearnerReport
+from perception.types import Group, ImageSource, LearnerReport, Work
 from perception.weights import UpdateReport, WeightBucket
 from runtime.actors import ActorError, Call, Slot
 from runtime.placement import Seat
@@ -153,6 +153,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
             self.role, self.slots, self.restarts = role, [Slot(i, actor=i) for i in range(len(seats))], 0
 
         def make(self) -> None: ...
+
+        def worked(self) -> list[Work]:
+            return []
 
         def running(self) -> list[Slot]:
             return self.slots
