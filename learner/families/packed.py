@@ -111,13 +111,6 @@ class PackedPolicy(Policy):
         return bool(flag)
 
 
-@register("idefics3")
-@register("internvl")
-@register("llava")
-@register("llava_next")
-@register("llava_onevision")
-@register("mistral3")
-@register("smolvlm")
 class Packed(Family):
     """A family that packs, but for a model of it whose attention has windows."""
 
@@ -128,6 +121,10 @@ class Packed(Family):
         kinds = {"full_attention", *(getattr(text, "layer_types", None) or ())}
         windows = len(kinds) > 1 or getattr(text, "sliding_window", None)
         return super().policy(rows) if rows == "padded" or windows else self.packed
+
+
+for plain in ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "smolvlm"):
+    register(plain)(Packed)
 
 
 def row_multiple(tokens: int, micro_tokens: int) -> int:
