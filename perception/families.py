@@ -38,7 +38,7 @@ register("qwen2_vl")(Family(native=True))
 register("qwen2_5_vl")(Family(native=True, frame="resized"))
 register("qwen3_vl")(Family(native=True))
 register("llava_onevision")(Family(images_alone=False))
-for ordinary in ("internvl", "idefics3", "llava", "llava_next", "mistral3"):
+for ordinary in ("internvl", "idefics3", "smolvlm", "llava", "llava_next", "mistral3"):
     register(ordinary)(Family())
 register("gemma3")(Family(unfit={"cpu": "vLLM's CPU attention is causal among an image's tokens, the model's is not"}))
 _HALF = "vLLM computes linear attention in bfloat16 alone there; take model.dtype=bfloat16"

@@ -4,6 +4,8 @@ A model type that nothing is registered for is an ordinary image-text model, `Fa
 
     @register("my_model_type")
     class MyFamily(Family): ...
+
+or, where its text model sees all that came before, `register("my_model_type")(learner.families.packed.Packed)`.
 """
 
 from __future__ import annotations

@@ -117,13 +117,6 @@ class PackedPolicy(Policy):
         return bool(flag)
 
 
-@register("idefics3")
-@register("internvl")
-@register("llava")
-@register("llava_next")
-@register("llava_onevision")
-@register("mistral3")
-@register("smolvlm")
 class Packed(Family):
     """A family that packs, but for a model of it with windows, or with a recurrence that is no gated delta net."""
 
@@ -134,6 +127,10 @@ class Packed(Family):
         others = [kind for kind in getattr(text, "layer_types", None) or () if kind != "full_attention"]
         packs = len(others) == gated_delta_net.layers(text) and not getattr(text, "sliding_window", None)
         return self.packed if rows == "packed" and packs else super().policy(rows)
+
+
+for plain in ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "smolvlm"):
+    register(plain)(Packed)
 
 
 def row_multiple(tokens: int, micro_tokens: int) -> int:
