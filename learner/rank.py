@@ -170,9 +170,9 @@ class LearnerRank(Traced):
         """Restore what `save` wrote (`checkpoint.load`). Collective."""
         checkpoint.load(self._stepper.zero, Path(folder), weights_only)
 
-    def offload(self, weights: bool = False) -> None:
+    def offload(self) -> None:
         """Move what is not needed between steps to host memory (`Zero.offload`). Collective."""
-        self._stepper.zero.offload(weights)
+        self._stepper.zero.offload()
 
     def reload(self) -> None:
         """Bring it back before the next step, checkpoint or export. Collective."""

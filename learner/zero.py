@@ -107,21 +107,14 @@ class Zero:
                 state |= {moment: torch.zeros_like(flat.detach()) for moment in ("exp_avg", "exp_avg_sq")}
             yield {"master": flat.detach(), **state}
 
-    def flat_parameters(self) -> list[Tensor]:
-        """The (n,) buffers that the trained parameters are views of; [] under ZeRO-3, where there are none."""
-        return self._buffers("bf16_groups_flat", "bit16_groups_flat")
-
-    def offload(self, weights: bool = False) -> None:
-        """Between steps: keep masters and moments in host memory, and gradients nowhere, until `reload`.
-
-        `weights`: also those that are trained, which then come back at another address; not under ZeRO-3.
-        """
+    def offload(self) -> None:
+        """Between steps: keep masters and moments in host memory, and gradients nowhere, until `reload`."""
         # By storage, so that views stay what they are. DeepSpeed's own `offload_states` knows neither stage 1 in bf16
         # nor, under ZeRO-3, torch's AdamW.
         adam, device = self._deepspeed.optimizer.optimizer, self._deepspeed.device
         masters = [*(master for group in adam.param_groups for master in group["params"]), *adam.state]
         moments = [tensor for state in adam.state.values() for tensor in state.values()]
-        for tensor in (*masters, *moments, *(self.flat_parameters() if weights else ())):
+        for tensor in (*masters, *moments):
             storage = tensor.untyped_storage()
             if tensor.device.type == device.type and storage.nbytes():
                 host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -142,14 +135,11 @@ class Zero:
             gradient.zero_()
 
     def _gradients(self) -> list[Tensor]:
-        """Those that stay allocated between steps: under stage 1 in bf16 and ZeRO-3."""
-        return self._buffers("fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
-
-    def _buffers(self, *names: str) -> list[Tensor]:
-        """Those on the device, of DeepSpeed's optimizer, which names them anew in every stage."""
-        found = [getattr(self._deepspeed.optimizer, name, ()) for name in names]
-        every = [one for buffers in found for one in ([buffers] if isinstance(buffers, Tensor) else buffers)]
-        return [one for one in every if one.device.type == self._deepspeed.device.type]
+        """Those on the device that stay allocated between steps: under stage 1 in bf16 and ZeRO-3."""
+        optimizer, device = self._deepspeed.optimizer, self._deepspeed.device
+        groups = getattr(optimizer, "fp32_groups_gradients_flat", ())
+        found = (*groups, getattr(optimizer, "grad_partitions_flat_buffer", None))
+        return [one for one in found if one is not None and one.device.type == device.type]
 
 
 def frozen(module: nn.Module, config: LearnerConfig, dtype: str) -> nn.Module:

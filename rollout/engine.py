@@ -27,7 +27,7 @@ from perception.types import BANNED_LOGIT, Feed, Group, ImageHandle, PolicySpec,
 from perception.weights import EngineInfo, UpdateReport, WeightBucket
 from rollout.death import DeathWatch, EngineDead
 from rollout.failures import failed_group, failed_trajectory, failure_of
-from rollout.update import WeightUpdates
+from rollout.update import WeightUpdates, version_spans
 from runtime.objects import fetch
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class RolloutEngine:
             images=feed.images,
             token_ids=ids,
             logprobs=tuple(logprobs.logprobs),
-            versions=self._updates.spans(request.request_id, completion),
+            versions=version_spans(completion),
             text=clean(answer_text(self._policy, self._tokenizer, ids)),
             finish_reason=completion.finish_reason or "unfinished",
             view=feed.view,

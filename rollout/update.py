@@ -17,6 +17,12 @@ from runtime.weights import shared_file, total
 _ARRIVAL_POLL_S = 0.005
 
 
+def version_spans(completion: Any) -> tuple[VersionSpan, ...]:
+    """Which versions sampled the tokens of a finished vLLM `CompletionOutput`."""
+    spans = completion.weight_versions or ()
+    return tuple(VersionSpan(version=int(span.version), start=span.start, end=span.end) for span in spans)
+
+
 class UpdateFailed(RuntimeError):
     """New weights did not get into the engine; the message names the stage."""
 
@@ -26,9 +32,6 @@ class WeightUpdates:
 
     def __init__(self, engine: Any, watch: DeathWatch, config: RolloutConfig) -> None:
         self._engine, self._watch, self._config = engine, watch, config
-        self._native_versions = hasattr(engine, "update_weight_version")
-        self._version = 0
-        self._switches: dict[tuple[str, int], list[tuple[int, int]]] = {}
         self._staging, self._nbytes, self._doing = 0.0, 0, ""
 
     async def stage(self, bucket: WeightBucket, receiver: int) -> None:
@@ -57,22 +60,7 @@ class WeightUpdates:
 
     async def label(self, version: int) -> None:
         """Stamp what is sampled from here on with `version`. The engine must be paused or idle."""
-        if self._native_versions:
-            await self._engine.update_weight_version(str(version))
-        else:
-            self._note_switch()
-        self._version = version
-
-    def spans(self, request: str, completion: Any) -> tuple[VersionSpan, ...]:
-        """Which versions sampled the tokens of a request's finished vLLM `CompletionOutput`. Once for each."""
-        if self._native_versions:
-            spans = completion.weight_versions or ()
-            return tuple(VersionSpan(version=int(s.version), start=s.start, end=s.end) for s in spans)
-        earlier = self._switches.pop((request, completion.index), ())
-        switches = (*earlier, (self._version, len(completion.token_ids)))
-        starts = [0, *(end for _, end in switches)]
-        parts = zip(starts, switches, strict=False)
-        return tuple(VersionSpan(version=one, start=start, end=end) for start, (one, end) in parts if end > start)
+        await self._engine.update_weight_version(str(version))
 
     async def _end(self, version: int, checksum: bool) -> UpdateReport:
         staging, nbytes = self._staging or time.monotonic(), self._nbytes
@@ -89,20 +77,11 @@ class WeightUpdates:
         summed = total(await self._rpc("summing up its weights", "sum_weights")) if checksum else None
         return UpdateReport(version=version, nbytes=nbytes, checksum=summed, **seconds)
 
-    async def _pause(self) -> Any:
+    async def _pause(self) -> None:
         """Every cache of the old weights is dropped: prefixes, images, their features."""
-        if not self._native_versions:
-            return await self._engine.pause_generation(mode="keep", clear_cache=True)
-        # What `pause_generation` does but for its last 20 ms of sleep, in which only `_note_switch` has an interest.
+        # What `pause_generation` does but for its last 20 ms of sleep.
         await self._engine.renderer.clear_mm_cache_async()
-        return await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-
-    def _note_switch(self) -> None:
-        """For a vLLM that keeps no versions: how many tokens each sample in flight has of the old one."""
-        for state in self._engine.output_processor.request_states.values():
-            if state.detokenizer is not None:
-                sample = (state.external_req_id, state.request_index)
-                self._switches.setdefault(sample, []).append((self._version, state.detokenizer.num_output_tokens()))
+        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
 
     async def _rpc(self, doing: str, method: str, *arguments: Any) -> list[Any]:
         """Call a method of `WeightReceiver` on every worker; returns what each returned."""

@@ -65,9 +65,8 @@ if current_platform.is_cpu():
     torch.Generator = _CpuGenerator  # type: ignore[misc]
 
 # A request whose images lie wholly in the prefix cache is given to the worker without their pixels. A weight update
-# empties that cache and computes the request anew, from its images: the engine died of it. (vLLM 0.26 strips nothing.)
-if hasattr(vllm_requests, "strip_covered_mm_data"):
-    vllm_requests.strip_covered_mm_data = lambda features, *_, **__: features
+# empties that cache and computes the request anew, from its images: the engine died of it.
+vllm_requests.strip_covered_mm_data = lambda features, *_, **__: features
 
 
 def scheduler(vllm_config: VllmConfig, **arguments: Any) -> Scheduler:

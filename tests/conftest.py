@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import settings
 from runtime.loopback import confine_ray
 
 ROOT = Path(__file__).resolve().parents[1]
+gc.disable()  # until all is imported: little of it is garbage
 
 # Before any test module imports torch, ray or wandb: these are read once.
 os.environ.update(
@@ -34,6 +36,13 @@ if "gpu" not in sys.argv:
 # How long an example takes is the machine's affair.
 settings.register_profile("relook", deadline=None, max_examples=60)
 settings.load_profile("relook")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: looking for garbage need not go through it each time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

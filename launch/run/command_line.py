@@ -8,6 +8,7 @@ from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
@@ -70,9 +71,7 @@ def parse(kind: type[T], words: Sequence[str]) -> T:
 def typed(kind: type[T], plain: Any) -> T:
     """`plain` as the dataclass `kind`. Raises UserError for the first unknown, missing or ill-typed key."""
     try:
-        # Of an outer type, so that nested stdlib dataclasses take them.
-        rules = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-        return TypeAdapter(dict[str, kind], config=rules).validate_python({"": plain})[""]  # type: ignore[valid-type]
+        return _strict(kind).validate_python({"": plain})[""]
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"][1:] if part != "float")  # a union's branch, as pydantic says
@@ -81,6 +80,12 @@ def typed(kind: type[T], plain: Any) -> T:
         if first["type"] == "missing":
             raise UserError(f"no value for {key}: give {key}=...") from error
         raise UserError(f"{key}={first['input']!r}: {first['msg']}") from error
+
+
+@cache
+def _strict(kind: Any) -> TypeAdapter[dict[str, Any]]:
+    """Checks settings of a dataclass under the key "": an outer type has nested stdlib dataclasses take the rules."""
+    return TypeAdapter(dict[str, kind], config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 
 
 def valid_keys(kind: Any, prefix: str = "") -> list[str]:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, get_origin, get_type_hints
 
@@ -37,6 +38,11 @@ def defaults(kind: Any) -> dict[str, Any]:
     return {one.name: _default(one, hints[one.name]) for one in fields(kind)}
 
 
+@cache
+def _typed_defaults() -> DictConfig:
+    return OmegaConf.create(defaults(Config))
+
+
 def _default(one: Field, hint: Any) -> Any:
     if is_dataclass(hint):
         return defaults(hint)
@@ -57,7 +63,7 @@ def compose(words: Sequence[str]) -> Config:
 def with_base(words: Sequence[str]) -> list[str]:
     """Has Hydra compose over the typed defaults, or over the settings of the run that `run.resume` names among these
     words; returns them, and what else that needs. A `recipe=` composes anew, and so does a group's choice its group."""
-    base: Any = OmegaConf.create(defaults(Config))
+    base: Any = _typed_defaults()
     given = OmegaConf.from_dotlist([word for word in words if word.startswith(("run.resume=", "run.output="))])
     chosen = {word.partition("=")[0] for word in words}
     if OmegaConf.select(given, "run.resume") is not None and "recipe" not in chosen:

@@ -30,7 +30,7 @@ from learner.zero import learning_rate
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import FailureKind, Group, ImageHandle, ImageSource, LearnerReport, PolicySpec
-from runtime.actors import Late, Limit, call
+from runtime.actors import Late
 from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
@@ -131,11 +131,9 @@ async def resume(spec: PolicySpec, stage: int, groups: list[Group], checkpoint: 
 
 async def away_and_back(pool: LearnerPool, weights: dict[str, Tensor]) -> None:
     """States leave the device and return; the step that follows is held against the one after loading."""
-    for also_weights in (False, True):
-        for wanted in (call(LearnerRank.offload, also_weights), call(LearnerRank.reload)):
-            await pool.actors.each([wanted] * len(pool.actors.slots), Limit(60.0, "test"))
-            if not also_weights:
-                assert all(torch.equal(weights[name], one) for name, one in (await receive(pool)).items())
+    for change in (pool.offload, pool.reload):
+        await change()
+        assert all(torch.equal(weights[name], one) for name, one in (await receive(pool)).items())
 
 
 def failed_group(folder: Path) -> Group:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,20 @@ from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
 from tests.builders import failure, sampled_group
+from tests.kept_ranks import KeptRanks
 
 CONFIG = LearnerConfig(lr=1e-3, timeout_s=600.0, bucket_mb=1, micro_tokens=90)
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, importance="none", clip_high=5.0)
 PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
 
-pytestmark = pytest.mark.usefixtures("shared_ray")
+pytestmark = pytest.mark.usefixtures("kept")
+KEPT = KeptRanks()
+
+
+@pytest.fixture(scope="module")
+def kept(shared_ray: None) -> Iterator[None]:
+    yield
+    KEPT.end()
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,7 @@ class Run:
         config = replace(CONFIG, **settings)
         seats = anywhere(PLACEMENT, "learner", config.ranks)
         pool = LearnerPool(spec, config, algorithm, PLACEMENT, seats, temperature=0.9, max_new_tokens=16, seed=3)
+        KEPT.lend(pool.actors)
         self.reports: list[LearnerReport] = []
         self.history: list[dict[str, Tensor]] = []
         """The weights after every step of `then`, and before the first of them."""

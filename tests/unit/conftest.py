@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from tests.builders import noise, png, rectangle
 
@@ -25,6 +29,18 @@ def no_process() -> Iterator[None]:
         patch.setattr(BaseProcess, "start", refuse)
         patch.setattr(os, "fork", refuse)
         patch.setattr(os, "posix_spawn", refuse)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """Settings are composed some 250 times, each time of the same files."""
+    load = OmegaConf.load
+    parsed = cache(lambda text: load(io.StringIO(text)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            OmegaConf, "load", lambda file: deepcopy(parsed(file.read() if hasattr(file, "read") else file.read_text()))
+        )
         yield
 
 

@@ -65,20 +65,20 @@ def attended(row: int, packed: Any, grad: bool) -> list[Tensor]:
     return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))] if grad else [out]
 
 
-def test_twenty_lengths_are_twenty_graphs_and_exact(graphs: list[Any]) -> None:
+def test_ten_lengths_are_ten_graphs_and_exact(graphs: list[Any]) -> None:
     """Every other one without a gradient, and one in both ways. Other parts in a row of a known length are known."""
-    for number in range(1, 21):
+    for number in range(1, 11):
         row, grad = number * BLOCK, bool(number % 2)
         lengths = (PieceLengths(prompt=row // 2, tails=(row - row // 2 - 3, 0)),)
         ours = attended(row, block_mask(lengths, row, CPU), grad)
         for found, expected in zip(ours, attended(row, lengths, grad), strict=True):
             assert torch.allclose(found, expected, atol=1e-4), row
-    assert len(graphs) == 20
+    assert len(graphs) == 10
     others = block_mask((PieceLengths(prompt=9, tails=(4,) * 9), PieceLengths(prompt=20, tails=(1, 30))), 160, CPU)
     attended(160, others, False)
-    assert len(graphs) == 20
+    assert len(graphs) == 10
     attended(160, others, True)
-    assert len(graphs) == 21
+    assert len(graphs) == 11
 
 
 def test_one_length_too_many_fails(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +93,9 @@ def test_one_length_too_many_fails(graphs: list[Any], monkeypatch: pytest.Monkey
 def test_whole_layers_are_compiled_once_per_length_for_all_of_them(
     graphs: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """`learner.compile`, of which the text layers are left compiled: FlexAttention is then a part of their graph. Six
-    variants, where Dynamo's own limit is five."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 5)
+    """`learner.compile`, of which the text layers are left compiled: FlexAttention is then a part of their graph. Four
+    variants, where Dynamo's own limit is three."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     spec = tiny_families.build("qwen2_5_vl", tmp_path)
     policy, plain = (
         load_policy(spec, 0.8, LearnerConfig(compile=compiled), lambda handle: handle.ref) for compiled in (True, False)
@@ -104,7 +104,7 @@ def test_whole_layers_are_compiled_once_per_length_for_all_of_them(
     for block in policy.model.model.visual.blocks:
         block._compiled_call_impl = None
     work = list(pieces([sampled_group(spec, np.random.default_rng(0), n=3)], policy.layout, 1 << 20))
-    for multiple in (192, 208, 224):
+    for multiple in (192, 208):
         batch = pack(work, policy.layout, multiple)
         assert batch.computed == multiple
         for grad in (True, False):
@@ -113,7 +113,7 @@ def test_whole_layers_are_compiled_once_per_length_for_all_of_them(
                 with patch.object(text_attention, "packed_mask", block_mask):
                     found = policy(batch)[0]
             assert (found - expected).abs().max() < 1e-5
-    assert len(graphs) == 6
+    assert len(graphs) == 4
 
 
 lengths = st.builds(PieceLengths, prompt=st.integers(1, 40), tails=st.lists(st.integers(0, 30), max_size=4).map(tuple))
