@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ import torch
 from benchmarks import learner_batch, trl_step
 from benchmarks.common import parser, print_result
 from benchmarks.learner_sides import Task, learner_config, serve
+from benchmarks.turns import Side, take_turns
 from launch.record.environment import version_of
 from runtime.cluster import KEEP_FREED_MEMORY
 
@@ -39,60 +39,11 @@ RIVAL_ROWS = {"toy": 8, "3b": 4, "7b": 2}
 """Rows per forward pass of a rival: toy, TRL's fastest; 3b and 7b, what should fit an H200 without recomputing."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Relative, of gradient norms."""
-STEP_LIMIT_S = 1800.0
-
-
-class Side:
-    """A side's process, seen from here."""
-
-    def __init__(self, name: str, task: Task) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._link, theirs = context.Pipe()
-        self._name, self._resting = name, False
-        self._process = context.Process(target=serve, args=(theirs, name, task), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def rest(self) -> None:
-        """Wait until it has nothing left to do but the next step: a trainer still loads its next batch after one."""
-        if not self._resting:
-            self._receive()
-            self._resting = True
-
-    def step(self) -> dict[str, float]:
-        self._resting = False
-        self._link.send("step")
-        figures: dict[str, float] = self._receive()
-        return figures
-
-    def _receive(self) -> Any:
-        """Raises RuntimeError if the process has died, TimeoutError after `STEP_LIMIT_S`."""
-        try:
-            if not self._link.poll(STEP_LIMIT_S):
-                raise TimeoutError(f"{self._name}: no optimizer step within {STEP_LIMIT_S:.0f} s")
-            return self._link.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise RuntimeError(f"{self._name}: the process has ended; its own message is above") from error
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.join(30.0)
 
 
 def measure(sides: Sequence[str], task: Task) -> dict[str, list[dict[str, float]]]:
-    """Figures of every step of each side; the sides take turns, and while one steps the others rest."""
-    running = {name: Side(name, task) for name in sides}
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    try:
-        for number in range(task.steps):
-            for name in sides if number % 2 else reversed(sides):
-                for side in running.values():
-                    side.rest()
-                taken[name].append(running[name].step())
-    finally:
-        for side in running.values():
-            side.stop()
-    return taken
+    """Figures of every step of each side; they take turns."""
+    return take_turns({name: Side(name, serve, name, task) for name in sides}, task.steps)
 
 
 def summary(steps: Sequence[dict[str, float]], warm_up: int, samples: int) -> dict[str, float]:

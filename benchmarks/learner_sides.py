@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import learner_batch, trl_step
+from benchmarks.turns import wait
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, PolicySpec
@@ -102,20 +102,12 @@ def serve_trl(link: Connection, task: Task) -> None:
     )
 
 
-def wait(link: Connection) -> None:
-    """Say that nothing is left to do, then wait for the next step's turn."""
-    link.send(None)
-    link.recv()
-
-
 def serve(link: Connection, name: str, task: Task) -> None:
-    """One side's process: figures of a step for every message, None whenever it has come to rest."""
-    os.dup2(2, 1)  # libraries print; standard output is for the result
+    """Figures of a step for every turn."""
     if name == "trl":
         serve_trl(link, task)
     else:
         serve_learner(link, name, task)
-    link.send(None)
 
 
 def peak_gib(device: str) -> float:

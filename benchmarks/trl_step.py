@@ -42,7 +42,7 @@ def train(
     """
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     answers = [list(one.turns[0].token_ids) for group in groups for one in group.trajectories]
     advantages = [one.advantage for group in groups for one in group.trajectories]
@@ -75,25 +75,18 @@ def train(
 
     n = len(groups[0].trajectories)
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            use_cpu=device == "cpu",
-            bf16=False,  # the weights are in the policy's dtype; autocast on top would only cost time
-            model_init_kwargs={"dtype": policy.dtype, "attn_implementation": "sdpa"},
-            num_generations=n,
-            max_completion_length=max(map(len, answers)),
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=len(answers) // rows,
-            gradient_checkpointing=checkpointing,
-            max_steps=steps,
-            learning_rate=lr,
-            lr_scheduler_type="constant",
-            beta=0.0,
-            shuffle_dataset=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+        config = settings(
+            folder,
+            policy,
+            device=device,
+            n=n,
+            answers=len(answers),
+            rows=rows,
+            longest=max(map(len, answers)),
+            temperature=1.0,
+            steps=steps,
+            lr=lr,
+            checkpointing=checkpointing,
         )
         trainer = GivenCompletions(
             policy.path,
@@ -103,6 +96,47 @@ def train(
             callbacks=[Clock()],
         )
         trainer.train()
+
+
+def settings(
+    folder: str,
+    policy: PolicySpec,
+    *,
+    device: str,
+    n: int,
+    answers: int,
+    rows: int,
+    longest: int,
+    temperature: float,
+    steps: int,
+    lr: float,
+    checkpointing: bool,
+) -> Any:
+    """TRL's settings of a trainer that takes an optimizer step over `answers` answers in groups of `n`, none longer
+    than `longest` tokens, `rows` a forward pass."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        use_cpu=device == "cpu",
+        bf16=False,  # the weights are in the policy's dtype; autocast on top would only cost time
+        model_init_kwargs={"dtype": policy.dtype, "attn_implementation": "sdpa"},
+        num_generations=n,
+        max_completion_length=longest,
+        temperature=temperature,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=answers // rows,
+        gradient_checkpointing=checkpointing,
+        max_steps=steps,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        beta=0.0,
+        shuffle_dataset=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def _row(group: Group) -> dict[str, Any]:

@@ -35,7 +35,7 @@ ONLY_IN = {
     "datasets": {"perception/tables.py"},
 }
 # A benchmark may drive a library directly: that is the rival.
-RIVALS = {"vllm": {"benchmarks/rollout.py"}, "datasets": {"benchmarks/trl_step.py"}}
+RIVALS = {"vllm": {"benchmarks/rollout.py"}, "datasets": {"benchmarks/step_sides.py", "benchmarks/trl_step.py"}}
 
 
 def tracked(folder: Path = ROOT) -> Iterator[Path]:
