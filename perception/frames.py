@@ -37,9 +37,14 @@ def convert_points(points: np.ndarray, source: Frame, target: Frame) -> np.ndarr
     return np.asarray(points, np.float64).reshape(-1, 2) * _scale(source, target)
 
 
+def convert_answer(answer: Answer, source: Frame, target: Frame) -> Answer:
+    """The same answer, its boxes and points measured in `target`."""
+    return _mapped(answer, _scale(source, target), np.zeros(2))
+
+
 def view_to_image(answer: Answer, view: View) -> Answer:
     """An answer about a view, in its own frame -> original pixels."""
-    return mapped(answer, _scale(Frame(view.height, view.width), _extent(view)), np.array([view.left, view.top]))
+    return _mapped(answer, _scale(Frame(view.height, view.width), _extent(view)), np.array([view.left, view.top]))
 
 
 def view_arrays_to_image(boxes: np.ndarray, points: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +52,12 @@ def view_arrays_to_image(boxes: np.ndarray, points: np.ndarray, view: View) -> t
     frame, corner = Frame(view.height, view.width), np.array([view.left, view.top], np.float64)
     moved = convert_boxes(boxes, frame, _extent(view)) + np.tile(corner, 2)
     return moved, convert_points(points, frame, _extent(view)) + corner
+
+
+def image_to_view(answer: Answer, view: View) -> Answer:
+    """An answer in original pixels -> the view's own frame."""
+    near = _mapped(answer, np.ones(2), -np.array([view.left, view.top]))
+    return convert_answer(near, _extent(view), Frame(view.height, view.width))
 
 
 def _extent(view: View) -> Frame:
@@ -57,11 +68,11 @@ def _scale(source: Frame, target: Frame) -> np.ndarray:
     return np.array([target.width / source.width, target.height / source.height])
 
 
-def mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
-    """The same answer, every x and y times `scale` plus `shift`, each (2,)."""
+def _mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
+    """Every x and y times `scale` plus `shift`, each (2,)."""
     (x, y), (right, down) = scale.tolist(), shift.tolist()
 
-    def moved(item: AnswerObject) -> AnswerObject:
+    def mapped(item: AnswerObject) -> AnswerObject:
         box, point = item.box, item.point
         if box:
             box = (box[0] * x + right, box[1] * y + down, box[2] * x + right, box[3] * y + down)
@@ -69,7 +80,7 @@ def mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
             point = (point[0] * x + right, point[1] * y + down)
         return replace(item, box=box, point=point)
 
-    return replace(answer, objects=tuple(map(moved, answer.objects)))
+    return replace(answer, objects=tuple(map(mapped, answer.objects)))
 
 
 PIXEL_LIMITS = ("shortest_edge", "longest_edge")

@@ -9,9 +9,9 @@ import numpy as np
 from launch.run.prompts import PromptMaker
 from perception import masks, views
 from perception.config import LookConfig
-from perception.frames import Frame, mapped
+from perception.frames import Frame, image_to_view
+from perception.tasks import TASKS
 from perception.types import Answer, AnswerObject, ImageSource, Sample, Target, View
-from synthetic import answers
 from synthetic.scenes import Question, Scene, SceneObject, SceneStyle, ask, generate
 
 _WRONG_OBJECT = 0.15
@@ -40,7 +40,7 @@ def one_look(seed: int, style: SceneStyle, prompts: PromptMaker, inline: bool) -
     scene = generate(seed, style)
     question = ask(scene, np.random.default_rng(seed), style)
     truth = [AnswerObject(box=scene.objects[i].box, point=scene.objects[i].point) for i in question.targets]
-    completion = _completion(truth, _whole(scene, prompts), inline)
+    completion = _completion(question.task, truth, _whole(scene, prompts), inline)
     input_ids = prompts.tokens(sample_of(scene, question), inline)
     return Dialogue(images=(scene.image,), input_ids=(input_ids,), completions=(completion,))
 
@@ -65,8 +65,8 @@ def two_looks(seed: int, style: SceneStyle, prompts: PromptMaker, look: LookConf
         images=(scene.image, picture),
         input_ids=(prompts.tokens(sample_of(scene, question)), prompts.again(question.task)),
         completions=(
-            _completion(first, _whole(scene, prompts)),
-            _completion(truth, view),
+            _completion(question.task, first, _whole(scene, prompts)),
+            _completion(question.task, truth, view),
         ),
     )
 
@@ -135,17 +135,10 @@ def _whole(scene: Scene, prompts: PromptMaker) -> View:
     return prompts.view((0, 0, width, height), height, width)
 
 
-def _completion(objects: Sequence[AnswerObject], view: View, inline: bool = False) -> str:
+def _completion(task: str, objects: Sequence[AnswerObject], view: View, inline: bool = False) -> str:
     """The objects (original pixels) as the policy is to write them about the view, in its frame."""
     inside = image_to_view(Answer(objects=tuple(objects)), view).objects
-    return answers.write(_target(inside), Frame(view.height, view.width), inline)
-
-
-def image_to_view(answer: Answer, view: View) -> Answer:
-    """An answer in original pixels -> the view's own frame."""
-    near = mapped(answer, np.ones(2), -np.array([view.left, view.top]))
-    scale = np.array([view.width / (view.right - view.left), view.height / (view.bottom - view.top)])
-    return mapped(near, scale, np.zeros(2))
+    return TASKS[task].write(_target(inside), Frame(view.height, view.width), inline)
 
 
 def _target(objects: Sequence[AnswerObject | SceneObject]) -> Target:

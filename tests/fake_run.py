@@ -20,6 +20,7 @@ from perception import masks, views
 from perception import metric_catalog as catalog
 from perception.calibration import most_confident
 from perception.config import Config, LookConfig
+from perception.frames import image_to_view
 from perception.metric_catalog import GREEDY, SAMPLED, HeldOut
 from perception.types import (
     Answer,
@@ -34,7 +35,6 @@ from perception.types import (
     Trajectory,
     Turn,
 )
-from synthetic.dialogues import image_to_view
 from synthetic.scenes import ask, generate
 from tests import builders
 

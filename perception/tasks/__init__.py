@@ -1,4 +1,4 @@
-"""Tasks: how a question is put, how its answer is read, and by what it is judged. One file per task.
+"""Tasks: how a question is put, how its answer is read and written, and by what it is judged. One file per task.
 
 What a data set calls `task` names an entry of the settings' `task`, whose `form` names a task here (by default the one
 of the same name). Prompt words stand in `conf/task/`.
@@ -7,8 +7,9 @@ of the same name). Prompt words stand in `conf/task/`.
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+from perception.frames import Frame
 from perception.registry import Registry, import_all
-from perception.types import Answer, MaskPrompt, Sample
+from perception.types import Answer, MaskPrompt, Sample, Target
 
 
 class Task(Protocol):
@@ -21,6 +22,12 @@ class Task(Protocol):
 
     def parse(self, text: str) -> Answer:
         """Read a completion, in the frame it was written in. Never raises; linear in the text's length."""
+
+    def write(self, target: Target, frame: Frame, inline: bool = False) -> str:
+        """The ideal completion about a target that is measured in `frame`; `parse` reads it back.
+
+        `inline`: with the `<look>` blocks that `look=inline` asks for.
+        """
 
     def mask_prompts(self, answer: Answer) -> Sequence[MaskPrompt]:
         """The segmenter's prompts, in the answer's frame; their masks are united. (): no mask is drawn."""

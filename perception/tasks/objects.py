@@ -8,13 +8,19 @@ of which a task needs a box or a point. `[]` answers that nothing is there. Item
 read is left out, and an answer none of whose items can be read has not been given.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
+from perception.frames import Frame
 from perception.grammar import MAX_OBJECTS, load, numbers, section
-from perception.types import Answer, AnswerObject, Failure, FailureKind, MaskPrompt, Sample
+from perception.types import Answer, AnswerObject, Failure, FailureKind, MaskPrompt, Sample, Target
 
 _LABEL_LENGTH = 200
+_ROWS = ("upper", "", "lower")
+_COLUMNS = ("left", "", "right")
 
 
 class ObjectList:
@@ -44,9 +50,27 @@ class ObjectList:
             return _unparsed(f"no item of the answer has a readable {' or '.join(self.fields)}")
         return Answer(objects=objects)
 
+    def write(self, target: Target, frame: Frame, inline: bool = False) -> str:
+        """A think block that says where, and the list; boxes and points in whole pixels inside the frame."""
+        limit = np.array([frame.width, frame.height])
+        boxes = np.rint(target.boxes.reshape(-1, 4)).clip(0, np.tile(limit, 2)).astype(int).tolist()
+        points = np.rint(target.points.reshape(-1, 2)).clip(0, limit - 1).astype(int).tolist()
+        places = " and ".join(whereabouts(point, frame) for point in points) or "nowhere"
+        items = [{"bbox_2d": box, "point_2d": point} for box, point in zip(boxes, points, strict=True)]
+        answer = ", ".join(json.dumps(item).replace(", ", ",").replace(',"', ', "') for item in items)
+        think = f"<look>{places}</look>" if inline else places
+        return f"<think>{think}</think><answer>[{answer}]</answer>"
+
     def mask_prompts(self, answer: Answer) -> Sequence[MaskPrompt]:
         """One prompt per object: its box, with its point as foreground."""
         return [MaskPrompt(box=one.box, points=(one.point,) if one.point else ()) for one in answer.objects]
+
+
+def whereabouts(point: Sequence[int], frame: Frame) -> str:
+    """The third of the frame a point lies in, in words: 'upper left', 'middle', ..."""
+    row = _ROWS[min(2, int(3 * point[1] // frame.height))]
+    column = _COLUMNS[min(2, int(3 * point[0] // frame.width))]
+    return " ".join(filter(None, (row, column))) or "middle"
 
 
 def _unparsed(detail: str) -> Answer:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from perception.config import LookConfig, RewardConfig
+from perception.tasks import TASKS
 from perception.types import LookState, Trajectory
 from reward_workers.components import COMPONENTS
 from reward_workers.worker import RewardWorker
-from synthetic import answers
 from tests import builders, tiny_segmenter
 from tests.builders import SIDE, group, noise_image, rectangle, target, trajectory
 
@@ -88,7 +88,7 @@ def test_objects_whose_mask_is_empty_are_no_refusal() -> None:
 def test_the_ideal_answer_to_nothing_is_the_refusal(worker: RewardWorker) -> None:
     """What a task writes about no target is what is worth 1."""
     frame = builders.case("").image
-    text = answers.write(target(), frame)
+    text = TASKS["segment"].write(target(), frame)
     assert text.endswith("<answer>[]</answer>")
     (one,) = answered(worker, "[]")
     assert metrics(one)["mask_iou"] == 1.0

@@ -10,7 +10,7 @@ import pytest
 from launch.run.config import CONF, compose
 from perception.config import EcdfConfig, RewardConfig
 from perception.errors import UserError
-from perception.frames import Frame, view_to_image
+from perception.frames import Frame, convert_answer
 from perception.tasks import TASKS
 from perception.types import FailureKind, Group, Target, Trajectory
 from reward_workers.combine import make_store, rewarded
@@ -59,8 +59,9 @@ def test_thresholds_hold_in_the_840_frame_whatever_the_image() -> None:
     """The same picture at a quarter of the size, answered in yet another frame."""
     small = target(TRUTH.boxes / 4, TRUTH.points / 4)
     text = said('[{"bbox_2d": [50, 50, 99.5, 99.5], "point_2d": [75, 75]}]')
-    image, view = Frame(210, 210), builders.view(0, 0, 210, 210, 420, 420)
-    answer = view_to_image(TASKS["segment"].parse(text), view)
+    image, written = Frame(210, 210), Frame(420, 420)
+    view = builders.view(0, 0, 210, 210, 420, 420)
+    answer = convert_answer(TASKS["segment"].parse(text), written, image)
     one = builders.case(text, small, answer=answer, image=image, view=view)
     assert values(one, *PUBLISHED, "vision_reasoner_accuracy") == [1, 0.5, 1, 1.5]
 

@@ -1,4 +1,4 @@
-"""Guards the tasks: what an answer is, what is written is read back, questions, prompts for the segmenter."""
+"""Guards the tasks: what an answer is, what a task writes it reads back, questions, prompts for the segmenter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from perception.frames import Frame
 from perception.tasks import TASKS
+from perception.tasks.objects import whereabouts
 from perception.tasks.segment import Segment
 from perception.types import Answer, AnswerObject, FailureKind, MaskPrompt, Target
 from reward_workers.components import COMPONENTS, held_out_terms, needs
 from reward_workers.components.dr_seg import published_objects
 from reward_workers.passes import Pass, mask_prompts
-from synthetic import answers
 from tests.builders import Box, case, sample, target
 
 GOOD = (
@@ -164,7 +164,7 @@ def truths(draw: st.DrawFn) -> tuple[Frame, Target]:
 @given(truth=truths(), inline=st.booleans())
 def test_the_ideal_answer_is_read_back(name: str, truth: tuple[Frame, Target], inline: bool) -> None:
     frame, wanted = truth
-    text = answers.write(wanted, frame, inline)
+    text = TASKS[name].write(wanted, frame, inline)
     read = TASKS[name].parse(text)
     assert read.failure is None
     assert [one.box for one in read.objects] == [tuple(box) for box in wanted.boxes.tolist()]
@@ -177,22 +177,22 @@ def test_the_ideal_answer_is_read_back(name: str, truth: tuple[Frame, Target], i
 
 def test_written_coordinates_are_whole_and_inside_the_frame() -> None:
     """Half pixels go to the even one, boxes may end at the edge and points may not lie on it."""
-    text = answers.write(target([(-0.6, 0.5, 112.4, 111.5)], [(111.8, 0.4)]), Frame(112, 112))
+    text = TASKS["segment"].write(target([(-0.6, 0.5, 112.4, 111.5)], [(111.8, 0.4)]), Frame(112, 112))
     assert text.endswith('<answer>[{"bbox_2d": [0,0,112,112], "point_2d": [111,0]}]</answer>')
 
 
 def test_the_ideal_answer_reads_as_published() -> None:
     two = target([(10, 20, 50, 60), (80, 5, 100, 30)], [(30, 40), (90, 15)])
-    assert answers.write(two, Frame(112, 112), inline=True) == (
+    assert TASKS["segment"].write(two, Frame(112, 112), inline=True) == (
         "<think><look>left and upper right</look></think><answer>"
         '[{"bbox_2d": [10,20,50,60], "point_2d": [30,40]}, {"bbox_2d": [80,5,100,30], "point_2d": [90,15]}]</answer>'
     )
-    assert answers.write(target(), Frame(112, 112)) == "<think>nowhere</think><answer>[]</answer>"
+    assert TASKS["segment"].write(target(), Frame(112, 112)) == "<think>nowhere</think><answer>[]</answer>"
 
 
 def test_whereabouts_names_the_ninth_of_the_image() -> None:
     frame = Frame(90, 90)
-    assert [answers.whereabouts(p, frame) for p in ((45, 45), (0, 0), (89, 89), (45, 0), (0, 45))] == [
+    assert [whereabouts(p, frame) for p in ((45, 45), (0, 0), (89, 89), (45, 0), (0, 45))] == [
         "middle", "upper left", "lower right", "upper", "left",
     ]  # fmt: skip
 

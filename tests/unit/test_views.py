@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perception import views
-from perception.frames import view_arrays_to_image, view_to_image
+from perception.frames import image_to_view, view_arrays_to_image, view_to_image
 from perception.types import Answer, AnswerObject, View
-from synthetic.dialogues import image_to_view
 
 MARGIN, SMALLEST, ZOOM = 0.5, 0.25, 1.3
 side = st.integers(1, 3000)
