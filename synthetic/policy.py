@@ -20,7 +20,8 @@ from launch.run.prompts import PromptMaker
 from learner import vision_attention
 from perception.config import LookConfig, ModelConfig, TaskConfig
 from perception.frames import Frame
-from synthetic import answers, policies
+from perception.tasks import TASKS
+from synthetic import policies
 from synthetic.dialogues import Dialogue, one_look, sample_of, two_looks
 from synthetic.scenes import WORLD, SceneStyle, ask, generate
 
@@ -90,7 +91,7 @@ def corpus(style: SceneStyle, tasks: dict[str, TaskConfig]) -> Iterator[str]:
         scene = generate(seed, style)
         question = ask(scene, np.random.default_rng(seed), style)
         sample = sample_of(scene, question)
-        answer = answers.write(sample.target, Frame(sample.height, sample.width))
+        answer = TASKS[sample.task].write(sample.target, Frame(sample.height, sample.width))
         yield tasks[sample.task].template.replace("{question}", sample.question) + answer
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.run.config import read_tasks
 from launch.run.prompts import PromptMaker
 from perception.config import LookConfig, ModelConfig
 from perception.tasks import TASKS
 from synthetic import policies
 from synthetic.dialogues import one_look, two_looks
 from synthetic.policy import WarmStart, _Batches, corpus
+from synthetic.prepare import read_tasks
 from synthetic.scenes import WORLD, ask, generate
 
 LOOK = LookConfig()
