@@ -1,8 +1,7 @@
 """The parity gate: engine and learner must agree on the first batch's log-probs, or nothing is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from launch.record.progress import Progress
 from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.config import Config
@@ -20,11 +19,11 @@ def parity_limit(config: Config) -> float:
     return config.learner.parity_limit or LIMITS[config.rollout.quantization or config.model.dtype]
 
 
-async def parity_gate(system: System, groups: Sequence[Group], progress: Progress) -> None:
-    """Print mean importance ratio and mismatch. Raises UserError beyond `parity_limit`."""
+async def parity_gate(system: System, groups: Sequence[Group], say: Callable[[str], None]) -> None:
+    """Say mean importance ratio and mismatch. Raises UserError beyond `parity_limit`."""
     measured, limit = await system.learner.parity(groups), parity_limit(system.config)
     mismatch, ratio = measured[catalog.LOGPROB_MISMATCH], measured[catalog.RATIO]
-    progress.say(
+    say(
         f"parity: mean importance ratio {ratio:.6f}, mean |log-prob difference| {mismatch:.2e} "
         f"(largest {measured[catalog.LOGPROB_MISMATCH_MAX]:.2e}, limit {limit:g})"
     )

@@ -70,7 +70,7 @@ class Session:
         """Ranked, rewarded, advantaged. The first one that holds anything must pass the parity gate."""
         batch = await next_batch(scored, step, self.config, self.system.learner, self.state.ranks)
         if not self.checked and any(one.learnable for group in batch.groups for one in group.trajectories):
-            await parity_gate(self.system, batch.groups, self.progress)
+            await parity_gate(self.system, batch.groups, self.progress.say)
             self.checked = True
         return batch
 
