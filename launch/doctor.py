@@ -32,8 +32,7 @@ from runtime.machine import memory, requirements
 
 _ROOT = Path(__file__).resolve().parents[1]
 _GIB = 1 << 30
-_SHARED_MEMORY_GIB = 2.0  # Ray's object store and the weight buckets live there
-_MEMORY_GIB, _DISK_GIB = 8.0, 5.0
+_MEMORY_GIB, _DISK_GIB, _SHARED_MEMORY_GIB = 8.0, 5.0, 2.0  # the last for Ray's object store and weight buckets
 _IMPORT_TIMEOUT_S = 120.0
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 

@@ -64,7 +64,7 @@ def explained(prompts: PromptMaker, sample: Sample, inline: bool) -> dict[str, s
     """The sample as the model gets it and its ideal answer, by subject."""
     asked, made = prompts.tokens(sample, inline), prompts.shown(picture(sample))
     image, grid = made["input_ids"][0].tolist(), made.get("image_grid_thw")
-    place, patch = asked.index(prompts.image_token_id), prompts.processor.image_processor.patch_size
+    place, patch = asked.index(prompts.image_token_id), getattr(prompts.processor.image_processor, "patch_size", 1)
     tall, wide = made["pixel_values"].shape[-2:] if grid is None else (grid[0, 1:] * patch).tolist()
     frame = Frame(*prompts.answer_frame(sample.height, sample.width))
     ideal = in_frame(sample, frame)
@@ -75,7 +75,7 @@ def explained(prompts: PromptMaker, sample: Sample, inline: bool) -> dict[str, s
         "prompt": prompts.tokenizer.decode(asked),
         "tokens": _pieces(prompts, [*asked[:place], *image, *asked[place + 1 :]]),
         "stops": _pieces(prompts, prompts.ends),
-        "ideal": prompts.opened + TASKS[prompts.form(sample.task)].write(ideal, frame, inline),
+        "ideal": TASKS[prompts.form(sample.task)].write(ideal, frame, inline),
         "frame": f"box {old} of the image becomes {new} in this model's frame, {frame.width} x {frame.height}",
     }
 

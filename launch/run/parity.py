@@ -23,13 +23,11 @@ async def parity_gate(system: System, groups: Sequence[Group], say: Callable[[st
     """Say mean importance ratio and mismatch. Raises UserError beyond `parity_limit`."""
     measured, limit = await system.learner.parity(groups), parity_limit(system.config)
     mismatch, ratio = measured[catalog.LOGPROB_MISMATCH], measured[catalog.RATIO]
-    say(
-        f"parity: mean importance ratio {ratio:.6f}, mean |log-prob difference| {mismatch:.2e} "
-        f"(largest {measured[catalog.LOGPROB_MISMATCH_MAX]:.2e}, limit {limit:g})"
-    )
+    worst = f"(largest {measured[catalog.LOGPROB_MISMATCH_MAX]:.2e}, limit {limit:g})"
+    say(f"parity: mean importance ratio {ratio:.6f}, mean |log-prob difference| {mismatch:.2e} {worst}")
     if not mismatch <= limit:
-        raise UserError(
-            f"engine and learner disagree: mean |log-prob difference| {mismatch:.3g} > learner.parity_limit={limit:g}. "
-            "Usual causes: other weights in the two, another image processor or resize, temperature or token masks "
-            "that differ, or a limit too small for the dtype"
+        found = (
+            f"engine and learner disagree: mean |log-prob difference| {mismatch:.3g} > learner.parity_limit={limit:g}"
         )
+        causes = "other weights in the two, another image processor or resize, temperature or token masks that differ"
+        raise UserError(f"{found}. Usual causes: {causes}, or a limit too small for the dtype")

@@ -1,5 +1,5 @@
-"""`launch.doctor --deep` as it is typed: a fit policy passes, and each silent failure that is put into its running engine
-or learner is told. One engine and one learner rank for all of them."""
+"""`launch.doctor --deep` as it is typed: a fit policy passes, and each silent failure that is put into its running
+engine or learner is told. One engine and one learner rank for all of them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def test_deep_passes_a_fit_policy_and_tells_every_silent_failure(
     assert doctor.main(["--deep", f"model.path={policy}", *SMALL, f"run.output={tmp_path}/runs"]) == 0
     fit, out = told.pop("fit")
     assert fit and "fail" not in out and "parity: mean importance ratio 1.0000" in out, out
-    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("ok")] == ["ok    picture", "ok    weights"]
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("ok")] == [
+        "ok    picture",
+        "ok    weights",
+    ]
     for (name, (fit, out)), bad in zip(told.items(), ("picture", "picture", "weights", "weights"), strict=True):
         lines = [line for line in out.splitlines() if line.startswith("fail")]
         assert not fit and [line.split(":")[0] for line in lines] == [f"fail  {bad}"], (name, out)
