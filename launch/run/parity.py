@@ -26,8 +26,6 @@ async def parity_gate(system: System, groups: Sequence[Group], say: Callable[[st
     worst = f"(largest {measured[catalog.LOGPROB_MISMATCH_MAX]:.2e}, limit {limit:g})"
     say(f"parity: mean importance ratio {ratio:.6f}, mean |log-prob difference| {mismatch:.2e} {worst}")
     if not mismatch <= limit:
-        found = (
-            f"engine and learner disagree: mean |log-prob difference| {mismatch:.3g} > learner.parity_limit={limit:g}"
-        )
+        found = f"mean |log-prob difference| {mismatch:.3g} > learner.parity_limit={limit:g}. Usual causes"
         causes = "other weights in the two, another image processor or resize, temperature or token masks that differ"
-        raise UserError(f"{found}. Usual causes: {causes}, or a limit too small for the dtype")
+        raise UserError(f"engine and learner disagree: {found}: {causes}, or a limit too small for the dtype")
