@@ -1,33 +1,40 @@
-"""`python -m launch.doctor`: is this machine fit to train? One line per finding, and how to mend what is not.
+"""Is this machine fit to train, and is a model what a run will take it for?
 
-Reads package metadata and the machine's own figures; heavy libraries are not imported except for the one check that
-`import torchvision` works, which runs in a process of its own. Exit status 1 if anything fails.
+    python -m launch.doctor
+    python -m launch.doctor model.path=Qwen/Qwen2.5-VL-3B-Instruct
+    python -m launch.doctor --deep model.path=assets/policy
+
+Alone it says one line per finding about the machine, and how to mend what is not fit; exit status 1 if anything fails.
+It reads package metadata and the machine's own figures; heavy libraries are not imported except for the one check that
+`import torchvision` works, which runs in a process of its own.
+
+With settings, those of `launch.train` (of the quickstart where no recipe is named), it shows a drawn example as the
+model gets it; `--deep` also loads engine and learner and compares them (`launch.run.examine`). Exit status 2 where
+something does not agree.
 """
 
-import os
+import argparse
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from launch.record.environment import STACK, gpus, version_of
-from runtime.cluster import cpus
+from runtime.cluster import cluster_address, cpus
 from runtime.machine import memory, requirements
 
 _ROOT = Path(__file__).resolve().parents[1]
 _GIB = 1 << 30
-_SHARED_MEMORY_GIB = 2.0  # Ray's object store and the weight buckets live there
-_MEMORY_GIB = 8.0
-_DISK_GIB = 5.0
+_MEMORY_GIB, _DISK_GIB, _SHARED_MEMORY_GIB = 8.0, 5.0, 2.0  # the last for Ray's object store and weight buckets
 _IMPORT_TIMEOUT_S = 120.0
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ def examine() -> Iterator[Finding]:
     yield _enough("memory", memory() / _GIB, _MEMORY_GIB, " GiB", "close other programs")
     yield _free("shared memory", Path("/dev/shm"), _SHARED_MEMORY_GIB, "start the container with --shm-size=4g")
     yield _free("disk", Path.cwd(), _DISK_GIB, "make room, or set run.output to another disk")
-    address = os.environ.get("RAY_ADDRESS")
+    address = cluster_address()
     yield Finding("ok", "cluster", f"RAY_ADDRESS={address}" if address else "none: runs start a Ray of their own")
     yield _torchvision()
 
@@ -67,9 +74,8 @@ def _kind() -> str:
 
 def _python() -> Finding:
     found = platform.python_version()
-    if found.startswith("3.11."):
-        return Finding("ok", "python", found)
-    return Finding("fail", "python", f"{found}; this program is built for 3.11: run `make setup`")
+    cure = f"{found}; this program is built for 3.11: run `make setup`"
+    return Finding("ok", "python", found) if found.startswith("3.11.") else Finding("fail", "python", cure)
 
 
 def _versions() -> Iterator[Finding]:
@@ -86,11 +92,9 @@ def _versions() -> Iterator[Finding]:
 
 def _gpus() -> Finding:
     found = gpus()
-    if found:
-        return Finding("ok", "gpus", "; ".join(found))
-    if version_of("vllm"):
+    if not found and version_of("vllm"):
         return Finding("fail", "gpus", "none, but vLLM for CUDA is installed: mend the driver, or set up the CPU set")
-    return Finding("ok", "gpus", "none: use placement=cpu")
+    return Finding("ok", "gpus", "; ".join(found) or "none: use placement=cpu")
 
 
 def _free(subject: str, path: Path, wanted: float, cure: str) -> Finding:
@@ -119,12 +123,19 @@ def _torchvision() -> Finding:
     return Finding("ok", "torchvision", "imports")
 
 
-def main() -> int:
-    table, findings = Table.grid(padding=(0, 2)), list(examine())
-    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.doctor", description="Examine this machine, or a model.")
+    parser.add_argument("settings", nargs="*", help="a model's, as for launch.train: model.path=...")
+    parser.add_argument("--deep", action="store_true", help="also load engine and learner, and compare them")
+    given = parser.parse_intermixed_args(words)
+    if given.settings or given.deep:
+        from launch.run.examine import examine as examine_model  # imports transformers: seconds
+
+        return 0 if examine_model(given.settings, given.deep) else 2
+    findings = list(examine())
     for one in findings:
-        table.add_row(Text(one.verdict, style=colours[one.verdict]), Text(one.subject), Text(one.detail))
-    Console().print(table)
+        verdict = Text(f"{one.verdict:6}", style=_COLOURS[one.verdict])
+        Console().print(verdict + f"{one.subject:19}{one.detail}", soft_wrap=True)
     return int(any(one.verdict == "fail" for one in findings))
 
 

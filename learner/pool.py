@@ -16,7 +16,7 @@ from learner.rank import LearnerRank
 from learner.weights import WeightSender
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
-from perception.types import Group, LearnerReport, PolicySpec, Trajectory
+from perception.types import Group, LearnerReport, PolicySpec
 from perception.weights import WeightBucket
 from runtime.actors import ActorPool, Call, Limit, call
 from runtime.placement import Seat
@@ -74,14 +74,16 @@ class LearnerPool:
         Mean and maximum of |difference|, and the mean importance ratio learner / engine: 1 up to rounding. There must
         be a token that counts.
         """
-        learner = [tokens for found in await self._of_groups(LearnerRank.logprobs, groups) for tokens in found]
-        rollout = [_logprobs(one) for group in groups for one in group.trajectories]
-        difference = np.concatenate(learner) - np.concatenate(rollout)
+        difference = await self.logprobs(groups) - reported(groups)
         return {
             catalog.LOGPROB_MISMATCH: float(np.abs(difference).mean()),
             catalog.LOGPROB_MISMATCH_MAX: float(np.abs(difference).max()),
             catalog.RATIO: float(np.exp(difference).mean()),
         }
+
+    async def logprobs(self, groups: Sequence[Group]) -> np.ndarray:
+        """(N,) float32 log-probs of all sampled tokens that count, in their order, under the current weights."""
+        return np.concatenate([one for found in await self._of_groups(LearnerRank.logprobs, groups) for one in found])
 
     async def with_kl(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with `algorithm.kl` of the current policy to the starting one on every trajectory that counts."""
@@ -112,6 +114,10 @@ class LearnerPool:
                 pending = self._filled(index + 1, count)
             yield bucket
         await self._ask_sender(call(WeightSender.flush), "sending the weight buckets")
+
+    async def perturb(self, back: bool = False) -> None:
+        """Change every trained weight a little, or `back`. The optimizer's masters stay: for `launch.run.examine`."""
+        await self._all(call(LearnerRank.perturb, back))
 
     async def release_buckets(self) -> None:
         """Free the buffers of the last sync."""
@@ -189,9 +195,9 @@ def _bare(group: Group) -> Group:
     return replace(group, trajectories=tuple(replace(one, score=None) for one in group.trajectories))
 
 
-def _logprobs(trajectory: Trajectory) -> np.ndarray:
-    """(sampled tokens,) log-probs as the rollout engine reported them; (0,) where it takes no part."""
-    turns = () if trajectory.excluded else trajectory.turns
+def reported(groups: Sequence[Group]) -> np.ndarray:
+    """(N,) log-probs of all sampled tokens that count, in their order, as the rollout engine reported them."""
+    turns = (turn for group in groups for one in group.trajectories if not one.excluded for turn in one.turns)
     return np.array([value for turn in turns for value in turn.logprobs], np.float64)
 
 

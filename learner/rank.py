@@ -23,7 +23,7 @@ from learner.loss import kl
 from learner.policy import Policy, load_policy
 from learner.step import COUNTS, Plan, Stepper, Sums
 from learner.weights import WeightSender, weights
-from learner.zero import sharded_loading
+from learner.zero import gathered, sharded_loading
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, LearnerReport, PolicySpec
@@ -161,6 +161,14 @@ class LearnerRank(Traced):
     def send(self, wanted: Call[WeightSender, R]) -> R:
         """Call this rank's weight sender; collective where its method is."""
         return getattr(self._sender, wanted.method)(*wanted.arguments, **wanted.named)
+
+    def perturb(self, back: bool) -> None:
+        """Multiply trained weights by seeded factors of 0.9 to 1.1, or divide by them. Collective."""
+        noise = torch.Generator().manual_seed(0)  # the same on every rank
+        for parameter in (weight.base for weight in weights(self._policy.model).values() if weight.trained):
+            with gathered([parameter], changed=True):
+                change = torch.empty(parameter.shape).uniform_(-0.1, 0.1, generator=noise)
+                parameter.data.mul_((-change if back else change).exp().to(parameter))
 
     def save(self, folder: str) -> dict[str, str]:
         """Write this rank's part of a checkpoint (`checkpoint.save`)."""

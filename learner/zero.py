@@ -163,12 +163,15 @@ def sharded_loading(config: LearnerConfig, dtype: str) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, the parameters are whole on every rank (ZeRO-3 shards them; otherwise free of charge). Collective."""
+def gathered(parameters: Sequence[nn.Parameter], changed: bool = False) -> Iterator[None]:
+    """Inside, the parameters are whole on every rank (ZeRO-3 shards them; otherwise free of charge). Collective.
+
+    `changed`: what is done to them inside, alike on every rank, lasts.
+    """
     import deepspeed
 
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None, enabled=bool(sharded)):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if changed else None, enabled=bool(sharded)):
         yield
 
 

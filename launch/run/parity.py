@@ -1,8 +1,7 @@
 """The parity gate: engine and learner must agree on the first batch's log-probs, or nothing is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from launch.record.progress import Progress
 from launch.run.system import System
 from perception import metric_catalog as catalog
 from perception.config import Config
@@ -20,17 +19,13 @@ def parity_limit(config: Config) -> float:
     return config.learner.parity_limit or LIMITS[config.rollout.quantization or config.model.dtype]
 
 
-async def parity_gate(system: System, groups: Sequence[Group], progress: Progress) -> None:
-    """Print mean importance ratio and mismatch. Raises UserError beyond `parity_limit`."""
+async def parity_gate(system: System, groups: Sequence[Group], say: Callable[[str], None]) -> None:
+    """Say mean importance ratio and mismatch. Raises UserError beyond `parity_limit`."""
     measured, limit = await system.learner.parity(groups), parity_limit(system.config)
     mismatch, ratio = measured[catalog.LOGPROB_MISMATCH], measured[catalog.RATIO]
-    progress.say(
-        f"parity: mean importance ratio {ratio:.6f}, mean |log-prob difference| {mismatch:.2e} "
-        f"(largest {measured[catalog.LOGPROB_MISMATCH_MAX]:.2e}, limit {limit:g})"
-    )
+    worst = f"(largest {measured[catalog.LOGPROB_MISMATCH_MAX]:.2e}, limit {limit:g})"
+    say(f"parity: mean importance ratio {ratio:.6f}, mean |log-prob difference| {mismatch:.2e} {worst}")
     if not mismatch <= limit:
-        raise UserError(
-            f"engine and learner disagree: mean |log-prob difference| {mismatch:.3g} > learner.parity_limit={limit:g}. "
-            "Usual causes: other weights in the two, another image processor or resize, temperature or token masks "
-            "that differ, or a limit too small for the dtype"
-        )
+        found = f"mean |log-prob difference| {mismatch:.3g} > learner.parity_limit={limit:g}. Usual causes"
+        causes = "other weights in the two, another image processor or resize, temperature or token masks that differ"
+        raise UserError(f"engine and learner disagree: {found}: {causes}, or a limit too small for the dtype")

@@ -164,8 +164,12 @@ class PromptMaker:
         if self.native:
             tall, wide, factor = self._resized(height, width)
             return tall * wide // factor**2
-        shown = {"text": [self.processor.image_token], "images": [Image.new("RGB", (width, height))]}
-        return len(self.processor(**shown, add_special_tokens=False)["input_ids"][0])
+        return len(self.shown(Image.new("RGB", (width, height)))["input_ids"][0])
+
+    def shown(self, image: Image.Image) -> Any:
+        """What the policy's processor makes of one placeholder and an image; its tokens are `input_ids` (1, T)."""
+        asked = {"text": [self.processor.image_token], "images": [image], "add_special_tokens": False}
+        return self.processor(**asked, return_tensors="pt")
 
     def _resized(self, height: int, width: int) -> tuple[int, int, int]:
         """(height, width, side of one token's square), as the processor resizes. Raises ValueError."""

@@ -74,7 +74,7 @@ class Session:
             await self.system.trace()
         batch = await next_batch(scored, step, self.config, self.system.learner, self.state.ranks)
         if not self.checked and any(one.learnable for group in batch.groups for one in group.trajectories):
-            await parity_gate(self.system, batch.groups, self.progress)
+            await parity_gate(self.system, batch.groups, self.progress.say)
             self.checked = True
         return batch
 

@@ -85,14 +85,15 @@ class System:
         actors = (self.engines.actors, self.rewards.actors, self.learner.actors)
         self._pools: dict[str, ActorPool[Any]] = dict(zip(("engine", "reward", "learner"), actors, strict=True))
 
-    async def start(self, learner: bool = True) -> str:
-        """Everything at once, with or without the learner, but engines first where they share GPUs: vLLM charges what
-        comes there meanwhile to itself. Returns a line that says how long each took to be ready."""
+    async def start(self, learner: bool = True, scoring: bool = True) -> str:
+        """Everything at once, with or without the learner or SAM2, but engines first where they share GPUs: vLLM
+        charges what comes there meanwhile to itself. Returns a line that says how long each took to be ready."""
         starting = asyncio.create_task(self.engines.start())
         if self.config.placement.transport == "ipc":
             await starting
         learning = self._start_learner() if learner else asyncio.sleep(0, 0.0)
-        engines, rewards, learner_s = await asyncio.gather(starting, self.rewards.start(), learning)
+        scorers = self.rewards.start() if scoring else asyncio.sleep(0, 0.0)
+        engines, rewards, learner_s = await asyncio.gather(starting, scorers, learning)
         slowest = max(engine.seconds for engine in engines)
         return f"ready: vLLM {engines[0].version} {slowest:.0f} s, SAM2 {rewards:.0f} s, learner {learner_s:.0f} s"
 

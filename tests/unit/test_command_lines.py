@@ -116,8 +116,9 @@ def program(module: str, arguments: Sequence[str], patch: pytest.MonkeyPatch) ->
             parse(World, arguments)
         case "launch.sft", _:
             parse(WarmStartSettings, arguments)
-        case "launch.doctor", []:
-            pass
+        case "launch.doctor", words:
+            assert {word for word in words if "=" not in word} <= {"--deep"}
+            _ = words and data.settings([word for word in words if "=" in word])
         case _ if module.startswith("benchmarks."):
             options(module, [word.split("|")[0] for word in arguments], patch)
         case _:
@@ -180,6 +181,8 @@ def options(module: str, arguments: Sequence[str], patch: pytest.MonkeyPatch) ->
         ["python", "-m", "launch.train", "recipe=quickstart", "placement=one_gpu", "learner.ranks=2"],
         ["python", "-m", "launch.train", "recipe=dr_seg", "placement=one_gpu", "model.path=...", "data.train=a"],
         ["python", "-m", "launch.world", "trian=4"],
+        ["python", "-m", "launch.doctor", "--depe", "model.path=assets/policy"],
+        ["python", "-m", "launch.doctor", "modl.path=assets/policy"],
         ["python", "-m", "benchmarks.step", "--stpes", "3"],
         ["python", "-m", "launch.preddict"],
         ["torchrun", "train.py"],

@@ -149,12 +149,12 @@ def test_parity_waits_for_a_step_that_holds_something(monkeypatch: pytest.Monkey
     async def batch(*asked: Any) -> Any:
         return SimpleNamespace(groups=next(batches))
 
-    async def gate(system: Any, groups: list[Group], progress: Any) -> None:
+    async def gate(system: Any, groups: list[Group], say: Any) -> None:
         compared.append(groups)
 
     monkeypatch.setattr(session, "next_batch", batch)
     monkeypatch.setattr(session, "parity_gate", gate)
-    given: Any = SimpleNamespace(learner=None, ranks=None)
+    given: Any = SimpleNamespace(learner=None, ranks=None, say=print)
     run = Session(builders.config(), [], {}, given, given, given, given)
 
     async def steps() -> None:
