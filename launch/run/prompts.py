@@ -110,7 +110,9 @@ class PromptMaker:
         around = [self.tokenizer.convert_ids_to_tokens(mark) for mark in marks if mark is not None]
         for self._content in _contents(image.join(around) if all(around) and around else image + "\n"):
             asked, bare = (self._try(self._turn("user", _MARK, image)) for image in (True, False))
-            if asked not in ("", bare) and "'type'" not in asked:  # it shows the image, and no list of parts as such
+            said = self._try(self._turn("user", "", image=True), self._turn("assistant", _MARK))
+            # It shows image and text, takes an answer, and writes no list of parts as such.
+            if said and asked != bare and _MARK in asked and "'type'" not in asked:
                 break
         if (images := self._encode(asked).count(self.image_token_id)) != 1 or asked.count(_MARK) != 1:
             self._chat(self._turn("user", _MARK, image=True), ask=True)  # raises where the template itself is broken

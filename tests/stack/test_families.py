@@ -11,7 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,14 @@ def test_a_model_that_cannot_be_trained_is_refused_by_name(policy: Path, tmp_pat
 
 @pytest.fixture(scope="module")
 def rounds() -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.family_rounds"]
-    with ExitStack() as started:
-        both = [
-            started.enter_context(subprocess.Popen([*command, *share], cwd=ROOT, text=True, stdout=subprocess.PIPE))
-            for share in SHARES
-        ]
-        lines = [line for one in both for line in one.communicate(timeout=LIMIT_S)[0].splitlines()]
-    return {found["family"]: found for found in (json.loads(line) for line in lines if line.startswith('{"family"'))}
+    def played(share: Sequence[str]) -> list[str]:
+        command = [sys.executable, "-m", "tests.family_rounds", *share]
+        done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True, timeout=LIMIT_S)
+        return [line for line in done.stdout.splitlines() if line.startswith('{"family"')]
+
+    with ThreadPoolExecutor(len(SHARES)) as side_by_side:
+        lines = [line for share in side_by_side.map(played, SHARES) for line in share]
+    return {found["family"]: found for found in map(json.loads, lines)}
 
 
 @pytest.mark.parametrize("family", [family for share in SHARES for family in share])

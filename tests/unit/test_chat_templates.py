@@ -44,6 +44,24 @@ TEMPLATES = {
     "strings, trims": (TURN + "{{ m['content'].strip() }}" + END, SYSTEM + USER),
     "strings, writes parts as they are": (TURN + "{{ m['content'] }}" + END, SYSTEM + USER),
     "strings, no system role": (NO_SYSTEM + TURN + "{{ '' + m['content'] }}" + END, FOLDED),
+    "parts of a turn, texts by another key, strings for answers": (  # as Pixtral's first one
+        TURN
+        + "{% if m['role'] == 'assistant' %}{{ m['content'] + '' }}{% elif m['content'] is string %}{{ m['content'] }}"
+        + "{% else %}"
+        + PARTS.replace("c['text']", "c['content']")
+        + "{% endif %}"
+        + END,
+        SYSTEM + USER,
+    ),
+    "parts of a turn, strings for answers": (
+        TURN
+        + "{% if m['role'] == 'assistant' %}{{ m['content'] + '' }}{% elif m['content'] is string %}{{ m['content'] }}"
+        + "{% else %}"
+        + PARTS
+        + "{% endif %}"
+        + END,
+        SYSTEM + USER,
+    ),
     "loses the image": (
         TURN + "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}" + END,
         SYSTEM + USER,

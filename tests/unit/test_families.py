@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from inspect import signature
 from pathlib import Path
@@ -24,7 +26,7 @@ from launch.run.prompts import PromptMaker, read_policy_spec
 from learner.families import Family
 from learner.families.generic import PaddedPolicy
 from learner.policy import load_policy
-from learner.rows import Picture, pieces
+from learner.rows import Picture, Segment, pieces
 from perception.config import LearnerConfig, LoraConfig, ModelConfig, TaskConfig
 from perception.errors import UserError
 from perception.families import engine_name, engine_renames, family_of
@@ -149,6 +151,35 @@ def test_logprobs_of_rows_with_images_of_different_sizes_are_those_of_transforme
         assert (logprobs - expected).abs().max() < 5e-6
     assert isinstance(policy, PaddedPolicy) == (policy.model.config.model_type == "gemma3")
     assert any("vision" in name and value.norm() > 0 for name, value in gradient.items())
+
+
+def test_rows_are_what_the_engine_made_of_the_prompt(spec: PolicySpec) -> None:
+    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda handle: handle.ref)
+    group = sampled_group(spec, np.random.default_rng(1), n=2, side=112)
+    (mine,) = pieces([group], policy.layout, 1 << 20)
+
+    def expanded(*ids: int) -> Segment:
+        turns = [(replace(one.turns[0], expanded_ids=ids),) for one in group.trajectories]
+        done = tuple(replace(one, turns=own) for one, own in zip(group.trajectories, turns, strict=True))
+        return next(pieces([replace(group, trajectories=done)], policy.layout, 1 << 20)).prompt
+
+    row = mine.prompt.ids.tolist()
+    longer = expanded(7, *row)
+    assert longer.ids.tolist() == [7, *row]
+    ((places, _),), ((before, _),) = longer.pictures, mine.prompt.pictures
+    assert torch.equal(places, before + 1) and {row[place] for place in before} == {policy.layout.shown_id}
+    dropped = [token for place, token in enumerate(row) if place != before[0]]
+    with pytest.raises(ValueError, match=rf"sample s\d+: the engine made {len(before) - 1} image tokens, the learner"):
+        expanded(*dropped)
+
+
+def test_a_text_model_with_windows_is_not_packed(tmp_path: Path) -> None:
+    spec = tiny_families.build("mistral3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["sliding_window"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    policy = load_policy(spec, TEMPERATURE, LearnerConfig(), lambda handle: handle.ref)
+    assert isinstance(policy, PaddedPolicy)
 
 
 @pytest.mark.parametrize("count", [0, 1], ids=["no work", "text alone"])
