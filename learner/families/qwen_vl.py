@@ -106,10 +106,8 @@ class PackedPolicy(Policy):
             if len(levels) > 1:
                 extra = {"visual_pos_masks": batch.image_slots, "deepstack_visual_embeds": levels[1:]}
         if self._reach:
-            branches = to_device(
-                gated_delta_net.branches(batch.lengths, len(embeddings), self._reach), embeddings.device
-            )
-            extra["attention_mask"] = {"full_attention": None, gated_delta_net.KIND: branches}
+            own = gated_delta_net.branches(batch.lengths, len(embeddings), self._reach)
+            extra["attention_mask"] = {"full_attention": None, gated_delta_net.KIND: to_device(own, embeddings.device)}
         mask = text_attention.packed_mask(batch.lengths, len(embeddings), embeddings.device)
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings[None], position_ids=batch.position_ids, use_cache=False, packed=mask, **extra
@@ -192,7 +190,7 @@ class FlopCounter:
     useful FLOPs of a micro-batch = sum over its groups of
         2 * text parameters * tokens              linear layers; a group's prompt once, its trajectories once each
       + 4 * heads * head dim * layers * pairs     scores and values of every (query, key) that attends
-      + 6 * value heads * key dim * value dim * linear layers * tokens    a gated delta net's state: read, write, read
+      + 6 * value heads * key dim * value dim * linear layers * tokens    a state is read, written, read
       + 2 * hidden size * vocabulary * sampled    head, only where a sampled token is predicted
       + 2 * vision parameters * patches           once per image
       + 4 * vision width * sum over blocks of its windows' squared lengths
