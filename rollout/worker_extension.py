@@ -60,8 +60,7 @@ class _CpuGenerator(torch.Generator):
 if current_platform.is_cpu():
     vllm_layers.dispatch_cpu_unquantized_gemm = _plain_linear
     for name in ("causal_conv1d_fwd_cpu", "causal_conv1d_update_cpu"):
-        if hasattr(vllm_kernels, name):  # vLLM 0.26 has none
-            setattr(vllm_kernels, name, _plain_convolution(getattr(vllm_kernels, name)))
+        setattr(vllm_kernels, name, _plain_convolution(getattr(vllm_kernels, name)))
     torch.Generator = _CpuGenerator  # type: ignore[misc]
 
 # A request whose images lie wholly in the prefix cache is given to the worker without their pixels. A weight update

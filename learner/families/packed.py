@@ -73,9 +73,8 @@ class PackedPolicy(Policy):
             if len(levels) > 1:
                 extra = {"visual_pos_masks": batch.image_slots, "deepstack_visual_embeds": levels[1:]}
         if self._reach:
-            branches = gated_delta_net.branches(batch.lengths, len(embeddings), self._reach)
-            branches = to_device(branches, embeddings.device)
-            extra["attention_mask"] = {"full_attention": None, gated_delta_net.KIND: branches}
+            own = gated_delta_net.branches(batch.lengths, len(embeddings), self._reach)
+            extra["attention_mask"] = {"full_attention": None, gated_delta_net.KIND: to_device(own, embeddings.device)}
         mask = text_attention.packed_mask(batch.lengths, len(embeddings), embeddings.device)
         positions = batch.position_ids[: self.axes].squeeze(0)  # an only axis goes
         hidden = self.model.get_decoder()(

@@ -94,7 +94,7 @@ class FlopCounter:
     useful FLOPs of a micro-batch = sum over its groups of
         2 * text parameters * tokens              linear layers; a group's prompt once, its trajectories once each
       + 4 * heads * head dim * layers * pairs     scores and values of every (query, key) that attends
-      + 6 * value heads * key dim * value dim * linear layers * tokens    a gated delta net's state: read, write, read
+      + 6 * value heads * key dim * value dim * linear layers * tokens    a state is read, written, read
       + 2 * hidden size * vocabulary * sampled    head, only where a sampled token is predicted
       + 2 * vision parameters * patches           once per image
       + 4 * vision width * sum over blocks of its windows' squared lengths
