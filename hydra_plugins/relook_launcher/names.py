@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 from itertools import count
 
 LONGEST = 60
@@ -27,5 +28,7 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _plain(value: str) -> str:
-    """A value's letters, digits, dots, underscores and hyphens."""
+    """A value's letters, digits, dots, underscores and hyphens; four digits of a number that has many."""
+    with suppress(ValueError):
+        value = f"{float(value):.4g}" if len(value) > 8 else value
     return re.sub(r"[^A-Za-z0-9._-]+", "-", value.strip("\"'[]{}()/ "))

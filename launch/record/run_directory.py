@@ -137,5 +137,4 @@ def forget_after(run_dir: Path, step: int) -> None:
 
 
 def _recorded(path: Path) -> bool:
-    recorded = map(path.joinpath, (METRICS, EVALUATIONS, SWEEP))
-    return any(file.is_file() and file.stat().st_size > 0 for file in recorded)
+    return any(one.is_file() and one.stat().st_size > 0 for one in map(path.joinpath, (METRICS, EVALUATIONS, SWEEP)))

@@ -30,6 +30,7 @@ GIOU, HALF = "segment/mask_iou/greedy", "segment/mask_iou/interval"
     [
         ({"learner.lr": "2e-05"}, "lr-2e-05"),
         ({"learner.lr": "2e-05", "run.seed": "1"}, "lr-2e-05_seed-1"),
+        ({"learner.lr": "7.288892469850438e-05"}, "lr-7.289e-05"),
         ({"reward": "dr_seg", "algorithm.group_size": "8"}, "reward-dr_seg_group_size-8"),
         ({"data.options.split": "a", "data.eval_options.split": "b"}, "options.split-a_eval_options.split-b"),
         ({"model.path": "'/models/a b/c,d'"}, "path-models-a-b-c-d"),
