@@ -104,6 +104,8 @@ class SideBySide(Launcher):
                 preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
             )
         self.running.add(process)
+        if self.signals:  # one came while it was being started
+            process.terminate()
         print(f"{one.run_dir.name}: begins, {output.name}", flush=True)
         status = await process.wait()
         self.running.discard(process)
