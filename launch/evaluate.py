@@ -68,8 +68,6 @@ async def evaluate(
             log.warning(f"no held-out numbers of task {task}{held_out and f' of {held_out}'}: {error}")
             continue
         metrics |= {catalog.HeldOut(task, *key, held_out).name: value for key, value in measured.items()}
-        for measure, half in _intervals(own[catalog.GREEDY]).items():
-            metrics[catalog.interval(catalog.HeldOut(task, measure, catalog.GREEDY, held_out).name)] = half
     return metrics, answered[catalog.GREEDY]
 
 
@@ -88,7 +86,9 @@ def _measured(groups: Mapping[str, Sequence[Group]], relooks: bool) -> dict[tupl
         for way, own in scores.items()
         for name in own[0].metrics
     }
-    several = scores[catalog.SAMPLED]
+    greedy, several = scores[catalog.GREEDY], scores[catalog.SAMPLED]
+    for name in greedy[0].metrics if len(greedy) > 1 else ():
+        found[name, catalog.INTERVAL] = half_interval([score.metrics[name] for score in greedy])
     found[catalog.PARSED, catalog.SAMPLED] = float(np.mean([score.best.answer.failure is None for score in several]))
     if relooks:
         looks = look_metrics(groups[catalog.SAMPLED])
@@ -96,12 +96,6 @@ def _measured(groups: Mapping[str, Sequence[Group]], relooks: bool) -> dict[tupl
         if any(candidate.mask_iou is not None for score in several for candidate in score.candidates):
             found[catalog.LOOK_GAIN, catalog.SAMPLED] = looks[catalog.RELOOK_GAIN] * looks[catalog.RELOOK_RATE]
     return found | {(catalog.SAMPLES, catalog.SAMPLED): float(len(groups[catalog.SAMPLED]))}
-
-
-def _intervals(groups: Sequence[Group]) -> dict[str, float]:
-    """Half the 95 % t-interval of each measure's mean over samples with one answer each; none of a single sample."""
-    scores = [_score(group, group.trajectories[0]).metrics for group in groups]
-    return {name: half_interval([one[name] for one in scores]) for name in scores[0]} if len(scores) > 1 else {}
 
 
 def _score(group: Group, trajectory: Trajectory) -> Score:

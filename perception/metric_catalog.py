@@ -145,8 +145,9 @@ def left_out(reason: str) -> str:
 
 # ---------------------------------------------------------------- held-out evaluation; W&B shows it under `eval/`
 
-GREEDY, SAMPLED = "greedy", "sampled"
-"""Ways of answering: at temperature 0, and at the rollout temperature."""
+GREEDY, SAMPLED, INTERVAL = "greedy", "sampled", "interval"
+"""Ways of answering: at temperature 0, and at the rollout temperature; and half the 95 % t-interval of the first, over
+the samples, which stands beside the metrics."""
 PARSED = "parsed"
 SAMPLES = "samples"
 LOOK_RATE = "relook_rate"
@@ -188,9 +189,10 @@ class HeldOut(NamedTuple):
 
 
 def read_held_out(names: Iterable[str]) -> list[HeldOut]:
-    """The held-out metrics among the names, in their order."""
+    """The held-out metrics among the names, in their order, without their intervals."""
     split = (name.partition("@") for name in names)
-    return [HeldOut._make((*before.split("/"), held_out)) for before, _, held_out in split if before.count("/") == 2]
+    found = (HeldOut._make((*before.split("/"), held_out)) for before, _, held_out in split if before.count("/") == 2)
+    return [one for one in found if one.way != INTERVAL]
 
 
 def headlines(metrics: Iterable[str]) -> dict[str, HeldOut]:
@@ -203,8 +205,3 @@ def headline(metrics: Mapping[str, float]) -> float:
     """What a policy is judged by, higher is better: the mean of `headlines`."""
     first = [metrics[one.name] for one in headlines(metrics).values()]
     return sum(first) / len(first) if first else -math.inf
-
-
-def interval(name: str) -> str:
-    """Half the width of a held-out metric's 95 % interval, which is over the samples."""
-    return f"interval/{name}"

@@ -13,12 +13,12 @@ import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, Process, create_subprocess_exec
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -26,23 +26,19 @@ from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
-from hydra_plugins.relook_launcher._shared_ray import shared_ray
 from hydra_plugins.relook_launcher.names import combination_name
 from launch.record import run_directory
 from launch.report.sweep import Combination, read_sweep, save_sweep
+from launch.run.command_line import told
+from perception.config import PlacementConfig
 from perception.errors import UserError
+from runtime import cluster
 
 PROGRAM = (sys.executable, "-m", "launch.train")
+SETTINGS = {"_target_": f"{__name__}.SideBySide", "at_once": 1}
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
-
-@dataclass
-class Settings:
-    _target_: str = f"{__name__}.SideBySide"
-    at_once: int = 1
-
-
-ConfigStore.instance().store(group="hydra/launcher", name="side_by_side", node=Settings)
+ConfigStore.instance().store(group="hydra/launcher", name="side_by_side", node=SETTINGS)
 
 
 class SideBySide(Launcher):
@@ -54,8 +50,6 @@ class SideBySide(Launcher):
     def setup(self, *, config: DictConfig, **_: Any) -> None:
         """Takes the sweep's folder; an older sweep of that name is moved aside. Raises UserError."""
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        if Path(sys.argv[0]).stem == "evaluate" or any(one.key_or_group == "run.resume" for one in given):
-            raise UserError("--multirun makes new runs: it goes neither with launch.evaluate nor with run.resume")
         self.fixed = {one.get_key_element(): str(one.input_line) for one in given if not one.is_sweep_override()}
         sources = config.hydra.runtime.config_sources
         self.flags = [f"--config-dir={one.path}" for one in sources if one.provider == "command-line"]
@@ -64,9 +58,11 @@ class SideBySide(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """What each returns is its last headline metric, higher is better; None where it failed."""
+        if self.at_once > 1 and cluster.cluster_address() is None:
+            cluster.connect(PlacementConfig(name="shared", device="cpu"))
+            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         batch = [self._combination(words) for words in job_overrides]
-        with shared_ray(self.at_once > 1) as address:
-            asyncio.run(self._run_all(batch, address))
+        asyncio.run(self._run_all(batch))
         if self.signals:
             conclude(self.folder, 130)
         values = [one.value() if one.failed == "" else math.nan for one in batch]
@@ -79,20 +75,20 @@ class SideBySide(Launcher):
         self.combinations.append(Combination(self.folder / name, swept))
         return self.combinations[-1]
 
-    async def _run_all(self, batch: Sequence[Combination], address: Mapping[str, str]) -> None:
+    async def _run_all(self, batch: Sequence[Combination]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._signalled)
         gate = asyncio.Semaphore(self.at_once)
-        await asyncio.gather(*(self._run(one, gate, address) for one in batch))
+        await asyncio.gather(*(self._run(one, gate) for one in batch))
 
-    async def _run(self, one: Combination, gate: asyncio.Semaphore, address: Mapping[str, str]) -> None:
+    async def _run(self, one: Combination, gate: asyncio.Semaphore) -> None:
         """A combination, from its turn to its end."""
         async with gate:
-            one.failed = "not begun: the sweep was stopped" if self.signals else _why(*await self._ended(one, address))
+            one.failed = "not begun: the sweep was stopped" if self.signals else _why(*await self._ended(one))
             print(f"{one.run_dir.name}: {one.failed or f'done, {one.value():.3f}'}", flush=True)
             save_sweep(self.folder, self.combinations)
 
-    async def _ended(self, one: Combination, address: Mapping[str, str]) -> tuple[int, Path]:
+    async def _ended(self, one: Combination) -> tuple[int, Path]:
         """The exit status of its run, and the run's directory."""
         folder = str(self.folder).replace('"', r"\"")
         words = [*self.flags, *self.fixed.values(), *(f"{key}={value}" for key, value in one.swept.items())]
@@ -100,7 +96,7 @@ class SideBySide(Launcher):
         with (one.run_dir / run_directory.OUTPUT).open("wb") as output:
             process = await create_subprocess_exec(
                 *(*PROGRAM, *words, f'run.output="{folder}"', f"run.name={one.run_dir.name}"),
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_RUN_GROUP": self.folder.name, **address},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_RUN_GROUP": self.folder.name},
                 stdin=DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -108,6 +104,8 @@ class SideBySide(Launcher):
                 preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
             )
         self.running.add(process)
+        if self.signals:  # one came while it was being started
+            process.terminate()
         print(f"{one.run_dir.name}: begins, {output.name}", flush=True)
         status = await process.wait()
         self.running.discard(process)
@@ -122,8 +120,16 @@ class SideBySide(Launcher):
                 process.send_signal(signal.SIGTERM if self.signals < 3 else signal.SIGKILL)
 
 
-class End(Callback):
-    """End of a sweep that was not stopped."""
+class Sweep(Callback):
+    """Beginning and end of a sweep: Hydra calls it; an exception would be a warning there."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        keys = [word.partition("=")[0] for word in config.hydra.overrides.task]
+        with told():
+            if config.hydra.launcher.get("_target_") != SETTINGS["_target_"]:
+                raise UserError("a combination is a run of its own: leave hydra/launcher as it is")
+            if Path(sys.argv[0]).stem == "evaluate" or "run.resume" in keys:
+                raise UserError("--multirun makes new runs: it goes neither with launch.evaluate nor with run.resume")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         conclude(Path(config.hydra.sweep.dir), 2)

@@ -30,8 +30,7 @@ class Recorder(AbstractContextManager):
     """
 
     def __init__(self, config: Config, *, resume_step: int | None = None) -> None:
-        resuming = resume_step is not None
-        own = Path(config.run.output) / config.run.name
+        resuming, own = resume_step is not None, Path(config.run.output) / config.run.name
         self.run_dir = run_directory.find(config.run) if resuming else run_directory.create(own)
         self._lock = run_directory.lock(self.run_dir)
         if resume_step is not None:

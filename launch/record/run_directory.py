@@ -36,8 +36,7 @@ POLICY, BEST, PROFILE = "policy", "best", "profile"
 LOCK = ".lock"
 SWEEP = "sweep.json"
 OUTPUT = "output.log"
-"""What a sweep's run printed."""
-_BEFORE = (OUTPUT, "multirun.yaml")  # of a sweep: they lie there before a run or a combination does
+"""What a run of a sweep printed: it lies there before the run does, as multirun.yaml does before the sweep."""
 
 
 def find(run: RunConfig) -> Path:
@@ -83,10 +82,11 @@ def create(path: Path, marker: str = CONFIG) -> Path:
     Raises UserError if the directory cannot be made, is in use, or holds something else.
     """
     try:
-        if path.is_dir() and any(one.name not in _BEFORE and one.name[0] != "." for one in path.iterdir()):
+        if path.is_dir() and any(e.name[0] != "." and e.name not in (OUTPUT, "multirun.yaml") for e in path.iterdir()):
             if not (path / marker).is_file():
-                what = "run" if marker == CONFIG else "sweep"
-                raise UserError(f"{path} holds files that are not a {what}; choose another run.name or run.output")
+                raise UserError(
+                    f"{path} holds files that are not a run or sweep; choose another run.name or run.output"
+                )
             lock(path).close()
             if _recorded(path):
                 asides = (path.with_name(f"{path.name}.{number}") for number in count(1))
@@ -141,6 +141,4 @@ def forget_after(run_dir: Path, step: int) -> None:
 
 
 def _recorded(path: Path) -> bool:
-    return any(
-        file.is_file() and file.stat().st_size > 0 for file in (path / METRICS, path / EVALUATIONS, path / SWEEP)
-    )
+    return any(one.is_file() and one.stat().st_size > 0 for one in map(path.joinpath, (METRICS, EVALUATIONS, SWEEP)))

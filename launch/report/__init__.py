@@ -1,4 +1,4 @@
-"""Report of a run as one HTML page: `write_report(run_dir)` or `python -m launch.report RUN_DIR`.
+"""Report of a run as one HTML page: `write_report(run_dir)` or `python -m launch.report RUN_DIR`; of a sweep, too.
 
 The page needs no network and no library: styles, one script, SVG curves and pictures are all inside it. What the policy
 wrote is shown as text only; a content security policy lets no other script run.
@@ -18,6 +18,7 @@ from launch.report import charts
 from launch.report.curves import Record, curves
 from launch.report.gallery import Picture, Row, pictures
 from launch.report.page import render
+from launch.report.sweep import read_sweep, write_comparison
 from launch.run.command_line import leaves
 from perception import metric_catalog as catalog
 from perception.errors import UserError
@@ -37,11 +38,14 @@ _FAILURE_FILES = 20
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` from what the run has recorded so far; returns its path. `timeline.json` is for Perfetto.
+    """Write `report.html` from what the run, or the sweep, has recorded so far; returns its path. A run's
+    `timeline.json` is for Perfetto.
 
-    Raises UserError if the directory holds no run.
+    Raises UserError if the directory holds neither.
     """
     run_dir = Path(run_dir)
+    if (run_dir / run_directory.SWEEP).is_file():
+        return write_comparison(read_sweep(run_dir), run_dir / run_directory.REPORT)
     if not (run_dir / run_directory.CONFIG).is_file():
         why = f"no run there ({run_directory.CONFIG} missing)"
         raise UserError(f"{run_dir}: {why}; name a run's directory, as runs/quickstart")

@@ -15,9 +15,7 @@ def asset(name: str) -> str:
 
 def render(template: str, **values: Any) -> str:
     """A template of this package, filled in; a page's policy lets the one script run by its hash."""
-    form = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), **form)
-    script = asset("report.js")
+    here, script = FileSystemLoader(Path(__file__).parent), asset("report.js")
+    pages = Environment(loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     checksum = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    values |= {"style": asset("report.css"), "script": script, "script_hash": checksum}
-    return pages.get_template(template).render(values)
+    return pages.get_template(template).render(values, style=asset("report.css"), script=script, script_hash=checksum)

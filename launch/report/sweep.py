@@ -16,7 +16,7 @@ from typing import Any
 from launch.record import run_directory
 from launch.record.summary import half_interval
 from launch.report import charts
-from launch.report.charts import chart
+from launch.report.charts import Chart, chart
 from launch.report.curves import Record, spread
 from launch.report.page import render
 from launch.run.command_line import leaves
@@ -55,36 +55,33 @@ def save_sweep(folder: Path, combinations: Sequence[Combination]) -> Path:
 
 
 def read_sweep(folder: Path) -> list[Combination]:
-    saved = json.loads((folder / run_directory.SWEEP).read_text(encoding="utf-8"))
-    return [Combination(folder / name, **one) for name, one in saved.items()]
+    saved = (folder / run_directory.SWEEP).read_text(encoding="utf-8")
+    return [Combination(folder / name, **one) for name, one in json.loads(saved).items()]
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[Combination]:
     """Raises UserError where one is no run."""
-    settings = [dict(leaves(run_directory.settings(folder))) for folder in run_dirs]
-    keys = dict.fromkeys(key for one in settings for key in one if key != "run.name")
-    differ = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
-    own = ({key: one.get(key) for key in differ} for one in settings)
-    return [Combination(*of, "") for of in zip(run_dirs, own, strict=True)]
+    settings = {folder: dict(leaves(run_directory.settings(folder))) for folder in run_dirs}
+    keys = dict.fromkeys(key for one in settings.values() for key in one if key != "run.name")
+    differ = [key for key in keys if len({repr(one.get(key)) for one in settings.values()}) > 1]
+    return [Combination(folder, {key: one.get(key) for key in differ}, "") for folder, one in settings.items()]
 
 
 def write_comparison(runs: Sequence[Combination], page: Path) -> Path:
     """Write the page, best run first; returns its path."""
-    ordered = sorted(runs, key=lambda one: (one.failed != "", -one.value()))
-    named = {os.path.relpath(one.run_dir, page.parent): one for one in ordered}
+    named = {os.path.relpath(one.run_dir, page.parent): one for one in sorted(runs, key=lambda one: -one.value())}
     evaluated = {name: one.evaluations() for name, one in named.items()}
     trained = {name: run_directory.read_lines(one.run_dir / run_directory.METRICS) for name, one in named.items()}
-    last = [line for lines in evaluated.values() for line in lines[-1:]]
-    headlines = {one.name: f"{one.task}: {one.label}" for line in last for one in catalog.headlines(line).values()}
-    drawn = [_overlaid(evaluated, name, f"Held-out {label}", "mean", marks=True) for name, label in headlines.items()]
-    of = {name: catalog.CHARTS[catalog.DRAWN[name]] for name in COMPARED}
-    drawn += [_overlaid(trained, name, one.title, one.unit, smooth=one.smooth) for name, one in of.items()]
+    judged = catalog.headlines(key for lines in evaluated.values() for line in lines[-1:] for key in line).values()
+    shown = {one.name: catalog.Chart(f"Held-out {one.task}: {one.label}", "mean") for one in judged}
+    drawn = [_overlaid(evaluated, name, one, True) for name, one in shown.items()]
+    drawn += [_overlaid(trained, name, catalog.CHARTS[catalog.DRAWN[name]], False) for name in COMPARED]
     html = render(
         "sweep.html.j2",
         title=page.resolve().parent.name,
         runs=named,
-        headlines=headlines,
-        figures={name: [_figures(lines, metric) for metric in headlines] for name, lines in evaluated.items()},
+        judged=judged,
+        figures={name: [_figures(lines, one) for one in judged] for name, lines in evaluated.items()},
         over_seeds=_over_seeds([one for one in runs if one.failed == "" and SEED in one.swept]),
         charts=[one for several in drawn for one in several],
         frame=charts,
@@ -93,22 +90,19 @@ def write_comparison(runs: Sequence[Combination], page: Path) -> Path:
     return page
 
 
-def _figures(lines: Sequence[Record], metric: str) -> dict[str, float | None]:
+def _figures(lines: Sequence[Record], metric: catalog.HeldOut) -> dict[str, float | None]:
     """The metric in the first and the last evaluation, half its interval there, and its best value."""
-    found = [line for line in lines if metric in line]
-    values = [line[metric] for line in found]
-    half = found[-1].get(catalog.interval(metric)) if found else None
-    return {"first": values[0], "last": values[-1], "half": half, "best": max(values)} if found else {}
+    values = [line[metric.name] for line in lines if metric.name in line]
+    half = lines[-1].get(metric._replace(way=catalog.INTERVAL).name) if lines else None
+    return {"first": values[0], "last": values[-1], "half": half, "best": max(values)} if values else {}
 
 
-def _overlaid(
-    of: Mapping[str, Sequence[Record]], metric: str, title: str, unit: str, **look: bool
-) -> list[charts.Chart]:
-    """Charts of the metric of every run."""
+def _overlaid(of: Mapping[str, Sequence[Record]], metric: str, shown: catalog.Chart, marks: bool) -> list[Chart]:
+    """The metric of every run, in as many charts as that takes."""
     curves = {name: {line["step"]: line.get(metric) for line in lines} for name, lines in of.items()}
     steps = sorted({step for curve in curves.values() for step in curve})
     rows = [{"step": step} | {name: curve.get(step) for name, curve in curves.items()} for step in steps]
-    specs = spread(title, unit, {name: name for name in of}, **look)
+    specs = spread(shown.title, shown.unit, dict(zip(of, of, strict=True)), smooth=shown.smooth, marks=marks)
     return [one for spec in specs if (one := chart(spec, rows)) is not None]
 
 
@@ -117,5 +111,4 @@ def _over_seeds(runs: Sequence[Combination]) -> dict[str, tuple[int, float, floa
     found = defaultdict(list)
     for one in runs:
         found[", ".join(f"{key}={value}" for key, value in one.swept.items() if key != SEED)].append(one.value())
-    several = {text: own for text, own in found.items() if len(own) > 1}
-    return {text: (len(own), fmean(own), half_interval(own)) for text, own in several.items()}
+    return {text: (len(own), fmean(own), half_interval(own)) for text, own in found.items() if len(own) > 1}

@@ -42,8 +42,10 @@ def told() -> Iterator[None]:
 
 
 def users_own(error: Exception) -> str | None:
-    """Where a user's own code raised it: a plugin's file and line, or the chat template; None: the program itself."""
-    plugins = tuple(f"{name}." for name in os.environ.get(PLUGINS, "").split(",") if name)
+    """Where a user's own code raised it: a plugin's file and line, Optuna's sweeper, or the chat template; None: the
+    program itself."""
+    names = (*os.environ.get(PLUGINS, "").split(","), "hydra_plugins.hydra_optuna_sweeper")
+    plugins = tuple(f"{name}." for name in names if name)
     place = "chat template" if type(error).__module__.startswith("jinja2") else None
     for frame, line in traceback.walk_tb(error.__traceback__):
         if f"{frame.f_globals.get('__name__')}.".startswith(plugins):

@@ -16,9 +16,7 @@ from typing import Any, NoReturn, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter
@@ -117,12 +115,10 @@ def entry(run: Callable[[Config], None]) -> NoReturn:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def compose_and_run(tree: DictConfig) -> None:
         with told():
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise UserError("a sweep's combinations are runs of their own: leave hydra/launcher as it is")
             run(validate(tree))
 
     with told():
-        sys.argv[1:] = with_base(sys.argv[1:])
+        sys.argv[1:] = with_base([re.sub(r"^--(?=[\w.]+\.\w+=)", "", word) for word in sys.argv[1:]])  # W&B's ${args}
         try:
             compose_and_run()
         except HydraException as error:

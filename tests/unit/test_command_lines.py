@@ -8,11 +8,14 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from launch import data
 from launch.record import run_directory
@@ -49,6 +52,8 @@ OWN = {"model.path=...": "model.shape=7b", "model.segmenter=...": "model.segment
 def commands(path: Path) -> Iterator[str]:
     """The command lines of a document; lines that end in a backslash are one."""
     text = path.read_text(encoding="utf-8")
+    if path.name == "sweep.yaml":
+        yield shlex.join(agent_command(yaml.safe_load(text)))
     for line in re.sub(r" \\\n#? *", " ", text).splitlines():
         if found := QUOTED.findall(line):
             yield from found
@@ -58,6 +63,19 @@ def commands(path: Path) -> Iterator[str]:
             yield shlex.join(json.loads(line.removeprefix("CMD ")))
 
 
+def agent_command(sweep: Mapping[str, Any], macro: str = "args_no_hyphens") -> list[str]:
+    """What W&B's agent runs for the smallest or first value of each parameter."""
+    chosen = {
+        key: {"value": one["values"][0] if "values" in one else one["min"]} for key, one in sweep["parameters"].items()
+    }
+    given = create_sweep_command_args({"args": chosen})
+    words = [
+        f"${{{macro}}}" if word == "${args_no_hyphens}" else word for word in create_sweep_command(sweep["command"])
+    ]
+    macros = {"${env}": [], **{f"${{{key}}}": value for key, value in given.items()}}
+    return [one for word in words for one in macros.get(word, [word])]
+
+
 FOUND = sorted({(path.relative_to(ROOT).as_posix(), command) for path in DOCUMENTS for command in commands(path)})
 
 
@@ -65,7 +83,7 @@ def test_no_command_is_overlooked() -> None:
     """Every place where a document says `python -m`, or has a line that begins like a command, was found."""
     assert len(FOUND) > 40 and len({document for document, _ in FOUND}) >= 6
     for path in DOCUMENTS:
-        said = re.findall(r"python\W+-m\b", path.read_text(encoding="utf-8"))
+        said = re.findall(r"python\W+-m\b", path.read_text(encoding="utf-8"))  # also as items of a YAML list
         assert sum(command.count("python -m ") for command in commands(path)) == len(said), path
 
 
@@ -119,6 +137,8 @@ def program(module: str, arguments: Sequence[str], patch: pytest.MonkeyPatch) ->
         case "launch.doctor", words:
             assert {word for word in words if "=" not in word} <= {"--deep"}
             _ = words and data.settings([word for word in words if "=" in word])
+        case "launch.report", [*folders]:
+            assert folders and not any(word.startswith("-") or "=" in word for word in folders)
         case _ if module.startswith("benchmarks."):
             options(module, [word.split("|")[0] for word in arguments], patch)
         case _:
@@ -127,9 +147,10 @@ def program(module: str, arguments: Sequence[str], patch: pytest.MonkeyPatch) ->
 
 def run(arguments: Sequence[str], patch: pytest.MonkeyPatch) -> None:
     """A run that fits its machine; without the GPUs, or on fewer cores, it is refused."""
-    given = [OWN.get(word, word) for word in arguments if word != "--multirun"]
+    given = [OWN.get(word, word) for word in arguments if word != "--multirun" and not word.startswith("hydra")]
     if "--multirun" in arguments:
-        given = [word.split(",")[0] for word in given]
+        given = [re.sub(r"=tag\(log,interval\((.*?),.*", r"=\1", word).split(",")[0] for word in given]
+    patch.setenv("WANDB_RUN_ID", "1a2b3c4d")
     if any(word.startswith("run.resume=") for word in given):  # what that run left
         left = plain(compose(["recipe=quickstart"]))
         patch.setattr(run_directory, "find", lambda run: Path(run.resume))

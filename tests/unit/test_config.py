@@ -17,8 +17,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from docs import config_reference
+from launch.record import run_directory
 from launch.run.command_line import command, leaves, parse, valid_keys
-from launch.run.config import CONF, compose, defaults, entry
+from launch.run.config import CONF, compose, defaults, entry, plain
 from perception.config import Config, EcdfConfig, TaskConfig
 from perception.config.fields import Positive
 from perception.errors import UserError
@@ -292,11 +293,24 @@ def test_the_program_without_a_recipe_exits_2_and_lists_them(
     assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["error:", *RECIPES]
 
 
-def test_a_sweep_names_each_run_after_what_differs(command_line: Any) -> None:
+@pytest.mark.parametrize("words", [["hydra/launcher=basic"], ["run.resume=quickstart"]])
+def test_a_sweep_is_of_new_runs_by_our_launcher(
+    words: list[str], command_line: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_directory, "find", lambda run: Path(run.resume))
+    monkeypatch.setattr(run_directory, "settings", lambda run_dir: plain(compose(["recipe=quickstart"])))
+    swept = ["--multirun", "learner.lr=2e-5,5e-5", *([] if "run.resume=quickstart" in words else ["recipe=quickstart"])]
+    assert command_line(lambda: entry(lambda config: pytest.fail("it ran")), *swept, *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_arguments_of_wandbs_agent_are_settings(command_line: Any) -> None:
+    """As its `${args}` gives them, as `${args_no_hyphens}` does, and Hydra's own flags as they are."""
     seen = []
-    words = ["--multirun", "recipe=quickstart", "learner.lr=2e-5,5e-5"]
-    assert command_line(lambda: entry(lambda config: seen.append((config.run.name, config.learner.lr))), *words) == 0
-    assert seen == [("quickstart-learner.lr=2e-05", 2e-5), ("quickstart-learner.lr=5e-05", 5e-5)]
+    words = ["recipe=quickstart", "--learner.lr=1e-05", "algorithm.group_size=4", "--config-name=config"]
+    assert command_line(lambda: entry(lambda config: seen.append(config)), *words) == 0
+    assert [(one.learner.lr, one.algorithm.group_size) for one in seen] == [(1e-5, 4)]
 
 
 # ---------------------------------------------------------------- small commands

@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("benchmarks", "launch", "learner", "perception", "reward_workers", "rollout", "runtime", "synthetic")
+ROOMS = (
+    "benchmarks",
+    "hydra_plugins",
+    "launch",
+    "learner",
+    "perception",
+    "reward_workers",
+    "rollout",
+    "runtime",
+    "synthetic",
+)
 
 MAY_IMPORT = {
     "perception": {"perception"},
@@ -22,8 +32,9 @@ MAY_IMPORT = {
     "rollout": {"rollout", "runtime", "perception"},
     "reward_workers": {"reward_workers", "runtime", "perception"},
     "learner": {"learner", "runtime", "perception"},
-    "launch": set(ROOMS) - {"benchmarks"},
-    "synthetic": set(ROOMS) - {"benchmarks"},
+    "launch": set(ROOMS) - {"benchmarks", "hydra_plugins"},
+    "hydra_plugins": {"hydra_plugins", "launch", "runtime", "perception"},
+    "synthetic": set(ROOMS) - {"benchmarks", "hydra_plugins"},
     "benchmarks": set(ROOMS),
 }
 PERCEPTION_LIBRARIES = {"PIL", "annotated_types", "cachetools", "cv2", "msgspec", "numpy", "pycocotools", "pydantic"}

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.record import trackers
 from launch.record.recorder import Recorder
 from launch.record.trackers import TRACKERS, Tracked, Tracker, check_trackers
+from launch.record.trackers.wandb import _run_id
 from perception import metric_catalog as catalog
 from perception.errors import UserError
 from tests.builders import changed
@@ -107,3 +108,12 @@ def test_what_is_unknown_or_not_installed_is_refused(
     monkeypatch.setattr(listening, "package", "not_installed")
     with pytest.raises(UserError, match=r"run\.trackers: listening needs not_installed.*pip install"):
         check_trackers(("listening",))
+
+
+def test_a_run_of_a_wandb_sweep_is_the_one_that_its_agent_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "abc12345")
+    assert _run_id(tmp_path) == "abc12345"
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert _run_id(tmp_path) == "abc12345"  # resumed

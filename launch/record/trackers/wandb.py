@@ -121,10 +121,10 @@ class Wandb(Tracker):
 
 
 def _run_id(run_dir: Path) -> str:
-    """The same W&B run when a run is resumed."""
+    """The same W&B run when a run is resumed; of a W&B sweep, the one that its agent names."""
     path = run_dir / "wandb_id"
     if not path.is_file():
-        path.write_text(uuid.uuid4().hex[:12])
+        path.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
     return path.read_text().strip()
 
 
