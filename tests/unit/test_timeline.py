@@ -1,5 +1,5 @@
 """Guards the timeline: an actor is busy exactly while a call is in flight, the controller in its phases; what is
-written has Chrome's trace format, goes on where a run is resumed, and is what the report draws. And `run.profile_steps`."""
+written has Chrome's trace format, goes on where a run is resumed, and is what the report draws; `run.profile_steps`."""
 
 from __future__ import annotations
 
