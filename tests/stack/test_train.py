@@ -77,6 +77,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         process.kill()
     assert process.returncode == 0, err
     assert "parity: mean importance ratio 1.0000" in out and "go on with run.resume=small" in out
+    told = ["reading and checking the data", "starting Ray", "writing the traces", "writing the checkpoint of step 4"]
+    assert [line for line in out.splitlines() if line in told] == told
     assert re.search(r"stopping: step \d+ is finished and a checkpoint written first; another Ctrl-C", out)
     return output / "small"
 
@@ -141,6 +143,7 @@ def finished(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert process.returncode == 0, err
     assert f"changed: algorithm.steps={len(steps(run))}, was 1000\n" in out and "learner.schedule" not in out
     assert "rank-0001.safetensors" in out and "the checkpoint before it is taken" in out
+    assert "\nreading " in out and "\nexporting the policy\n" in out
     return run
 
 
