@@ -34,6 +34,7 @@ from perception.types import (
     Target,
     Trajectory,
     Turn,
+    Work,
 )
 from synthetic.scenes import ask, generate
 from tests import builders
@@ -62,7 +63,9 @@ def write_run(output: Path, steps: int = 60, image_dir: Path | None = None, look
         for step in range(1, steps + 1):
             progress = step / steps
             batch = with_advantages(groups(range(10 * step, 10 * step + 4), 13.0 - 7.0 * progress), "group")
-            recorder.step(step, metrics(step, progress, rng, look), batch)
+            measured = metrics(step, progress, rng, look)
+            recorder.step(step, measured, batch)
+            recorder.worked(step, work(step, measured))
             if step % 20 == 0:
                 recorder.evaluation(step, evaluation(progress, look), groups(range(9000, 9008), 12.0 - 6.0 * progress))
         recorder.summary(
@@ -135,6 +138,26 @@ def metrics(step: int, progress: float, rng: np.random.Generator, look: LookConf
         catalog.failure(FailureKind.TRUNCATED): 0.004,
         catalog.POLICY_VERSION: float(step - 1),
     }  # fmt: skip
+
+
+def work(step: int, measured: dict[str, float]) -> list[Work]:
+    """Who was busy in a step whose stages took so long; steps begin every ten seconds."""
+    generate, score, learn, sync, own = (measured[name] for name in catalog.STAGES)
+    began = 10.0 * step
+    sampled = began + generate
+    scored = sampled + score
+    learned = scored + learn
+    ended = learned + sync
+    return [
+        ("controller", f"step {step}", began, ended + own),
+        ("rollout engine 0", "generate", began, sampled),
+        ("rollout engine 0", "end update", learned, ended),
+        ("reward worker 0", "score", began + 0.8, began + 1.4),
+        ("reward worker 0", "score", began + 1.6, scored),
+        ("learner rank 0", "update", scored, learned),
+        ("learner rank 0", "send", learned, ended),
+        ("learner rank 1", "update", scored, learned),
+    ]
 
 
 def scene_group(

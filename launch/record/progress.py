@@ -9,14 +9,13 @@ from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from perception import metric_catalog as catalog
 from perception.types import Work
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_SPARK_STEPS = 40
+_SPARK_STEPS = _BAR = 40
 _RECENT_STEPS = 10
 _STAGE_COLOURS = ("blue", "magenta", "green", "yellow", "bright_black")
 
@@ -102,9 +101,10 @@ class Progress:
         return _clock((self._total - self._done) * sum(recent) / len(recent)) if recent else "?"
 
     def _render(self) -> Group:
-        head = Text.assemble((f"step {self._done}/{self._total}", "bold"), (f"  ETA {self._eta()}", "dim"))
-        bar = ProgressBar(total=self._total, completed=self._done, width=60)
-        lines: list[ProgressBar | Text] = [head, bar] if self._total else []
+        filled = round(_BAR * self._done / (self._total or 1))
+        bar = ("━" * filled, "green"), ("━" * (_BAR - filled), "bright_black")
+        head = Text.assemble((f"step {self._done}/{self._total}  ", "bold"), *bar, (f"  ETA {self._eta()}", "dim"))
+        lines = [head] if self._total else []
         if self._phase is not None:
             lines.append(Text(self._going_on(), style="cyan"))
         if self._steps:
@@ -118,7 +118,7 @@ class Progress:
         total = sum(seconds for _, seconds in self._stages()) or 1.0
         line = Text("stages ")
         for (name, seconds), colour in zip(self._stages(), _STAGE_COLOURS, strict=False):
-            line.append(f"{catalog.LABELS[name]} {seconds:.2f} s {'█' * round(30 * seconds / total)}  ", style=colour)
+            line.append(f"{catalog.LABELS[name]} {seconds:.2f} s {'█' * round(20 * seconds / total)}  ", style=colour)
         return line
 
 

@@ -88,8 +88,6 @@ for (const figure of document.querySelectorAll("figure.timeline")) {
     const x = (ts) => LABEL + (Math.min(Math.max(ts, start), end) - start) / (end - start) * (width - LABEL - SHARE);
     svg.setAttribute("height", height);
     svg.replaceChildren();
-    const hatch = element(element(svg, "defs", {}), "pattern", { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" });
-    element(hatch, "line", { y2: 6, stroke: "var(--line)", "stroke-width": 2.5 });
     const every = roundStep((end - start) / 8);
     for (let at = 0; at <= end - start; at += every)
       element(svg, "text", { class: "tick", x: x(start + at), y: 12, "text-anchor": "middle" }, Number((at / 1e6).toPrecision(6)) + " s");
@@ -97,7 +95,7 @@ for (const figure of document.querySelectorAll("figure.timeline")) {
       const y = AXIS + row * LANE, own = events.filter(({ pid, ts, dur }) => pid === who && ts < end && ts + dur > start);
       element(svg, "text", { class: "name", x: 0, y: y + BAR / 2 + 4 }, who);
       if (row) {
-        element(svg, "rect", { class: "idle", x: LABEL, y, width: width - LABEL - SHARE, height: BAR, rx: 3 });
+        element(svg, "line", { class: "idle", x1: LABEL, x2: width - SHARE, y1: y + BAR / 2, y2: y + BAR / 2, "stroke-width": BAR });
         const idle = 100 * (1 - covered(own, start, end) / (end - start));
         element(svg, "text", { x: width, y: y + BAR / 2 + 4, "text-anchor": "end" }, idle.toFixed(0) + " % idle");
       }

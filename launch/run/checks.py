@@ -130,7 +130,7 @@ def profiled(config: Config) -> range:
     given = config.run.profile_steps
     found = re.fullmatch(r"([1-9]\d*):(\d+)", given or "")
     steps = range(int(found[1]), int(found[2]) + 1) if found else range(0)
-    if given and not (0 < len(steps) <= PROFILED and steps[-1] <= config.algorithm.steps):
+    if given is not None and not (0 < len(steps) <= PROFILED and steps[-1] <= config.algorithm.steps):
         cure = f'give the first and the last step, as "3:5", at most {PROFILED} of {config.algorithm.steps=}'
         raise UserError(f"run.profile_steps={given}: {cure}")
     return steps

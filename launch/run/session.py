@@ -152,8 +152,8 @@ class Session:
         finally:
             if not self.ended:
                 self.progress.phase("shutting down")
-                self._worked()
                 await self.system.shutdown()
+                self._worked()
 
     def _worked(self) -> None:
         """Add to the timeline what was done until now."""

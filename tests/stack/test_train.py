@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -37,6 +38,7 @@ SMALL = (
     "look.calibration=16",
     "run.deterministic=true",
     "run.checkpoint_every=2",
+    "run.profile_steps=2:2",
     "run.name=small",
 )
 
@@ -75,6 +77,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         process.kill()
     assert process.returncode == 0, err
     assert "parity: mean importance ratio 1.0000" in out and "go on with run.resume=small" in out
+    told = ["reading and checking the data", "starting Ray", "writing the traces", "writing the checkpoint of step 4"]
+    assert [line for line in out.splitlines() if line in told] == told
     assert re.search(r"stopping: step \d+ is finished and a checkpoint written first; another Ctrl-C", out)
     return output / "small"
 
@@ -101,6 +105,29 @@ def test_ctrl_c_ends_the_run_after_the_step_with_a_checkpoint(stopped: Path) -> 
     assert not (stopped / "summary.json").exists()
 
 
+def test_a_profiled_step_leaves_a_trace_of_each_role(stopped: Path) -> None:
+    computed = {}
+    for role in ("engine", "reward", "learner"):
+        trace = json.loads(gzip.decompress((stopped / f"profile/{role}.json.gz").read_bytes()))
+        computed[role] = {one["name"] for one in trace["traceEvents"] if one["ph"] == "X"}
+    assert "aten::linear" in computed["engine"] and "aten::conv2d" in computed["reward"]
+    assert {"aten::mm", "MmBackward0"} <= computed["learner"] and "MmBackward0" not in computed["engine"]
+
+
+def test_the_timeline_has_every_step_of_every_role(stopped: Path) -> None:
+    events = json.loads((stopped / "timeline.json").read_text())["traceEvents"]
+    done = {(one["pid"], one["name"]): one for one in events}
+    for step in steps(stopped):
+        own = [one for one in events if one["step"] == step]
+        assert {("controller", f"step {step}"), ("rollout engine 0", "sample"), ("reward worker 0", "score")} <= {
+            (one["pid"], one["name"]) for one in own
+        }
+        whole = done["controller", f"step {step}"]
+        update = next(one for one in own if (one["pid"], one["name"]) == ("learner rank 1", "update"))
+        assert whole["ts"] <= update["ts"] < update["ts"] + update["dur"] <= whole["ts"] + whole["dur"]
+    assert {"writing the traces", "evaluating the starting policy"} <= {name for _, name in done}
+
+
 @pytest.fixture(scope="module")
 def finished(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run as if it had died in its last step: resumed by its name alone from the checkpoint before, and
@@ -116,6 +143,7 @@ def finished(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert process.returncode == 0, err
     assert f"changed: algorithm.steps={len(steps(run))}, was 1000\n" in out and "learner.schedule" not in out
     assert "rank-0001.safetensors" in out and "the checkpoint before it is taken" in out
+    assert "\nreading " in out and "\nexporting the policy\n" in out
     return run
 
 

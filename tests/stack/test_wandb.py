@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
+from docs.wandb_workspace import PICTURES, TABLES
 from launch.record import trackers
 from launch.record.recorder import Recorder
 from perception import metric_catalog as catalog
@@ -114,6 +115,8 @@ def test_pictures_have_the_boxes_and_masks_of_truth_answer_and_second_look(
 
 def test_answers_are_a_table_whose_pictures_lie_in_the_runs_directory(run_dir: Path, parts: list[Records]) -> None:
     assert history(parts[0])[0]["rollouts/eval_answers.nrows"] == 2 * N
+    assert {"rollouts/eval_answers.nrows", "rollouts/train_answers.nrows"} == {f"{key}.nrows" for key in TABLES}
+    assert all(any(f"{key}.filenames" in item for item in history(parts[0]).values()) for key in PICTURES)
     tables = [one for one in of("artifact", parts[0]) if one["type"] == "run_table"]
     staged = [Path(file["local_path"]) for one in tables for file in one["manifest"]["contents"]]
     assert staged and all(path.is_relative_to(run_dir) and path.is_file() for path in staged)

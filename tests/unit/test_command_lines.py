@@ -35,7 +35,7 @@ FILES = [
     *sorted((ROOT / "conf").rglob("*.yaml")),
 ]
 DOCUMENTS = [path for path in FILES if path.suffix not in (".py", ".svg", ".png")]
-BEGINS = r"(?:\.venv/bin/)?python -m|ray job submit|docker|make"
+BEGINS = r"(?:\.venv/bin/)?python (?:-m|docs/\S+)|ray job submit|docker|make"
 LINE = re.compile(rf"^(?:#? {{1,6}}|# |RUN |)((?:{BEGINS}) .+)$")
 """A line that is a command: indented, behind a comment's sign, or an instruction of a Dockerfile."""
 QUOTED = re.compile(rf"`((?:{BEGINS}) [^`]+)`")
@@ -115,6 +115,8 @@ def classify(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
             classify(inside, patch)
         case ["ray", "job", "submit", *options]:
             classify(options[options.index("--") + 1 :], patch)
+        case [".venv/bin/python" | "python", script, *arguments] if script.startswith("docs/"):
+            program(script.removesuffix(".py").replace("/", "."), arguments, patch)
         case [".venv/bin/python" | "python", "-m", module, *arguments]:
             program(module, arguments, patch)
         case _:
@@ -139,7 +141,7 @@ def program(module: str, arguments: Sequence[str], patch: pytest.MonkeyPatch) ->
             _ = words and data.settings([word for word in words if "=" in word])
         case "launch.report", [*folders]:
             assert folders and not any(word.startswith("-") or "=" in word for word in folders)
-        case _ if module.startswith("benchmarks."):
+        case _ if module.startswith(("benchmarks.", "docs.")):
             options(module, [word.split("|")[0] for word in arguments], patch)
         case _:
             pytest.fail(f"a program that this test does not know: {module}")
@@ -206,6 +208,7 @@ def options(module: str, arguments: Sequence[str], patch: pytest.MonkeyPatch) ->
         ["python", "-m", "launch.doctor", "modl.path=assets/policy"],
         ["python", "-m", "benchmarks.step", "--stpes", "3"],
         ["python", "-m", "launch.preddict"],
+        ["python", "docs/wandb_workspace.py", "ENTITY"],
         ["torchrun", "train.py"],
     ],
 )

@@ -250,11 +250,12 @@ def test_output_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         preflight.check_output(config(tmp_path))
 
 
-def test_check_stops_at_missing_data(model: ModelConfig, tmp_path: Path) -> None:
-    settings = replace(config(tmp_path), model=model)
+def test_check_stops_at_missing_data_and_tells_what_it_checks(model: ModelConfig, tmp_path: Path) -> None:
+    settings, told = replace(config(tmp_path), model=model), list[str]()
     absent = DataConfig(format="jsonl", train=str(tmp_path / "absent.jsonl"), eval=str(tmp_path / "absent.jsonl"))
     with pytest.raises(DataError, match=r"absent\.jsonl"):
-        preflight.check_files(replace(settings, data=absent))
+        preflight.check_files(replace(settings, data=absent), told.append)
+    assert told == ["checking policy and segmenter", "reading and checking the data"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 
 from rich.console import Console
 
@@ -46,3 +47,33 @@ def test_a_live_panel_on_a_terminal() -> None:
 
 def test_nan_is_shown_not_raised() -> None:
     assert "step 2/12" in shown(terminal=True, **{catalog.REWARD_MEAN: math.nan})
+
+
+def test_what_lasts_is_told_with_its_time_in_a_log() -> None:
+    out = io.StringIO()
+    with Progress(console=Console(file=out, width=120), remind_s=0.05) as progress:
+        progress.phase("reading and checking the data")
+        time.sleep(0.35)
+        progress.step(1, STEP)
+        before = len(out.getvalue().splitlines())
+        time.sleep(0.2)  # nothing is going on
+        after = len(out.getvalue().splitlines())
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "reading and checking the data" and lines[1] == "reading and checking the data … 0:00"
+    assert before == after >= 3
+
+
+def test_what_is_quick_is_told_once_and_a_step_not_at_all() -> None:
+    out = io.StringIO()
+    with Progress(console=Console(file=out, width=120), remind_s=5.0) as progress:
+        progress.phase("starting Ray")
+        progress.phase("step 1", announce=False)
+    assert out.getvalue() == "starting Ray\n"
+
+
+def test_a_terminal_shows_what_goes_on_and_since_when() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120, color_system=None)
+    with Progress(console=console) as progress:
+        progress.phase("starting Ray")
+    assert "starting Ray … 0:00" in out.getvalue() and "step 0/0" not in out.getvalue()
