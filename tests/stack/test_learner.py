@@ -1,6 +1,6 @@
 """Guards the learner as the loop uses it: DeepSpeed ranks in Ray actors, against a plain PyTorch loop in this process.
 
-For each ZeRO stage two ranks start once, and everything is asked of them: steps, weights out, checkpoint, export. The
+Two ranks start once for every ZeRO stage, and everything is asked of them: steps, weights out, checkpoint, export. The
 ranks' micro-batches are small and not equally many: one rank has a filler. The plain loop takes padded rows, all at
 once, so that packing, bins, sharding and the sum over ranks are all held against the textbook.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from runtime.weights import view
 from tests import tiny_policy
 from tests.builders import group, lost, prompt, sampled_group, turn
 from tests.fake_gpu import opened, play_ipc
+from tests.kept_ranks import KeptRanks
 
 STEPS = 5
 CONFIG = LearnerConfig(
@@ -44,7 +46,9 @@ CONFIG = LearnerConfig(
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, clip_low=0.3, clip_high=5.0, kl_coef=0.2)
 PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
 
-pytestmark = pytest.mark.usefixtures("shared_ray")
+KEPT = KeptRanks()
+
+pytestmark = pytest.mark.usefixtures("kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,12 @@ class Outcome:
     """The same from new processes; ZeRO-2 only, to save time."""
     failed: tuple[LearnerReport, list[Group], dict[str, float]]
     """A step of groups that all failed; the KL and the parity of such a group beside one that counts."""
+
+
+@pytest.fixture(scope="module")
+def kept(shared_ray: None) -> Iterator[None]:
+    yield
+    KEPT.end()
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +156,7 @@ def failed_group(folder: Path) -> Group:
 
 async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group], folder: Path) -> Outcome:
     pool = make_pool(spec, stage, ranks=ranks)
+    KEPT.lend(pool.actors)
     await pool.start()
     parity = await pool.parity(groups)
     reports = [await pool.update(groups) for _ in range(STEPS)]
