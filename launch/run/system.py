@@ -68,18 +68,7 @@ class System:
         self.engines = RolloutPool(self.policy, rollout, config.placement, seats["engine"], self.resync)
         self.rewards = RewardPool(reward, config.look, model, config.placement, seats["reward"])
         self.looking = Looking(self.engines, self.rewards, self._prompts, config)
-        self.learner = LearnerPool(
-            self.policy,
-            config.learner,
-            config.algorithm,
-            config.placement,
-            seats["learner"],
-            temperature=config.rollout.temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
-            seed=config.run.seed,
-            deterministic=deterministic,
-            turn=self.learners_turn,
-        )
+        self.learner = LearnerPool(self.policy, config, seats["learner"], self.learners_turn)
 
     async def start(self, learner: bool = True) -> str:
         """Everything at once, with or without the learner, but engines first where they share GPUs: vLLM charges what

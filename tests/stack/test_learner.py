@@ -29,13 +29,13 @@ from learner.rows import pieces
 from learner.weights import WeightSender, weights
 from learner.zero import learning_rate
 from perception import metric_catalog as catalog
-from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
+from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig, RolloutConfig, RunConfig
 from perception.types import FailureKind, Group, ImageHandle, ImageSource, LearnerReport, PolicySpec
 from runtime.actors import Late
 from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
-from tests.builders import group, lost, prompt, sampled_group, turn
+from tests.builders import config, group, lost, prompt, sampled_group, turn
 from tests.fake_gpu import opened, play_ipc
 from tests.kept_ranks import KeptRanks
 
@@ -89,11 +89,14 @@ def groups(spec: PolicySpec) -> list[Group]:
 
 
 def make_pool(spec: PolicySpec, stage: int, algorithm: AlgorithmConfig = ALGORITHM, **changes: Any) -> LearnerPool:
-    config = replace(CONFIG, zero_stage=stage, **changes)  # type: ignore[arg-type]
-    seats = anywhere(PLACEMENT, "learner", config.ranks)
-    return LearnerPool(
-        spec, config, algorithm, PLACEMENT, seats, temperature=0.9, max_new_tokens=16, seed=3, deterministic=True
+    wanted = config(
+        run=RunConfig(name="test", deterministic=True),
+        learner=replace(CONFIG, zero_stage=stage, **changes),  # type: ignore[arg-type]
+        algorithm=algorithm,
+        placement=PLACEMENT,
+        rollout=RolloutConfig(temperature=0.9, max_new_tokens=16),
     )
+    return LearnerPool(spec, wanted, anywhere(PLACEMENT, "learner", wanted.learner.ranks))
 
 
 async def receive(pool: LearnerPool) -> dict[str, Tensor]:
@@ -112,7 +115,7 @@ async def receive_by_ipc(pool: LearnerPool) -> tuple[bool, int, list[dict[str, T
     def colocate(rank: LearnerRank) -> bool:
         play_ipc(f"GPU-{rank._rank}")
         rank._sender = WeightSender(
-            weights(rank._policy.model), rank._config, rank=rank._rank, device=rank._device, transport="ipc"
+            weights(rank._policy.model), rank._config.learner, rank=rank._rank, device=rank._device, transport="ipc"
         )
         return rank._sender._in_place
 
