@@ -187,8 +187,7 @@ class WeightSender:
         if place in self._sending:
             self._sending.pop(place)()
         if place not in self._buffers:
-            plans = self._plans[index : index + 1] if self._transport == "ipc" else self._plans
-            size = max(plan.nbytes for plan in plans)
+            size = self._plans[index].nbytes if self._transport == "ipc" else max(plan.nbytes for plan in self._plans)
             self._buffers[place] = torch.empty(size, dtype=torch.uint8, device=self._device)
         return self._buffers[place]
 
