@@ -3,7 +3,7 @@
     python -m benchmarks.hostile [--length 100000] [--json]
 
 Families of adversarial texts, each against one place where a careless reader takes quadratic time; the best of three.
-There is no rival. `tests/stack/test_hostile_text.py` puts 80,000 mutated completions through the same functions.
+There is no rival. `tests/stack/test_hostile_text.py` puts 40,000 mutated completions through the same functions.
 """
 
 from __future__ import annotations

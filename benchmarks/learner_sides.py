@@ -14,8 +14,9 @@ import torch
 from benchmarks import learner_batch, trl_step
 from benchmarks.turns import wait
 from perception import metric_catalog as catalog
-from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
+from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig, RolloutConfig
 from perception.types import Group, PolicySpec
+from tests import builders
 
 OURS: dict[str, dict[str, Any]] = {
     "toy": {},
@@ -58,18 +59,13 @@ def serve_learner(link: Connection, name: str, task: Task) -> None:
 
     shape = learner_batch.SHAPES[task.shape]
     algorithm = AlgorithmConfig(steps=task.steps, prompts_per_step=shape.groups, group_size=shape.n, importance="none")
-    rank = LearnerRank(
-        0,
-        1,
-        policy=task.policy,
-        config=learner_config(name, task),
+    config = builders.config(
+        learner=learner_config(name, task),
         algorithm=algorithm,
         placement=PlacementConfig(name=task.device, device=task.device, threads=task.threads),
-        temperature=1.0,
-        max_new_tokens=shape.answer_tokens,
-        seed=0,
-        deterministic=False,
+        rollout=RolloutConfig(max_new_tokens=shape.answer_tokens),
     )
+    rank = LearnerRank(0, 1, task.policy, config)
     rank.start(*rank.open_store())
     if name == "padded_varlen":  # no setting of the learner: as it does for its packed rows
         rank._policy.model.config.vision_config._attn_implementation_internal = vision_attention.NAME

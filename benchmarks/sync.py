@@ -113,16 +113,7 @@ async def measure(config: Config, repeats: int) -> dict[str, float]:
     rollout = config.rollout
     seats = anywhere(config.placement, "engine", 1, rollout.tensor_parallel)
     engines = RolloutPool(policy, rollout, config.placement, seats)
-    learner = LearnerPool(
-        policy,
-        config.learner,
-        config.algorithm,
-        config.placement,
-        anywhere(config.placement, "learner", config.learner.ranks),
-        temperature=rollout.temperature,
-        max_new_tokens=rollout.max_new_tokens,
-        seed=config.run.seed,
-    )
+    learner = LearnerPool(policy, config, anywhere(config.placement, "learner", config.learner.ranks))
     try:
         await asyncio.gather(engines.start(), learner.start())
         rounds = [

@@ -15,7 +15,7 @@ import numpy as np
 from learner.rank import LearnerRank
 from learner.weights import WeightSender
 from perception import metric_catalog as catalog
-from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
+from perception.config import Config
 from perception.types import Group, LearnerReport, PolicySpec
 from perception.weights import WeightBucket
 from runtime.actors import ActorPool, Call, Limit, call
@@ -30,23 +30,15 @@ class LearnerPool:
     def __init__(
         self,
         policy: PolicySpec,
-        config: LearnerConfig,
-        algorithm: AlgorithmConfig,
-        placement: PlacementConfig,
+        config: Config,
         seats: Sequence[Seat],
-        *,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-        deterministic: bool = False,
         turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> None:
         """`turn`: around what takes the whole of its GPUs, where it shares them in turns (`placement.sleep`)."""
-        self._turn = turn
-        self._algorithm, self._limit = algorithm, Limit(config.timeout_s, "learner.timeout_s")
-        settings = (policy, config, algorithm, placement, temperature, max_new_tokens, seed, deterministic)
+        self._turn, self._updates = turn, config.algorithm.updates
+        self._limit = Limit(config.learner.timeout_s, "learner.timeout_s")
         self.actors: ActorPool[LearnerRank] = ActorPool(
-            "learner rank", LearnerRank, lambda rank: (rank, len(seats), *settings), seats, start=self._limit
+            "learner rank", LearnerRank, lambda rank: (rank, len(seats), policy, config), seats, start=self._limit
         )
 
     async def start(self) -> float:
@@ -62,7 +54,7 @@ class LearnerPool:
         Where none of them holds a sampled token that counts, the steps have no gradient.
         """
         ranks = len(self.actors.slots)
-        batches = [deal(batch, ranks) for batch in mini_batches([*map(_bare, groups)], self._algorithm.updates)]
+        batches = [deal(batch, ranks) for batch in mini_batches([*map(_bare, groups)], self._updates)]
         calls = [call(LearnerRank.update, [batch[rank] for batch in batches]) for rank in range(ranks)]
         async with self._turn():
             reports = await self.actors.each(calls, self._limit)

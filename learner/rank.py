@@ -25,7 +25,7 @@ from learner.step import COUNTS, Plan, Stepper, Sums
 from learner.weights import WeightSender, weights
 from learner.zero import gathered, sharded_loading
 from perception import metric_catalog as catalog
-from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
+from perception.config import Config
 from perception.types import Group, LearnerReport, PolicySpec
 from runtime.actors import Call
 from runtime.objects import fetch
@@ -38,35 +38,22 @@ R = TypeVar("R")
 class LearnerRank(Traced):
     """Rank `rank` of `world`; `start` before anything else, on all ranks."""
 
-    def __init__(
-        self,
-        rank: int,
-        world: int,
-        policy: PolicySpec,
-        config: LearnerConfig,
-        algorithm: AlgorithmConfig,
-        placement: PlacementConfig,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-        deterministic: bool,
-    ) -> None:
-        self._rank, self._world = rank, world
-        self._spec, self._config, self._algorithm = policy, config, algorithm
-        self._temperature, self._transport, self._max_new_tokens = temperature, placement.transport, max_new_tokens
+    def __init__(self, rank: int, world: int, policy: PolicySpec, config: Config) -> None:
+        self._rank, self._world, self._spec, self._config = rank, world, policy, config
+        placement = config.placement
         self._device = torch.device(placement.device)
         self._share = 1.0 if placement.sleep else placement.learner_gpus  # in its turn it has the GPU to itself
         os.environ |= {"DS_ACCELERATOR": placement.device, "TOKENIZERS_PARALLELISM": "false"}
         if placement.threads:
             torch.set_num_threads(placement.threads)
-        if deterministic:
+        if config.run.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)
-        torch.manual_seed(seed + rank)
+        torch.manual_seed(config.run.seed + rank)
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0 only: open the rendezvous on a free port of this node; returns (address, port)."""
-        self._store = open_store(ray.util.get_node_ip_address(), self._world, self._config.timeout_s)
+        self._store = open_store(ray.util.get_node_ip_address(), self._world, self._config.learner.timeout_s)
         return self._store.host, self._store.port
 
     def start(self, address: str, port: int) -> float:
@@ -76,29 +63,31 @@ class LearnerRank(Traced):
         if self._shares_gpu:
             torch.cuda.set_per_process_memory_fraction(self._share)
         self._join(address, port)
-        algorithm, config = self._algorithm, self._config
+        config = self._config
         self._policy = self._load()
         if self._rank == 0:
             try_export(self._policy)
-        reference = self._load() if algorithm.kl_coef > 0 and not config.lora.rank else None
-        self._stepper = Stepper(self._policy, reference, config, algorithm, self._max_new_tokens)
+        reference = self._load() if config.algorithm.kl_coef > 0 and not config.learner.lora.rank else None
+        self._stepper = Stepper(self._policy, reference, config)
         self._matrix_rate = MatrixRate(self._device, getattr(torch, self._spec.dtype))
-        own, rank, device = weights(self._policy.model), self._rank, self._device
-        self._sender = WeightSender(own, config, rank=rank, device=device, transport=self._transport)
+        own, transport = weights(self._policy.model), config.placement.transport
+        self._sender = WeightSender(own, config.learner, rank=self._rank, device=self._device, transport=transport)
         return time.perf_counter() - began
 
     def _load(self) -> Policy:
         """The policy as the run starts from it, on the device. Collective."""
-        with sharded_loading(self._config, self._spec.dtype):
-            entropy_gradient = self._algorithm.entropy_coef > 0
-            return load_policy(self._spec, self._temperature, self._config, fetch, entropy_gradient).to(self._device)
+        config, temperature = self._config.learner, self._config.rollout.temperature
+        with sharded_loading(config, self._spec.dtype):
+            entropy_gradient = self._config.algorithm.entropy_coef > 0
+            return load_policy(self._spec, temperature, config, fetch, entropy_gradient).to(self._device)
 
     def _join(self, address: str, port: int) -> None:
+        limit_s = self._config.learner.timeout_s
         if self._rank > 0:
-            self._store = join_store(address, port, self._world, self._config.timeout_s)
+            self._store = join_store(address, port, self._world, limit_s)
         os.environ |= {"RANK": str(self._rank), "WORLD_SIZE": str(self._world), "LOCAL_RANK": "0"}
         backend = "nccl" if self._device.type == "cuda" else "gloo"
-        limit = timedelta(seconds=self._config.timeout_s)
+        limit = timedelta(seconds=limit_s)
         dist.init_process_group(backend, store=self._store, rank=self._rank, world_size=self._world, timeout=limit)
 
     def update(self, batches: Sequence[Sequence[Group]]) -> LearnerReport:
@@ -155,7 +144,7 @@ class LearnerRank(Traced):
         plan = self._stepper.plan(groups)
         current = list(self._stepper.logprobs(plan))
         pairs = zip(current, self._stepper.logprobs(plan, reference=True), strict=True)
-        values = (kl(now.double(), start.double(), self._algorithm.kl) for now, start in pairs)
+        values = (kl(now.double(), start.double(), self._config.algorithm.kl) for now, start in pairs)
         return [tuple(float(one.sum()) for one in group) for group in _by_trajectory(groups, plan, values)]
 
     def send(self, wanted: Call[WeightSender, R]) -> R:
@@ -190,7 +179,7 @@ class LearnerRank(Traced):
         """Write the policy in Hugging Face format, adapters merged and by themselves. Collective; rank 0 writes."""
         whole, adapters = self._sender.whole(), self._sender.adapters()
         if self._rank == 0:
-            export(self._policy, whole, Path(folder), self._config.lora, adapters)
+            export(self._policy, whole, Path(folder), self._config.learner.lora, adapters)
         dist.barrier()
 
     def _reduce(self, values: Sums, operation: Any = dist.ReduceOp.SUM) -> dict[str, float]:

@@ -14,7 +14,7 @@ from learner.policy import Policy
 from learner.rows import Piece, bins, pieces
 from learner.transfer import to_device
 from learner.zero import Zero, frozen
-from perception.config import AlgorithmConfig, LearnerConfig
+from perception.config import Config
 from perception.types import Group
 
 Plan = list[list[Piece]]
@@ -37,23 +37,16 @@ class OptimizerStep:
 class Stepper:
     """The arithmetic of `LearnerRank`. Every method is collective."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        reference: Policy | None,
-        config: LearnerConfig,
-        algorithm: AlgorithmConfig,
-        max_new_tokens: int,
-    ) -> None:
+    def __init__(self, policy: Policy, reference: Policy | None, config: Config) -> None:
         """`policy` is on its device already; from here on it is DeepSpeed's, and so is the `reference`: the policy as
         it started, where a KL asks for one and adapters do not keep it."""
-        self._policy, self._device, self._max_new_tokens = policy, policy.model.device, max_new_tokens
-        self._config, self._algorithm = config, algorithm
+        self._policy, self._device, self._max_new_tokens = policy, policy.model.device, config.rollout.max_new_tokens
+        self._config, self._algorithm = config.learner, config.algorithm
         dtype = policy.family.spec.dtype
-        self._reference = frozen(reference, config, dtype) if reference is not None else None
-        steps = algorithm.steps * algorithm.updates * algorithm.epochs
-        self.zero = Zero(policy, config, dtype, self._device, total_steps=steps)
-        self._flops = policy.family.flops(policy.model, policy.vision_trained, bool(config.lora.rank))
+        self._reference = frozen(reference, config.learner, dtype) if reference is not None else None
+        steps = self._algorithm.steps * self._algorithm.updates * self._algorithm.epochs
+        self.zero = Zero(policy, config.learner, dtype, self._device, total_steps=steps)
+        self._flops = policy.family.flops(policy.model, policy.vision_trained, bool(config.learner.lora.rank))
 
     def plan(self, groups: Sequence[Group]) -> Plan:
         budget, padded = self._config.micro_tokens, self._policy.padded

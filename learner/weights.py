@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from perception.weights import WeightBucket
 from runtime import weights as wire
 
 _BROADCASTS = ("nccl", "gloo")
-_BASE, _UP, _DOWN = ".base_layer.", ".lora_B.", ".lora_A."
+_BASE = ".base_layer."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,16 +24,14 @@ class Weight:
     """One parameter as a rollout engine has it, and what it is made from."""
 
     base: nn.Parameter
-    down: nn.Parameter | None = None
-    """LoRA A, (rank, in)."""
-    up: nn.Parameter | None = None
-    """LoRA B, (out, rank)."""
+    adapters: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    """LoRA's, where it has any: lora_A (rank, in) and lora_B (out, rank)."""
     scaling: float = 0.0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Those that must be gathered before `value`."""
-        return [p for p in (self.base, self.down, self.up) if p is not None]
+        return [self.base, *self.adapters.values()]
 
     @property
     def trained(self) -> bool:
@@ -42,15 +40,15 @@ class Weight:
     @property
     def in_place(self) -> bool:
         """Whether the base, as it lies in memory, is `value`."""
-        return self.down is None and self.base.shape == full_shape(self.base) and self.base.is_contiguous()
+        return not self.adapters and self.base.shape == full_shape(self.base) and self.base.is_contiguous()
 
     @torch.no_grad()
     def value(self) -> Tensor:
-        """The whole tensor, in the base's dtype: base + scaling * up @ down, the product in float32."""
+        """The whole tensor, in the base's dtype: base + scaling * B @ A, the product in float32."""
         base = self.base.detach()
-        if self.down is None or self.up is None:
+        if not self.adapters:
             return base
-        update = self.up.detach().float() @ self.down.detach().float()
+        update = self.adapters["lora_B"].detach().float() @ self.adapters["lora_A"].detach().float()
         return torch.add(base.float(), update, alpha=self.scaling).to(base.dtype)
 
 
@@ -59,15 +57,15 @@ def weights(model: nn.Module) -> dict[str, Weight]:
     parameters = dict(model.named_parameters())
     found: dict[str, Weight] = {}
     for name, parameter in parameters.items():
-        if _UP in name or _DOWN in name:
+        if ".lora_" in name:
             continue
         layer, adapted, kind = name.partition(_BASE)
         if not adapted or kind != "weight":
             found[name.replace(_BASE, ".")] = Weight(base=parameter)
             continue
-        down, up = (parameters[f"{layer}{part}default.weight"] for part in (_DOWN, _UP))
+        own = {part: parameters[f"{layer}.{part}.default.weight"] for part in ("lora_A", "lora_B")}
         scaling = float(model.get_submodule(layer).scaling["default"])  # type: ignore[index, union-attr]
-        found[f"{layer}.weight"] = Weight(base=parameter, down=down, up=up, scaling=scaling)
+        found[f"{layer}.weight"] = Weight(base=parameter, adapters=own, scaling=scaling)
     return found
 
 
@@ -156,11 +154,9 @@ class WeightSender:
         """LoRA's own weights on the CPU by peft's names; {} on ranks > 0 and without LoRA. Collective."""
         found: dict[str, Tensor] = {}
         for name, weight in self._weights.items():
-            parts = {"lora_A": weight.down, "lora_B": weight.up}
-            with gathered([part for part in parts.values() if part is not None]):
-                for kind, part in parts.items() if self._rank == 0 else ():
-                    if part is not None:
-                        found[f"base_model.model.{name[: -len('weight')]}{kind}.weight"] = part.detach().cpu().clone()
+            with gathered([*weight.adapters.values()]):
+                for kind, part in weight.adapters.items() if self._rank == 0 else ():
+                    found[f"base_model.model.{name[: -len('weight')]}{kind}.weight"] = part.detach().cpu().clone()
         return found
 
     def _plan(self, *, trained: bool) -> list[WeightBucket]:
@@ -191,8 +187,7 @@ class WeightSender:
         if place in self._sending:
             self._sending.pop(place)()
         if place not in self._buffers:
-            plans = self._plans[index : index + 1] if self._transport == "ipc" else self._plans
-            size = max(plan.nbytes for plan in plans)
+            size = self._plans[index].nbytes if self._transport == "ipc" else max(plan.nbytes for plan in self._plans)
             self._buffers[place] = torch.empty(size, dtype=torch.uint8, device=self._device)
         return self._buffers[place]
 

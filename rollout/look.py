@@ -42,26 +42,17 @@ class _Examiner:
     """Calls `examine` for one group: answers that arrive while a call is under way go together with the next one."""
 
     def __init__(self, prompt: Prompt, examine: Examine) -> None:
-        self._prompt, self._examine = prompt, examine
-        self._waiting: list[tuple[Trajectory, asyncio.Future[Finding]]] = []
-        self._task: asyncio.Task[None] | None = None
+        self._prompt, self._examine, self._under_way = prompt, examine, asyncio.Lock()
+        self._waiting: list[Trajectory] = []
+        self._found: dict[int, Finding] = {}
 
     async def finding(self, trajectory: Trajectory) -> Finding:
-        answer: asyncio.Future[Finding] = asyncio.get_running_loop().create_future()
-        self._waiting.append((trajectory, answer))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._drain())
-        return await answer
-
-    async def _drain(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
-            group = Group(prompt=self._prompt, trajectories=tuple(trajectory for trajectory, _ in batch))
-            try:
-                findings = await self._examine(group)
-            except Exception as error:  # noqa: BLE001 - handed on to everyone who waits for it
-                for _, answer in batch:
-                    answer.set_exception(error)
-            else:
-                for (_, answer), finding in zip(batch, findings, strict=True):
-                    answer.set_result(finding)
+        self._waiting.append(trajectory)
+        await asyncio.sleep(0)  # those that came with it go with it
+        async with self._under_way:
+            if trajectory.index not in self._found:
+                asked = tuple(self._waiting)
+                findings = await self._examine(Group(prompt=self._prompt, trajectories=asked))
+                self._waiting = self._waiting[len(asked) :]
+                self._found |= {one.index: found for one, found in zip(asked, findings, strict=True)}
+            return self._found.pop(trajectory.index)

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -33,9 +34,24 @@ if "gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+ONE_ENGINE = ("stack/test_engine.py", "stack/test_rollout_pool.py")
+
 # How long an example takes is the machine's affair.
 settings.register_profile("relook", deadline=None, max_examples=60)
 settings.load_profile("relook")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A process takes whole files, and one of them both that share the engine of tests/stack/conftest.py."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "one engine" if file.endswith(ONE_ENGINE) else file
+
+    return Files(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -73,7 +73,7 @@ def parse(kind: type[T], words: Sequence[str]) -> T:
 def typed(kind: type[T], plain: Any) -> T:
     """`plain` as the dataclass `kind`. Raises UserError for the first unknown, missing or ill-typed key."""
     try:
-        return _strict(kind).validate_python({"": plain})[""]
+        return _strict(kind).validate_python({"": plain})[""]  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"][1:] if part != "float")  # a union's branch, as pydantic says

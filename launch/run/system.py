@@ -70,18 +70,7 @@ class System:
         self.engines = RolloutPool(self.policy, rollout, config.placement, seats["engine"], self.resync)
         self.rewards = RewardPool(reward, config.look, model, config.placement, seats["reward"])
         self.looking = Looking(self.engines, self.rewards, self._prompts, config)
-        self.learner = LearnerPool(
-            self.policy,
-            config.learner,
-            config.algorithm,
-            config.placement,
-            seats["learner"],
-            temperature=config.rollout.temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
-            seed=config.run.seed,
-            deterministic=deterministic,
-            turn=self.learners_turn,
-        )
+        self.learner = LearnerPool(self.policy, config, seats["learner"], self.learners_turn)
         actors = (self.engines.actors, self.rewards.actors, self.learner.actors)
         self._pools: dict[str, ActorPool[Any]] = dict(zip(("engine", "reward", "learner"), actors, strict=True))
 

@@ -15,15 +15,13 @@ from torch._dynamo.utils import counters
 from learner.families.packed import ROW_BUCKETS, row_multiple
 from learner.policy import Policy, load_policy
 from learner.pool import LearnerPool
-from learner.rank import LearnerRank
 from learner.rows import pieces
 from perception import metric_catalog as catalog
 from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
 from perception.types import Group, PolicySpec
-from runtime.actors import Limit, call
 from runtime.cluster import ROOT
 from runtime.placement import anywhere
-from tests import tiny_families
+from tests import builders, tiny_families
 from tests.builders import sampled_group
 from tests.gradients import distance, evaluate
 
@@ -103,13 +101,13 @@ def test_a_rank_takes_steps_on_cuda(settings: dict[str, object], tmp_path: Path)
         algorithm = AlgorithmConfig(steps=2, prompts_per_step=4, group_size=4)
         placement = PlacementConfig(name="test", device="cuda", learner_gpus=1)
         seats = anywhere(placement, "learner", 1)
-        pool = LearnerPool(spec, config, algorithm, placement, seats, temperature=1.0, max_new_tokens=16, seed=0)
+        pool = LearnerPool(spec, builders.config(learner=config, algorithm=algorithm, placement=placement), seats)
 
         async def run() -> list[dict[str, float]]:
             await pool.start()
             first = await pool.update(groups)
-            for wanted in (call(LearnerRank.offload, True), call(LearnerRank.reload)):
-                await pool.actors.each([wanted], Limit(60.0, "test"))
+            await pool.offload()
+            await pool.reload()
             return [dict(report.metrics) for report in (first, await pool.update(groups))]
 
         first, second = asyncio.run(run())

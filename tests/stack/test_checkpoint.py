@@ -27,7 +27,7 @@ from learner.step import Stepper
 from learner.zero import gathered, sharded_loading
 from perception.config import AlgorithmConfig, LearnerConfig, LoraConfig
 from perception.types import Group, PolicySpec
-from tests import tiny_policy
+from tests import builders, tiny_policy
 from tests.builders import sampled_group
 
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=2, group_size=2, importance="none", clip_high=5.0)
@@ -71,7 +71,7 @@ def stepper(spec: PolicySpec, case: str) -> Stepper:
     with pytest.MonkeyPatch.context() as patch:
         if "two groups" in case:
             patch.setattr("torch.optim.AdamW", in_two_groups(torch.optim.AdamW))
-        return Stepper(policy, None, config, ALGORITHM, max_new_tokens=16)
+        return Stepper(policy, None, builders.config(learner=config, algorithm=ALGORITHM))
 
 
 def in_two_groups(adam: type) -> Any:

@@ -1,6 +1,6 @@
 """Guards the learner as the loop uses it: DeepSpeed ranks in Ray actors, against a plain PyTorch loop in this process.
 
-For each ZeRO stage two ranks start once, and everything is asked of them: steps, weights out, checkpoint, export. The
+Two ranks start once for every ZeRO stage, and everything is asked of them: steps, weights out, checkpoint, export. The
 ranks' micro-batches are small and not equally many: one rank has a filler. The plain loop takes padded rows, all at
 once, so that packing, bins, sharding and the sum over ranks are all held against the textbook.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from learner.rows import pieces
 from learner.weights import WeightSender, weights
 from learner.zero import learning_rate
 from perception import metric_catalog as catalog
-from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig
+from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig, RolloutConfig, RunConfig
 from perception.types import FailureKind, Group, ImageHandle, ImageSource, LearnerReport, PolicySpec
 from runtime.actors import Late
 from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
-from tests.builders import group, lost, prompt, sampled_group, turn
+from tests.builders import config, group, lost, prompt, sampled_group, turn
 from tests.fake_gpu import opened, play_ipc
+from tests.kept_ranks import KeptRanks
 
 STEPS = 5
 CONFIG = LearnerConfig(
@@ -44,7 +46,9 @@ CONFIG = LearnerConfig(
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, clip_low=0.3, clip_high=5.0, kl_coef=0.2)
 PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
 
-pytestmark = pytest.mark.usefixtures("shared_ray")
+KEPT = KeptRanks()
+
+pytestmark = pytest.mark.usefixtures("kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,12 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
+def kept(shared_ray: None) -> Iterator[None]:
+    yield
+    KEPT.end()
+
+
+@pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> PolicySpec:
     return tiny_policy.build(tmp_path_factory.mktemp("policy"))
 
@@ -79,11 +89,14 @@ def groups(spec: PolicySpec) -> list[Group]:
 
 
 def make_pool(spec: PolicySpec, stage: int, algorithm: AlgorithmConfig = ALGORITHM, **changes: Any) -> LearnerPool:
-    config = replace(CONFIG, zero_stage=stage, **changes)  # type: ignore[arg-type]
-    seats = anywhere(PLACEMENT, "learner", config.ranks)
-    return LearnerPool(
-        spec, config, algorithm, PLACEMENT, seats, temperature=0.9, max_new_tokens=16, seed=3, deterministic=True
+    wanted = config(
+        run=RunConfig(name="test", deterministic=True),
+        learner=replace(CONFIG, zero_stage=stage, **changes),  # type: ignore[arg-type]
+        algorithm=algorithm,
+        placement=PLACEMENT,
+        rollout=RolloutConfig(temperature=0.9, max_new_tokens=16),
     )
+    return LearnerPool(spec, wanted, anywhere(PLACEMENT, "learner", wanted.learner.ranks))
 
 
 async def receive(pool: LearnerPool) -> dict[str, Tensor]:
@@ -102,7 +115,7 @@ async def receive_by_ipc(pool: LearnerPool) -> tuple[bool, int, list[dict[str, T
     def colocate(rank: LearnerRank) -> bool:
         play_ipc(f"GPU-{rank._rank}")
         rank._sender = WeightSender(
-            weights(rank._policy.model), rank._config, rank=rank._rank, device=rank._device, transport="ipc"
+            weights(rank._policy.model), rank._config.learner, rank=rank._rank, device=rank._device, transport="ipc"
         )
         return rank._sender._in_place
 
@@ -146,6 +159,7 @@ def failed_group(folder: Path) -> Group:
 
 async def exercise(spec: PolicySpec, stage: int, ranks: int, groups: list[Group], folder: Path) -> Outcome:
     pool = make_pool(spec, stage, ranks=ranks)
+    KEPT.lend(pool.actors)
     await pool.start()
     parity = await pool.parity(groups)
     reports = [await pool.update(groups) for _ in range(STEPS)]

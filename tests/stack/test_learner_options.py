@@ -24,17 +24,21 @@ from learner.policy import load_policy
 from learner.pool import LearnerPool
 from learner.rows import pieces
 from perception import metric_catalog as catalog
-from perception.config import AlgorithmConfig, LearnerConfig, LoraConfig, PlacementConfig
+from perception.config import AlgorithmConfig, LearnerConfig, LoraConfig, PlacementConfig, RolloutConfig
 from perception.types import FailureKind, Group, LearnerReport, PolicySpec
 from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
-from tests.builders import failure, sampled_group
+from tests.builders import config, failure, sampled_group
 from tests.kept_ranks import KeptRanks
 
-CONFIG = LearnerConfig(lr=1e-3, timeout_s=600.0, bucket_mb=1, micro_tokens=90)
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, importance="none", clip_high=5.0)
 PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
+CONFIG = config(
+    learner=LearnerConfig(lr=1e-3, timeout_s=600.0, bucket_mb=1, micro_tokens=90),
+    placement=PLACEMENT,
+    rollout=RolloutConfig(temperature=0.9, max_new_tokens=16),
+)
 
 pytestmark = pytest.mark.usefixtures("kept")
 KEPT = KeptRanks()
@@ -72,9 +76,8 @@ class Run:
         **settings: Any,
     ) -> None:
         """`steps` steps over the groups, and one over each batch of `then`."""
-        config = replace(CONFIG, **settings)
-        seats = anywhere(PLACEMENT, "learner", config.ranks)
-        pool = LearnerPool(spec, config, algorithm, PLACEMENT, seats, temperature=0.9, max_new_tokens=16, seed=3)
+        wanted = replace(CONFIG, learner=replace(CONFIG.learner, **settings), algorithm=algorithm)
+        pool = LearnerPool(spec, wanted, anywhere(PLACEMENT, "learner", wanted.learner.ranks))
         KEPT.lend(pool.actors)
         self.reports: list[LearnerReport] = []
         self.history: list[dict[str, Tensor]] = []
@@ -195,11 +198,11 @@ def test_several_steps_over_a_batch_follow_the_policy_from_its_beginning(
     batches = [policy.collate(list(pieces(part, policy.layout, 1 << 20))) for part in (groups[:1], groups[1:])]
     with torch.no_grad():
         before = [copy.deepcopy(policy)(batch)[0] for batch in batches]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=CONFIG.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=CONFIG.learner.lr, weight_decay=0.0)
     norms = []
     for epoch in range(2):
         for number, (batch, old) in enumerate(zip(batches, before, strict=True)):
-            optimizer.param_groups[0]["lr"] = CONFIG.lr * (1 - (2 * epoch + number) / 4)
+            optimizer.param_groups[0]["lr"] = CONFIG.learner.lr * (1 - (2 * epoch + number) / 4)
             loss = policy_loss(*policy(batch), replace(batch.tokens, old_logprobs=old), algorithm) / len(batch.targets)
             loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)))
@@ -207,7 +210,7 @@ def test_several_steps_over_a_batch_follow_the_policy_from_its_beginning(
             optimizer.zero_grad()
     assert apart(run.weights, {name: p.detach() for name, p in policy.model.named_parameters()}, start) < 1e-3
     assert run.metric(catalog.GRAD_NORM)[0] == pytest.approx(np.mean(norms), rel=1e-3)
-    assert run.metric(catalog.LR) == [pytest.approx(CONFIG.lr / 4)]
+    assert run.metric(catalog.LR) == [pytest.approx(CONFIG.learner.lr / 4)]
 
 
 def test_a_mini_batch_of_failures_has_no_gradient(spec: PolicySpec, groups: list[Group]) -> None:

@@ -17,12 +17,13 @@ import torch
 
 from learner.pool import LearnerPool
 from learner.weights import WeightSender, weights
-from perception.config import AlgorithmConfig, LearnerConfig, PlacementConfig, RolloutConfig
+from perception.config import LearnerConfig, PlacementConfig, RolloutConfig
 from perception.types import SamplingSpec
 from perception.weights import UpdateReport, WeightBucket
 from rollout.pool import RolloutPool
 from runtime.actors import ActorError
 from runtime.placement import anywhere
+from tests.builders import config
 from tests.hf_reference import Reference
 from tests.listeners import listeners, outside
 from tests.tiny_policy import build
@@ -196,17 +197,7 @@ async def test_a_zero_3_learner_of_two_ranks_sends_every_parameter(engines: Roll
     start = dict(own(engines).model.named_parameters())
     for name, parameter in other.model.named_parameters():
         assert (start[name] != parameter).float().mean() > 0.9, name
-    algorithm = AlgorithmConfig(steps=1, prompts_per_step=2, group_size=2)
-    learner = LearnerPool(
-        other.policy,
-        LEARNER,
-        algorithm,
-        PLACEMENT,
-        anywhere(PLACEMENT, "learner", 2),
-        temperature=1.0,
-        max_new_tokens=24,
-        seed=0,
-    )
+    learner = LearnerPool(other.policy, config(learner=LEARNER, placement=PLACEMENT), anywhere(PLACEMENT, "learner", 2))
     try:
         await learner.start()
         for version in (1, 2):

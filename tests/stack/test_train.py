@@ -63,10 +63,17 @@ def steps(run: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small one, which the first run writes."""
+    folder = tmp_path_factory.mktemp("data") / "world"
+    return ["data.world_train=128", *(f"data.{split}={folder}/{split}.json" for split in ("train", "eval"))]
+
+
+@pytest.fixture(scope="module")
+def stopped(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 1000 steps that was told to stop during its fifth one, or soon after."""
     output = tmp_path_factory.mktemp("runs")
-    process = launch(output, *SMALL, "algorithm.steps=1000")
+    process = launch(output, *SMALL, *world, "algorithm.steps=1000")
     deadline = time.monotonic() + START_S
     try:
         while len(steps(output / "small")) < 4 and process.poll() is None and time.monotonic() < deadline:
@@ -83,8 +90,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "small"
 
 
-def test_before_the_first_step_a_signal_ends_the_run_at_once(tmp_path: Path) -> None:
-    process = launch(tmp_path, *SMALL, "algorithm.steps=1000")
+def test_before_the_first_step_a_signal_ends_the_run_at_once(world: list[str], tmp_path: Path) -> None:
+    process = launch(tmp_path, *SMALL, *world, "algorithm.steps=1000")
     try:
         assert process.stdout is not None
         assert any("starting engine" in line for line in process.stdout)

@@ -29,9 +29,9 @@ from learner.policy import Policy, load_policy
 from learner.rows import pieces
 from learner.step import OptimizerStep, Stepper
 from learner.zero import Zero, gathered, sharded_loading
-from perception.config import AlgorithmConfig, LearnerConfig
+from perception.config import AlgorithmConfig, LearnerConfig, RolloutConfig
 from perception.types import Group, PolicySpec
-from tests import tiny_policy
+from tests import builders, tiny_policy
 from tests.builders import sampled_group, with_advantages
 from tests.gradients import distance
 
@@ -57,7 +57,10 @@ class Rank:
     def learner(self, stage: int, dtype: str = "float32", kl: float = 0.0, **settings: Any) -> Stepper:
         config = LearnerConfig(zero_stage=stage, lr=1e-3, **{"micro_tokens": 90} | settings)  # type: ignore[arg-type]
         reference = self.load(config, dtype) if kl else None
-        return Stepper(self.load(config, dtype), reference, config, replace(ALGORITHM, kl_coef=kl), max_new_tokens=16)
+        algorithm, rollout = replace(ALGORITHM, kl_coef=kl), RolloutConfig(max_new_tokens=16)
+        return Stepper(
+            self.load(config, dtype), reference, builders.config(learner=config, algorithm=algorithm, rollout=rollout)
+        )
 
     def gradients(self, stage: int, name: str, **settings: Any) -> dict[str, Tensor]:
         """What a step over the groups of that name takes, before it is clipped."""

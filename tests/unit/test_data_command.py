@@ -101,19 +101,19 @@ def test_a_choice_is_the_same_for_a_seed_and_in_the_order_of_the_data(folder: Pa
 
 
 @pytest.mark.parametrize(
-    ("bad", "reason"),
+    ("place", "bad", "reason"),
     [
-        ({}, None),
-        ({"image": "cut.png"}, "image"),
-        ({"image": "missing.png"}, "image"),
-        ({"boxes": None}, "record|truth"),
-        ({"boxes": [[5, 5, 99, 10]]}, "record|box"),
-        ({"mask": {"size": [20, 30], "counts": "!!"}}, "record|mask"),
+        ("train", {}, None),
+        ("train", {"image": "cut.png"}, "image"),
+        ("train", {"boxes": [[5, 5, 99, 10]]}, "record|box"),
+        ("eval", {"image": "missing.png"}, "image"),
+        ("eval", {"mask": {"size": [20, 30], "counts": "!!"}}, "record|mask"),
+        ("also.second", {}, None),
+        ("also.second", {"boxes": None}, "record|truth"),
     ],
 )
-@pytest.mark.parametrize("place", ["train", "eval", "also.second"])
 def test_check_ends_with_2_where_one_record_of_any_set_is_bad(
-    folder: Path, bad: dict[str, Any], reason: str | None, place: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, place: str, bad: dict[str, Any], reason: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = [line() for _ in range(2 * data.CHUNK)]
     sets = {name: jsonl(folder, f"{name}.jsonl", line()) for name in ("train", "eval", "also.second")}

@@ -32,18 +32,7 @@ def sharing(device: str, share: float) -> Config:
 
 def rank(monkeypatch: pytest.MonkeyPatch, calls: list[Any], settings: Config) -> LearnerRank:
     monkeypatch.setattr(learner_rank.os, "environ", {})
-    made = LearnerRank(
-        0,
-        1,
-        policy_spec(),
-        settings.learner,
-        settings.algorithm,
-        settings.placement,
-        1.0,
-        8,
-        seed=0,
-        deterministic=False,
-    )
+    made = LearnerRank(0, 1, policy_spec(), settings)
     step, stepper = SimpleNamespace(grad_norm=1.0, loss=1.0, lr=1.0), SimpleNamespace()
     stepper.update = lambda batches: (calls.append("step"), ([step], {}))[1]
     monkeypatch.setattr(made, "_stepper", stepper, raising=False)

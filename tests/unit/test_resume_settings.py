@@ -10,14 +10,20 @@ import yaml
 
 from launch.run.config import changes, compose, entry, plain
 from perception.config import Config
+from tests.builders import changed
 
 OWN = ("reward=vision_reasoner", "learner.lr=3e-5", "algorithm=gspo", "run.seed=7", "data.also.shifted=other.json")
 """What the run was started with, besides its recipe."""
 
 
+@pytest.fixture(scope="module")
+def composed() -> Config:
+    return compose(["recipe=quickstart", *OWN, "run.name=first", "run.resume_weights=x"])
+
+
 @pytest.fixture
-def before(tmp_path: Path) -> Config:
-    config = compose(["recipe=quickstart", *OWN, f"run.output={tmp_path}", "run.name=first", "run.resume_weights=x"])
+def before(composed: Config, tmp_path: Path) -> Config:
+    config = changed(composed, "run", output=str(tmp_path))
     (tmp_path / "first").mkdir()
     (tmp_path / "first/config.yaml").write_text(yaml.safe_dump(plain(config)))
     return config

@@ -225,7 +225,7 @@ def test_what_is_not_there_as_the_engine_has_it_is_copied_and_stays_until_releas
     """Merged adapters, as an example: base + 2 * up @ down."""
     base, down, up = (nn.Parameter(torch.randn(shape)) for shape in ((200, 700), (3, 700), (200, 3)))
     base.requires_grad_(False)
-    named = {f"{i}.weight": Weight(base=base, down=down, up=up, scaling=2.0) for i in range(4)}
+    named = {f"{i}.weight": Weight(base=base, adapters={"lora_A": down, "lora_B": up}, scaling=2.0) for i in range(4)}
     config = LearnerConfig(bucket_mb=1)
     out = WeightSender(named, config, rank=1, device=torch.device("cpu"), transport="ipc")
     buckets = [out.fill_bucket(index) for index in range(out.open(("0.0",)))]
