@@ -7,12 +7,11 @@ prompt by prompt on the host. Prompts and masks are in original pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,8 +46,7 @@ _PIXELS_PER_CALL = 1 << 27
 """Full-size logits held at once (512 MiB in float32)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Embedding:
+class Embedding(NamedTuple):
     """One encoded image."""
 
     maps: tuple[Tensor, ...]
@@ -58,8 +56,7 @@ class Embedding:
     """Original size in pixels."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segmentation:
+class Segmentation(NamedTuple):
     """The masks of several answers about one image; they stay on the device."""
 
     masks: Tensor

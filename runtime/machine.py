@@ -10,8 +10,8 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _CUDA = 13000
 """What the pinned wheels are built for, as cuDriverGetVersion counts: 1000 * major + 10 * minor."""
@@ -19,8 +19,7 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-@dataclass(frozen=True, slots=True)
-class Requirement:
+class Requirement(NamedTuple):
     subject: str
     found: str | None
     cure: str
