@@ -14,10 +14,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("benchmarks", "launch", "learner", "perception", "reward_workers", "rollout", "runtime", "synthetic")
+ROOMS = (
+    "benchmarks",
+    "launch",
+    "learner",
+    "perception",
+    "reward_workers",
+    "rollout",
+    "runtime",
+    "setup_env",
+    "synthetic",
+)
 
 MAY_IMPORT = {
     "perception": {"perception"},
+    "setup_env": {"setup_env"},
     "runtime": {"runtime", "perception"},
     "rollout": {"rollout", "runtime", "perception"},
     "reward_workers": {"reward_workers", "runtime", "perception"},
