@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = (
+ROOMS = ("benchmarks", "launch", "learner", "perception", "reward_workers", "rollout", "runtime", "synthetic")
+ROOMS += ("setup_env",)
     "benchmarks",
     "launch",
     "learner",
