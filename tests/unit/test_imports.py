@@ -16,16 +16,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("benchmarks", "launch", "learner", "perception", "reward_workers", "rollout", "runtime", "synthetic")
 ROOMS += ("setup_env",)
-    "benchmarks",
-    "launch",
-    "learner",
-    "perception",
-    "reward_workers",
-    "rollout",
-    "runtime",
-    "setup_env",
-    "synthetic",
-)
 
 MAY_IMPORT = {
     "perception": {"perception"},
