@@ -1,9 +1,9 @@
 """A folder of pictures and one of masks with the same names: camouflage, saliency, dichotomous segmentation.
 
-`layout` names a published set (mask_folder.yaml): the two folders below `data.train`, and the question. `images`, `masks`
-and `question` say otherwise, or all there is to say about a set of your own. Names are compared without suffixes, and
-what a file is shows in its content: masks are often JPEGs called .png. A mask whose sides differ by a pixel is resized
-(nearest).
+`layout` names a published set (mask_folder.yaml): the two folders below `data.train`, and the question. `images`,
+`masks` and `question` say otherwise, or all there is to say about a set of your own. Names are compared without
+suffixes, and what a file is shows in its content: masks are often JPEGs called .png. A mask whose sides differ by a
+pixel is resized (nearest).
 
 `non_cam` asks about COD10K's pictures without a camouflaged object (NonCAM in their names), too: nothing is there.
 """
@@ -31,7 +31,7 @@ def read(
     """Every picture. Raises DataError where a folder holds none, UserError where it is not known which folders."""
     own = {"images": images, "masks": masks, "question": question}
     published = {key: value.format(name=path.name) for key, value in LAYOUTS.get(layout, {}).items()}
-    images, masks, question = (own[key] or published.get(key) for key in own)
+    images, masks, question = (own[key] or published.get(key, "") for key in own)
     if not (images and masks and question):
         raise UserError(f"data.options: give layout, one of {', '.join(LAYOUTS)}; or images, masks and question")
     by_name = {file.stem: file for file in files.files_in(path / masks, *files.PICTURES)}
