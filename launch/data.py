@@ -68,13 +68,6 @@ def settings(words: Sequence[str]) -> Config:
     return compose(["recipe=quickstart", *words, *(f"{key}=" for key in sets - keys if keys & sets)])
 
 
-def load_sets(config: Config) -> dict[str, Dataset]:
-    """Every data set of the settings by name, listed. Raises DataError, UserError."""
-    find_plugins(config.plugins)
-    paths = {"train": config.data.train, "eval": config.data.eval, **config.data.also}
-    return {name: load(config.data, path, held_out=name != "train") for name, path in paths.items() if path}
-
-
 def survey(name: str, dataset: Dataset, pixels: bool) -> Found:
     """Every record, read on all cores, in order; with the images' pixels if wanted. Raises ActorError."""
     global _reading
@@ -165,7 +158,9 @@ def main(words: Sequence[str] | None = None) -> None:
     given, console = parser.parse_intermixed_args(words), Console()
     with told():
         config = settings(given.settings)
-        sets = load_sets(config)
+        find_plugins(config.plugins)
+        paths = {"train": config.data.train, "eval": config.data.eval, **config.data.also}
+        sets = {name: load(config.data, path, held_out=name != "train") for name, path in paths.items() if path}
         found = {name: survey(name, one, pixels=given.action == "check") for name, one in sets.items()}
         bad, rows = problems(found), tabulate(found)
         if given.action == "show":

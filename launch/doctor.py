@@ -28,7 +28,8 @@ from rich.text import Text
 
 from launch.record.environment import STACK, gpus, version_of
 from runtime.cluster import cluster_address, cpus
-from runtime.machine import memory, requirements
+from runtime.machine import memory
+from setup_env.machine import requirements
 
 _ROOT = Path(__file__).resolve().parents[1]
 _GIB = 1 << 30

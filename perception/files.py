@@ -8,11 +8,6 @@ from pathlib import Path
 from uuid import uuid4
 
 
-def scratch_path(path: Path) -> Path:
-    """Where `path` is written before it takes its place: beside it, hidden."""
-    return path.with_name(f".{path.name}.partial")
-
-
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A path to write a file or a folder to. It takes the place of `path` when the block ends well.
@@ -20,7 +15,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     A reader sees the old one or the new one, never half of it; an interrupted write leaves the old one. `shared`:
     others may be writing the same; a folder that is there by then stays, since somebody may be reading it.
     """
-    scratch = path.with_name(f".{path.name}.{uuid4().hex}.partial") if shared else scratch_path(path)
+    scratch = path.with_name(f".{path.name}{f'.{uuid4().hex}' if shared else ''}.partial")
     _remove(scratch)
     try:
         yield scratch

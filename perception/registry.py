@@ -15,7 +15,6 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Generic, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -85,18 +84,14 @@ def find_plugins(plugins: Sequence[str]) -> list[Path]:
         if path.exists() and str(path.parent) not in sys.path:
             sys.path.insert(0, str(path.parent))
         _imported(name, f"plugins={plugin}")
-        found = _source(sys.modules[name.partition(".")[0]])
+        module = sys.modules[name.partition(".")[0]]
+        found = Path(next(iter(module.__path__)) if hasattr(module, "__path__") else inspect.getfile(module)).resolve()
         if path.exists() and found != path:
             raise UserError(f"plugins={plugin}: another module is called '{name}' ({found}); rename yours")
         names.append(name)
         files.append(found)
     os.environ[PLUGINS] = ",".join(names)
     return files
-
-
-def _source(module: ModuleType) -> Path:
-    """A package's folder, a module's file."""
-    return Path(next(iter(module.__path__)) if hasattr(module, "__path__") else inspect.getfile(module)).resolve()
 
 
 def load_plugins() -> None:

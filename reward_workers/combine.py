@@ -1,6 +1,6 @@
 """Rewards of a step from the components of its answers: weights, ranks, and the rule for failures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -27,8 +27,8 @@ def rewarded(groups: list[Group], config: RewardConfig, store: RankStore | None,
     done = [_rewarded(group, config, store, kl_coef) for group in groups]
     if store is not None:
         for group in groups:
-            rows = [_row(one, store.names) for one in group.trajectories if _is_evidence(one, config)]
-            if rows:
+            asked = [one for one in group.trajectories if not (config.ecdf.exclude_unparsed and one.failure)]
+            if rows := _rows(asked, store.names):
                 store.append(group.prompt.sample.task, np.array(rows))
     return done
 
@@ -58,8 +58,8 @@ def _by_component(group: Group, config: RewardConfig, store: RankStore | None) -
     """Weighted quantiles of the ranked components, or their weighted values where there is no store; 0 unmeasured."""
     measured = np.array([trajectory.score is not None for trajectory in group.trajectories])
     ranked = weights(config.ranked)
-    rows = [_row(one, tuple(ranked)) for one in group.trajectories if one.score is not None]
-    values, of_ranked = np.array(rows, np.float64).reshape(len(rows), len(ranked)), tuple(ranked.values())
+    rows, of_ranked = _rows(group.trajectories, ranked), tuple(ranked.values())
+    values = np.array(rows, np.float64).reshape(len(rows), len(ranked))
     extras = np.zeros(len(measured))
     if store is not None:
         extras[measured] = store.aggregate(store.rank(group.prompt.sample.task, values), of_ranked)
@@ -68,11 +68,7 @@ def _by_component(group: Group, config: RewardConfig, store: RankStore | None) -
     return extras.tolist()
 
 
-def _is_evidence(trajectory: Trajectory, config: RewardConfig) -> bool:
-    failed = config.ecdf.exclude_unparsed and trajectory.failure is not None
-    return trajectory.score is not None and not failed
-
-
-def _row(trajectory: Trajectory, names: Sequence[str]) -> list[float]:
-    assert trajectory.score is not None, "only scored trajectories are ranked"
-    return [trajectory.score.metrics[name] for name in names]
+def _rows(trajectories: Iterable[Trajectory], names: Iterable[str]) -> list[list[float]]:
+    """The named metrics of each trajectory that was measured."""
+    scores = (one.score for one in trajectories if one.score is not None)
+    return [[score.metrics[name] for name in names] for score in scores]

@@ -1,10 +1,8 @@
 """Passes of a trajectory: the answer of each turn in original pixels, its mask prompts, its confidence features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,8 +16,7 @@ if TYPE_CHECKING:
     from reward_workers.segmenter import Segmentation
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
+class Pass(NamedTuple):
     """One pass of a trajectory, parsed."""
 
     answer: Answer
@@ -75,7 +72,7 @@ def _inside(prompt: MaskPrompt, height: int, width: int) -> MaskPrompt:
 
 def judge(
     passes: Sequence[Pass],
-    segmentation: Segmentation | None,
+    segmentation: "Segmentation | None",
     truth: np.ndarray | None,
     look: LookState | None,
     want_masks: bool,

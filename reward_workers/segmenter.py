@@ -7,13 +7,11 @@ prompt by prompt on the host. Prompts and masks are in original pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +28,10 @@ from perception.types import MaskPrompt
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
 
+_hydra_in_use = GlobalHydra.instance().is_initialized()
+_CONFIGS = files("sam2") / "configs"  # this imports sam2, which takes Hydra's global state where nobody has it
+if not _hydra_in_use:
+    GlobalHydra.instance().clear()  # the program's own Hydra needs it
 OFFICIAL = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 # build_sam2's default: where the single mask is unstable, the best of the three takes its place.
 _DYNAMIC_MULTIMASK = {
@@ -44,8 +46,7 @@ _PIXELS_PER_CALL = 1 << 27
 """Full-size logits held at once (512 MiB in float32)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Embedding:
+class Embedding(NamedTuple):
     """One encoded image."""
 
     maps: tuple[Tensor, ...]
@@ -55,8 +56,7 @@ class Embedding:
     """Original size in pixels."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segmentation:
+class Segmentation(NamedTuple):
     """The masks of several answers about one image; they stay on the device."""
 
     masks: Tensor
@@ -142,14 +142,11 @@ class Segmenter:
         """
         encoder = self.model.sam_prompt_encoder
         sparse, dense = encoder(points=(coords, labels), boxes=None, masks=None)
+        image = {"image_embeddings": maps[-1], "image_pe": encoder.get_dense_pe().to(self.dtype)}
+        asked = {"sparse_prompt_embeddings": sparse.to(self.dtype), "dense_prompt_embeddings": dense.to(self.dtype)}
+        modes = {"multimask_output": multimask, "repeat_image": maps[-1].shape[0] == 1}
         logits, iou, _, _ = self.model.sam_mask_decoder(
-            image_embeddings=maps[-1],
-            image_pe=encoder.get_dense_pe().to(self.dtype),
-            sparse_prompt_embeddings=sparse.to(self.dtype),
-            dense_prompt_embeddings=dense.to(self.dtype),
-            multimask_output=multimask,
-            repeat_image=maps[-1].shape[0] == 1,
-            high_res_features=list(maps[:-1]) or None,
+            **image, **asked, **modes, high_res_features=list(maps[:-1]) or None
         )
         return logits, iou
 
@@ -267,8 +264,7 @@ def official_config(name: str) -> DictConfig:
 
 
 def _official(version: str, size: str) -> Traversable:
-    with _hydra_untouched():
-        return files("sam2") / f"configs/{version}/{version}_hiera_{OFFICIAL[size]}.yaml"
+    return _CONFIGS / version / f"{version}_hiera_{OFFICIAL[size]}.yaml"
 
 
 def build(config: DictConfig) -> SAM2Base:
@@ -279,8 +275,7 @@ def build(config: DictConfig) -> SAM2Base:
         raise ValueError(f"a SAM2 configuration may only name sam2's classes, not {foreign[0]}")
     if "sam_mask_decoder_extra_args" not in node:
         node.sam_mask_decoder_extra_args = _DYNAMIC_MULTIMASK
-    with _hydra_untouched():
-        return instantiate(node, _recursive_=True)
+    return instantiate(node, _recursive_=True)
 
 
 def _read_config(path: Traversable) -> DictConfig:
@@ -288,18 +283,6 @@ def _read_config(path: Traversable) -> DictConfig:
     if not isinstance(config, DictConfig) or "model" not in config:
         raise ValueError(f"{path} holds no `model:` node")
     return config
-
-
-@contextmanager
-def _hydra_untouched() -> Iterator[None]:
-    """`import sam2` initialises Hydra's global state, which the program's own Hydra needs for itself."""
-    hydra = GlobalHydra.instance()
-    mine = hydra.is_initialized()
-    try:
-        yield
-    finally:
-        if not mine:
-            hydra.clear()
 
 
 def _targets(node: Any) -> Iterator[str]:

@@ -5,8 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -25,8 +24,7 @@ Claim = tuple[Role, Resources]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
+class Seat(NamedTuple):
     """An actor's share of CPUs and GPUs, in a bundle of a placement group or, without one, anywhere."""
 
     cpus: float
@@ -46,8 +44,7 @@ class Seat:
         return options
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(NamedTuple):
     """Resources the cluster has set aside for this run."""
 
     placement_group: PlacementGroup

@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 # Neither then compiles anything, and deepspeed asks no GPU it may find for a CUDA toolkit.
 export SAM2_BUILD_CUDA=0 DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1
 
-"$python" -m runtime.machine "$kind"
+"$python" -m setup_env.machine "$kind"
 
 # An environment of the other kind, or one left half made, is no start.
 if [ "$(cat .venv/kind 2>/dev/null || echo "$kind")" != "$kind" ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then

@@ -37,11 +37,5 @@ def gpus() -> list[str]:
 
 def describe() -> dict[str, Any]:
     """The environment as a report shows it."""
-    return {
-        "command": " ".join(sys.argv),
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "cpus": cpus(),
-        "gpus": gpus(),
-        "packages": versions(),
-    }
+    system = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    return {"command": " ".join(sys.argv), **system, "cpus": cpus(), "gpus": gpus(), "packages": versions()}

@@ -52,16 +52,13 @@ class Looking:
     async def rollout(self, prompt: Prompt, asked: Asked, want_masks: bool = False) -> Group:
         """The prompt's group, scored. `want_masks`: with predicted masks, for pictures."""
         async with self._gate:
-            group = await self._sampled(prompt, asked)
+            began = time.monotonic()
+            if asked.look is None:
+                group = await self._engines.generate(prompt, asked.sampling)
+            else:
+                group = await self._look(prompt, asked.sampling, asked.look)
+            group = replace(group, sampling=Span(began=began, ended=time.monotonic()))
         return await self._rewards.score(group, want_masks, asked.held_out, asked.look)
-
-    async def _sampled(self, prompt: Prompt, asked: Asked) -> Group:
-        began = time.monotonic()
-        if asked.look is None:
-            group = await self._engines.generate(prompt, asked.sampling)
-        else:
-            group = await self._look(prompt, asked.sampling, asked.look)
-        return replace(group, sampling=Span(began=began, ended=time.monotonic()))
 
     async def _look(self, prompt: Prompt, sampling: SamplingSpec, state: LookState) -> Group:
         first = asyncio.ensure_future(self._engines.generate(prompt, sampling)) if self._ahead else None

@@ -103,15 +103,10 @@ class RunState:
                 _write_ranks(scratch, self.ranks.state())
             if self.config.look.mode == "relook":
                 write_calibrator(scratch, system.calibrator.export())
-            saved = {
-                "step": self.step,
-                "position": self.cursor.position - len(self.ledger),
-                "ledger": [(ticket.step, ticket.place) for ticket in self.ledger],
-                "before": self.before,
-                "seconds": self.seconds,
-                "data": self.data,
-                "made_with": made_with(self.config.model, self.config.learner),
-            }
+            ledger = [(ticket.step, ticket.place) for ticket in self.ledger]
+            saved = {"step": self.step, "position": self.cursor.position - len(ledger), "ledger": ledger}
+            saved |= {"before": self.before, "seconds": self.seconds, "data": self.data}
+            saved |= {"made_with": made_with(self.config.model, self.config.learner)}
             sums = {f"{LEARNER}/{name}": checksum for name, checksum in learner.items()}
             sums |= {path.name: sha256(path) for path in scratch.iterdir() if path.is_file()}
             write_text(scratch / STATE, json.dumps(saved))
@@ -126,15 +121,9 @@ class RunState:
 
     def summary(self, after: Mapping[str, float], restarts: Mapping[str, int]) -> dict[str, Any]:
         """Contents of `summary.json`. `restarts`: actors restarted since this process began, by role."""
-        return {
-            "before": self.before,
-            "after": dict(after),
-            "steps": self.step,
-            "seconds": round(self.seconds, 1),
-            "restarts": dict(restarts),
-            "seed": self.config.run.seed,
-            "data": stated(self.config.data),
-        }
+        measured = {"before": self.before, "after": dict(after), "steps": self.step, "seconds": round(self.seconds, 1)}
+        data = stated(self.config.data)
+        return {**measured, "restarts": dict(restarts), "seed": self.config.run.seed, "data": data}
 
 
 @cache

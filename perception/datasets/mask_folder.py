@@ -1,8 +1,9 @@
 """A folder of pictures and one of masks with the same names: camouflage, saliency, dichotomous segmentation.
 
-`layout` names a published set: the two folders below `data.train`, and the question. `images`, `masks` and `question`
-say otherwise, or all there is to say about a set of your own. Names are compared without suffixes, and what a file is
-shows in its content: masks are often JPEGs called .png. A mask whose sides differ by a pixel is resized (nearest).
+`layout` names a published set (mask_folder.yaml): the two folders below `data.train`, and the question. `images`,
+`masks` and `question` say otherwise, or all there is to say about a set of your own. Names are compared without
+suffixes, and what a file is shows in its content: masks are often JPEGs called .png. A mask whose sides differ by a
+pixel is resized (nearest).
 
 `non_cam` asks about COD10K's pictures without a camouflaged object (NonCAM in their names), too: nothing is there.
 """
@@ -12,24 +13,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import yaml
 
 from perception.datasets import DataError, Record, Records, files, objects, reader
 from perception.datasets.mask_files import read_mask
 from perception.errors import UserError
 from perception.types import ImageSource, Target
 
-_HIDDEN, _SALIENT, _NOTHING = "the camouflaged object", "the salient object", "NonCAM"
-LAYOUTS = {
-    "cod10k_v3": ("Image", "GT_Object", _HIDDEN),  # COD10K-v3/Train
-    "camouflage": ("Imgs", "GT", _HIDDEN),  # as SINet packed CAMO, CHAMELEON, COD10K, NC4K and TrainDataset
-    "camo": (".", "../../GT", _HIDDEN),  # CAMO-V.1.0-CVIU2019/Images/Train: its masks are all in one folder
-    "duts": ("{name}-Image", "{name}-Mask", _SALIENT),  # DUTS-TR
-    "dut_omron": ("DUT-OMRON-image", "pixelwiseGT-new-PNG", _SALIENT),
-    "hku_is": ("imgs", "gt", _SALIENT),
-    "ecssd": ("images", "ground_truth_mask", _SALIENT),
-    "dis5k": ("im", "gt", "the main object"),  # DIS5K/DIS-TR
-}
-"""Folder of the pictures, of the masks, question. {name} is the name of the folder above."""
+_NOTHING = "NonCAM"
+LAYOUTS = yaml.safe_load(files.read_text(Path(__file__).with_suffix(".yaml")))
 
 
 @reader("mask_folder")
@@ -37,8 +29,9 @@ def read(
     path: Path, *, layout: str = "", images: str = "", masks: str = "", question: str = "", non_cam: bool = False
 ) -> Records:
     """Every picture. Raises DataError where a folder holds none, UserError where it is not known which folders."""
-    given = zip((images, masks, question), LAYOUTS.get(layout, ("", "", "")), strict=True)
-    images, masks, question = (own or published.format(name=path.name) for own, published in given)
+    own = {"images": images, "masks": masks, "question": question}
+    published = {key: value.format(name=path.name) for key, value in LAYOUTS.get(layout, {}).items()}
+    images, masks, question = (own[key] or published.get(key, "") for key in own)
     if not (images and masks and question):
         raise UserError(f"data.options: give layout, one of {', '.join(LAYOUTS)}; or images, masks and question")
     by_name = {file.stem: file for file in files.files_in(path / masks, *files.PICTURES)}

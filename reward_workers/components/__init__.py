@@ -10,8 +10,6 @@ In the settings a component has a weight, or a weight and parameters that are ch
 Values lie in 0..1 unless a component says otherwise. Held-out metrics are components, too, with default parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -48,13 +46,13 @@ class Case:
     mask_dice: float = 0.0
     masks: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
     """Makes the answered and the true mask, (H, W) bool at the original size, where masks are compared."""
-    _computed: dict[Callable[[Case], Any], Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _computed: dict[Callable[["Case"], Any], Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def answered(self) -> bool:
         return self.answer.failure is None
 
-    def once(self, compute: Callable[[Case], V]) -> V:
+    def once(self, compute: Callable[["Case"], V]) -> V:
         """`compute(self)`, computed once for all components that ask for it."""
         if compute not in self._computed:
             self._computed[compute] = compute(self)

@@ -1,4 +1,7 @@
-"""Components about boxes and points, matched by the continuous cost. A completion without an answer is worth 0."""
+"""Components about boxes and points, matched by the continuous cost, and about how many there are.
+
+A completion without an answer is worth 0.
+"""
 
 import numpy as np
 
@@ -31,3 +34,15 @@ def box_iou(case: Case) -> float:
 def box_accuracy(case: Case, *, threshold: float = 0.5) -> float:
     """1 iff `box_iou` exceeds the threshold: Acc@0.5 of referring expression comprehension."""
     return float(box_iou(case) > threshold)
+
+
+@component(needs={"count"})
+def count_exact(case: Case) -> float:
+    """1 iff as many objects were answered as there are."""
+    return float(case.answered and len(case.answer.objects) == case.target.count)
+
+
+@component(needs={"count"})
+def count_ratio(case: Case) -> float:
+    """min / max of the answered and the true count; 1 when both are 0 (Dr. Seg's x2, Perception-R1's counting)."""
+    return metrics.count_ratio(len(case.answer.objects), case.target.count) if case.answered else 0.0

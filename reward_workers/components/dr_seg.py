@@ -4,8 +4,7 @@ binary matching, their IoU with both edge pixels counted, their values for empty
 They differ from `boxes` in one more way: they are defined where there is no answer.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,8 +42,7 @@ def vision_reasoner_accuracy(case: Case) -> float:
     return metrics.vision_reasoner(case.once(_published)) if _has_arithmetic(*case.once(published_objects).raw) else 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedObjects:
+class PublishedObjects(NamedTuple):
     """Predictions as the published accuracy reward sees them, in the answer's own frame."""
 
     boxes: np.ndarray

@@ -58,7 +58,9 @@ def answer_format(case: Case) -> float:
 @component()
 def look(case: Case) -> float:
     """1 iff the first think body or the first answer body holds a `<look>` block that is not empty."""
-    return float(any(_has_look(section(case.text, tag) or "") for tag in ("think", "answer")))
+    bodies = (section(case.text, tag) or "" for tag in ("think", "answer"))
+    # As `<look>\s*\S[\s\S]*?</look>`: only the first opening and the last closing tag can decide it.
+    return float(any((found := _LOOK_START.search(body)) and body.rfind("</look>") >= found.end() for body in bodies))
 
 
 @component()
@@ -68,7 +70,8 @@ def non_repeat(case: Case) -> float:
     lower = text.lower()
     if any(first in lower and pattern.search(text) for first, pattern in _PLACEHOLDERS):
         return 0.0
-    return _varied([normal for part in _SENTENCE_END.split(text) if (normal := _normal(part))])
+    trimmed = (part.strip().strip(_TRIMMED) for part in _SENTENCE_END.split(text))
+    return _varied([_WHITE.sub(" ", sentence).lower() for sentence in trimmed if sentence])
 
 
 @component()
@@ -91,13 +94,3 @@ def _varied(sentences: list[str]) -> float:
 
 def _is_list(value: Any, length: int) -> bool:
     return isinstance(value, list) and len(value) == length
-
-
-def _has_look(body: str) -> bool:
-    r"""`<look>\s*\S[\s\S]*?</look>`: only the first opening and the last closing tag can decide it."""
-    start = _LOOK_START.search(body)
-    return start is not None and body.rfind("</look>") >= start.end()
-
-
-def _normal(sentence: str) -> str:
-    return _WHITE.sub(" ", sentence.strip().strip(_TRIMMED)).lower()

@@ -54,7 +54,7 @@ def test_deepspeed_is_built_beside_a_gpu_without_nvcc(tmp_path: Path) -> None:
 
 
 def test_what_a_machine_lacks_is_said_before_anything_is_made(tmp_path: Path) -> None:
-    for name in ("setup_env/install.sh", "runtime/__init__.py", "runtime/machine.py"):
+    for name in ("setup_env/install.sh", "setup_env/__init__.py", "setup_env/machine.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     bash = shutil.which("bash")

@@ -23,11 +23,13 @@ ROOMS = (
     "reward_workers",
     "rollout",
     "runtime",
+    "setup_env",
     "synthetic",
 )
 
 MAY_IMPORT = {
     "perception": {"perception"},
+    "setup_env": {"setup_env"},
     "runtime": {"runtime", "perception"},
     "rollout": {"rollout", "runtime", "perception"},
     "reward_workers": {"reward_workers", "runtime", "perception"},

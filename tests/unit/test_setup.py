@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch import doctor
-from runtime import machine
+from setup_env import machine
 
 KERNEL = "NVRM version: NVIDIA UNIX {} {}  Release Build  (dvs-builder@U22)\nGCC version:  gcc version 12.3.0\n"
 

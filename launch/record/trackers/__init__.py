@@ -11,10 +11,9 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from perception.config import Config
 from perception.errors import UserError
@@ -27,8 +26,7 @@ EVALUATED = "eval/"
 """Begins the name of a held-out metric."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tracked:
+class Tracked(NamedTuple):
     """The run that is followed."""
 
     config: Config

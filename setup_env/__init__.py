@@ -1,0 +1,1 @@
+"""What makes the environment, and what it needs of a machine."""
