@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers as hf
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
 TEXT = SHAPE | {"num_hidden_layers": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096}
@@ -26,8 +26,6 @@ NATIVE = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
-
-Tokenizer = PreTrainedTokenizerFast
 
 
 def _text(tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
