@@ -23,7 +23,7 @@ def read(path: Path, *, task: str = "segment") -> Records:
     if root.tag != "annotations" or root.find("track") is not None:
         raise DataError(f"{path}: not a file of 'CVAT for images 1.1'; export the task in that format")
     for image in root.iter("image"):
-        yield from questions(path, image.get("name") or f"image {image.get('id')}", partial(_drawn, image), task)
+        yield from questions(path, image.get("name") or f"image {image.get('id')}", task, _drawn, image)
 
 
 def _drawn(image: Element) -> Drawn:

@@ -26,7 +26,7 @@ def read(path: Path, *, image: str = "image", task: str = "segment") -> Records:
     for number, one in enumerate(parse(list[Json], read_bytes(path), str(path)), start=1):
         tasks.setdefault(f"task {one.get('id', number)}", one)  # JSON-MIN repeats it for each annotator
     for place, one in tasks.items():
-        yield from questions(path, place, partial(_drawn, one, image), task)
+        yield from questions(path, place, task, _drawn, one, image)
 
 
 def _drawn(task: Json, image: str) -> Drawn:

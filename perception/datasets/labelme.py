@@ -7,7 +7,6 @@ Polygons, circles and masks are masks, rectangles boxes, points points; a line h
 import base64
 import math
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ KINDS = {"rectangle": "box", "oriented_rectangle": "polygon", "circle": "polygon
 def read(path: Path, *, numbered: bool = False, task: str = "segment") -> Records:
     """Every label of every file of the folder."""
     for file in [path] if path.is_file() else files_in(path, ".json"):
-        yield from questions(path, file.name, partial(_drawn, file, numbered), task)
+        yield from questions(path, file.name, task, _drawn, file, numbered)
 
 
 def _drawn(file: Path, numbered: bool) -> Drawn:

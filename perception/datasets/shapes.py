@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -48,15 +48,16 @@ class Drawn(NamedTuple):
 
 
 def questions(
-    path: Path, place: str, read: Callable[[], Drawn], task: str, absent: int = 0, relative: bool = False
+    path: Path, place: str, task: str, read: Callable[..., Drawn], *given: Any, absent: int = 0, relative: bool = False
 ) -> Records:
-    """A question per label of one image, which `place` names; a broken record where `read` meets malformed content.
+    """A question per label of one image, which `place` names; a broken record where `read(*given)` meets malformed
+    content.
 
     `absent`: so many labels are asked for that are not there. `relative`: points are shares of width and height.
     """
     found: dict[str, list[tuple[Shape, bool]]] = {}
     try:
-        drawn = read()
+        drawn = read(*given)
         for shape in drawn.shapes:
             if not shape.label or (shape.kind in ("box", "point") and not shape.points):
                 raise ValueError(f"a {shape.kind} without label or coordinates")

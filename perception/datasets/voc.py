@@ -3,7 +3,6 @@
 A box counts pixels from 1 and includes its last. `split` takes the names of `ImageSets/Main/SPLIT.txt`.
 """
 
-from functools import partial
 from pathlib import Path
 
 from perception.datasets import Records, files_in, read_text, reader
@@ -18,7 +17,7 @@ def read(path: Path, *, split: str = "", task: str = "segment") -> Records:
     lines = read_text(root / "ImageSets" / "Main" / f"{split}.txt").splitlines() if split else []
     names = [line.split()[0] for line in lines if line.strip()] or [file.stem for file in files_in(folder, ".xml")]
     for name in names:
-        yield from questions(path, name, partial(_drawn, folder / f"{name}.xml", root / "JPEGImages"), task)
+        yield from questions(path, name, task, _drawn, folder / f"{name}.xml", root / "JPEGImages")
 
 
 def _drawn(file: Path, pictures: Path) -> Drawn:

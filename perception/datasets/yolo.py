@@ -7,7 +7,6 @@ labels is asked about only for `absent` classes: so many of those that an image 
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import yaml
@@ -38,7 +37,7 @@ def read(path: Path, *, split: str = "train", absent: int = 0, task: str = "segm
         raise DataError(f"{file}: no image of {split} in {', '.join(map(str, folders)) or 'it'}; mend path or {split}")
     for image in found:
         place = os.path.relpath(image, file.parent)
-        yield from questions(path, place, partial(_drawn, image, classes, poses), task, absent, relative=True)
+        yield from questions(path, place, task, _drawn, image, classes, poses, absent=absent, relative=True)
 
 
 def _folder(root: Path, beside: Path, entry: str) -> Path:
