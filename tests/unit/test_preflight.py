@@ -110,7 +110,7 @@ def test_a_model_without_an_image_processor_is_refused_by_name(model: ModelConfi
             {},
             r"gemma3 cannot be trained with placement\.device=cpu: .*causal.*supported there are.*llava",
         ),
-        ("qwen3_5", "model", {}, r"qwen3_5 cannot be trained with placement\.device=cpu"),
+        ("qwen3_5", "model", {}, r"qwen3_5 cannot be trained with placement\.device=cpu.*take model\.dtype=bfloat16"),
         ("llava_onevision", "look", {"mode": "relook"}, r"look=relook: llava_onevision"),
         ("llava_onevision", "model", {"answer_frame": "resized"}, r"answer_frame=resized: llava_onevision answers in"),
         ("llava_onevision", "learner", {"checksum": True}, r"learner\.checksum=true: .* llava_onevision"),
@@ -128,6 +128,11 @@ def test_what_a_family_cannot_do_is_refused_by_name(
     assert "\n" not in str(said.value)
     of_kind(model, "qwen2_5_vl", vision_config={})
     preflight.check_family(changed(settings, room, **change))
+
+
+def test_qwen3_5_is_taken_in_bfloat16(model: ModelConfig, tmp_path: Path) -> None:
+    of_kind(model, "qwen3_5")
+    preflight.check_family(changed(replace(config(tmp_path), model=model), "model", dtype="bfloat16"))
 
 
 def test_gemma3_is_taken_on_cuda(model: ModelConfig, tmp_path: Path) -> None:
