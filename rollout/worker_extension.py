@@ -28,6 +28,7 @@ from runtime.tracing import Traced
 from runtime.weights import Inbox, shard_sum, total
 
 _PR_SET_PDEATHSIG = 1
+torch.profiler.profile.should_annotate = False  # type: ignore[attr-defined]  # vLLM asks it; it names its steps itself
 
 # A killed actor takes this process with it; vLLM alone would leave the engine running, and holding its memory.
 if sys.platform == "linux":
@@ -79,6 +80,7 @@ class WeightReceiver(Traced):
     vllm_config: VllmConfig
     rank: int
     _relook_inbox: ClassVar[Inbox] = Inbox()
+    _relook_schedule = staticmethod(torch.profiler.schedule(wait=0, warmup=0, active=64, repeat=1))
 
     def hold(self, transport: str, payload: Any, nbytes: int, slots: Sequence[Mapping[str, Any]]) -> None:
         """`Inbox.take`; `slots` are `TensorSlot`s as they leave vLLM's message channel.
@@ -112,6 +114,12 @@ class WeightReceiver(Traced):
                 torch.cuda.synchronize()
         finally:
             self._relook_inbox.clear()
+
+    def trace(self, file: str = "") -> None:
+        """`Traced.trace` of the engine's first worker, for 64 forward passes at most: vLLM steps `profiler` in each."""
+        if self.rank == 0:
+            super().trace(file)
+            self.profiler = self._relook_profiler
 
     def sum_weights(self) -> int:
         """This worker's part of the checksum of all parameters, tied ones once; the workers' parts add up to it."""

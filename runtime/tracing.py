@@ -13,9 +13,8 @@ class Traced:
         """Begin, unless it is on; with a file, end and write what was recorded there, in Chrome's trace format."""
         from torch.profiler import profile  # a reward worker without SAM2 has no torch
 
-        first = not getattr(self, "rank", 0)  # of an engine's workers
-        if not file and self._relook_profiler is None and first:
-            self._relook_profiler = profile()
+        if not file and self._relook_profiler is None:
+            self._relook_profiler = profile(schedule=getattr(self, "_relook_schedule", None))  # None: all of it
             self._relook_profiler.start()
         elif file and self._relook_profiler is not None:  # where it was restarted in between there is none
             self._relook_profiler.stop()

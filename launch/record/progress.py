@@ -29,8 +29,7 @@ class Progress:
     def __init__(self, total_steps: int = 0, *, console: Console | None = None, remind_s: float = 30.0) -> None:
         """0 steps: there are only phases."""
         self._console, self._remind_s, self._left = console or Console(), remind_s, threading.Event()
-        self._total = total_steps
-        self._done = 0
+        self._total, self._done = total_steps, 0
         self._phase: str | None = "checking settings and models"
         self._past: list[Work] = []
         self._phase_start = time.monotonic()
@@ -101,10 +100,10 @@ class Progress:
         return _clock((self._total - self._done) * sum(recent) / len(recent)) if recent else "?"
 
     def _render(self) -> Group:
-        filled = round(_BAR * self._done / (self._total or 1))
-        bar = ("━" * filled, "green"), ("━" * (_BAR - filled), "bright_black")
-        head = Text.assemble((f"step {self._done}/{self._total}  ", "bold"), *bar, (f"  ETA {self._eta()}", "dim"))
-        lines = [head] if self._total else []
+        bar = f"{'━' * round(_BAR * self._done / (self._total or 1)):╌<{_BAR}}"
+        lines = (
+            [Text(f"step {self._done}/{self._total}  {bar}  ETA {self._eta()}", style="bold")] if self._total else []
+        )
         if self._phase is not None:
             lines.append(Text(self._going_on(), style="cyan"))
         if self._steps:

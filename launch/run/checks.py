@@ -32,8 +32,6 @@ _POLICY_FILES = {
 }
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 
-PROFILED = 10
-"""Steps that can be profiled: a trace that is much longer can be kept, but hardly opened."""
 REAL = 100_000_000
 """Parameters of a policy beyond which it is no toy."""
 
@@ -130,8 +128,8 @@ def profiled(config: Config) -> range:
     given = config.run.profile_steps
     found = re.fullmatch(r"([1-9]\d*):(\d+)", given or "")
     steps = range(int(found[1]), int(found[2]) + 1) if found else range(0)
-    if given is not None and not (0 < len(steps) <= PROFILED and steps[-1] <= config.algorithm.steps):
-        cure = f'give the first and the last step, as "3:5", at most {PROFILED} of {config.algorithm.steps=}'
+    if given is not None and not (0 < len(steps) <= 10 and steps[-1] <= config.algorithm.steps):
+        cure = f'give the first and the last step, as "3:5", at most 10 of {config.algorithm.steps=}'
         raise UserError(f"run.profile_steps={given}: {cure}")
     return steps
 

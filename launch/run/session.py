@@ -98,7 +98,7 @@ class Session:
         metrics |= self._learn_to_look(batch)
         self.recorder.step(step, metrics, batch.groups)
         self.progress.step(step, metrics)
-        self._worked()
+        self.recorder.worked(step, [*self.progress.worked(), *self.system.worked()])
         last, every = step == config.algorithm.steps, config.run.checkpoint_every
         self._heed(step, metrics, batch.groups, last)
         if (steps := profiled(config)) and (step == steps[-1] or (self.stop.is_set() and step in steps)):
@@ -115,7 +115,6 @@ class Session:
         self.progress.phase(phase)
         metrics, groups = await evaluate_all(self.system, self.held_out, self.config.run.rollouts_kept)
         if self.config.run.eval_every and self.state.step and self.recorder.is_best(metrics):
-            self.progress.phase("exporting the best policy so far")
             with replacing(self.recorder.run_dir.resolve() / run_directory.BEST) as folder:
                 await self.system.export(folder)
         self.recorder.evaluation(self.state.step, metrics, groups)
@@ -153,11 +152,7 @@ class Session:
             if not self.ended:
                 self.progress.phase("shutting down")
                 await self.system.shutdown()
-                self._worked()
-
-    def _worked(self) -> None:
-        """Add to the timeline what was done until now."""
-        self.recorder.worked(self.state.step, [*self.progress.worked(), *self.system.worked()])
+                self.recorder.worked(self.state.step, [*self.progress.worked(), *self.system.worked()])
 
     def _signalled(self, own: asyncio.Task[Any] | None) -> None:
         """The first signal waits for the step that is under way; a second one, or one between steps, ends the run."""

@@ -162,8 +162,6 @@ def test_the_profiled_steps_are_a_short_range_of_the_runs(
 
 
 class Worker(Traced):
-    rank = 0
-
     def work(self) -> None:
         weight = torch.ones(3, 3, requires_grad=True)
         (torch.ones(2, 3) @ weight).sum().backward()
@@ -188,11 +186,19 @@ def test_a_trace_has_what_was_computed_between_its_two_calls(tmp_path: Path) -> 
     assert "aten::matmul" not in names(tmp_path / "again.json.gz")
 
 
-def test_a_worker_that_is_not_traced_writes_nothing(tmp_path: Path) -> None:
-    """One that was restarted in between, and all but the first of an engine's workers."""
+def test_an_engine_is_traced_for_some_forward_passes_only(tmp_path: Path) -> None:
+    class Stepped(Worker):
+        _relook_schedule = staticmethod(torch.profiler.schedule(wait=0, warmup=0, active=2, repeat=1))
+
+    worker = Stepped()
+    worker.trace()
+    for _ in range(5):  # as vLLM does
+        worker._relook_profiler.step()
+        worker.work()
+    worker.trace(str(tmp_path / "engine.json.gz"))
+    assert names(tmp_path / "engine.json.gz").count("MmBackward0") == 1  # a step's number ends before its pass
+
+
+def test_a_worker_that_was_restarted_in_between_writes_nothing(tmp_path: Path) -> None:
     Worker().trace(str(tmp_path / "restarted.json.gz"))
-    second = Worker()
-    second.rank = 1
-    second.trace()
-    second.trace(str(tmp_path / "second.json.gz"))
     assert list(tmp_path.iterdir()) == []
