@@ -3,9 +3,11 @@ not agree is one line; and by which figures `--deep` tells that a change has com
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,12 @@ import pytest
 from launch import doctor
 from launch.run import examine
 from launch.run.prompts import PromptMaker
+from learner.pool import reported
+from perception import metric_catalog as catalog
 from perception.config import ModelConfig, TaskConfig
+from perception.errors import UserError
+from perception.types import Group, ImageHandle, Prompt, SamplingSpec
+from runtime.objects import handle
 from synthetic.example import example
 from tests import builders, tiny_families
 from tests.builders import group, trajectory, turn
@@ -116,3 +123,71 @@ def test_a_change_must_come_to_both_alike(
     told = group(trajectory(turn("a", (1, 2), logprobs=tuple(before + engine))), about=builders.prompt())
     assert examine._moved("picture", told, before + learner, before, noise=1e-6) is fine
     assert capsys.readouterr().out.startswith("ok    picture: " if fine else "fail  picture: ")
+
+
+class Half:
+    """An engine or a learner in which a token's log-prob is a product of picture and weights."""
+
+    def __init__(self, keeps: bool = False, weights: float = 1.0) -> None:
+        self.keeps, self.weights, self.first = keeps, weights, ""
+
+    def logprobs(self, image: ImageHandle, tokens: tuple[int, ...]) -> tuple[float, ...]:
+        self.first = self.first or image.key
+        picture = int((self.first if self.keeps else image.key)[:4], 16) / 2**16
+        return tuple(-self.weights * (1 + picture) * token for token in tokens)
+
+
+def a_system(engine: Half, learner: Half, sends: bool) -> Any:
+    async def generate(prompt: Prompt, sampling: SamplingSpec) -> Group:
+        logprobs = engine.logprobs(prompt.images[0], (1, 2))
+        return group(trajectory(turn("left", (1, 2), images=prompt.images, logprobs=logprobs)), about=prompt)
+
+    async def logprobs(groups: list[Group]) -> np.ndarray:
+        turns = [turn for group in groups for one in group.trajectories for turn in one.turns]
+        assert [turn.images for turn in turns] == [group.prompt.images for group in groups]
+        return np.concatenate([learner.logprobs(turn.images[0], turn.token_ids) for turn in turns])
+
+    async def parity(groups: list[Group]) -> dict[str, float]:
+        apart = float(np.abs(reported(groups) - await logprobs(groups)).mean())
+        return {catalog.LOGPROB_MISMATCH: apart, catalog.LOGPROB_MISMATCH_MAX: apart, catalog.RATIO: 1.0}
+
+    async def perturb(back: bool = False) -> None:
+        learner.weights *= 1 / 1.1 if back else 1.1
+
+    async def sync(version: int) -> None:
+        engine.weights = learner.weights if sends else engine.weights
+
+    return SimpleNamespace(
+        config=builders.config(),
+        version=0,
+        engines=SimpleNamespace(generate=generate),
+        learner=SimpleNamespace(logprobs=logprobs, parity=parity, perturb=perturb),
+        prompt=lambda asked, step, place: builders.prompt(asked, images=(handle(asked),)),
+        sync_weights=sync,
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "learner", "sends", "told"),
+    [
+        (Half(), Half(), True, ["ok", "ok"]),
+        (Half(keeps=True), Half(), True, ["fail", "ok"]),
+        (Half(), Half(keeps=True), True, ["fail", "ok"]),
+        (Half(), Half(), False, ["ok", "fail"]),
+        (Half(keeps=True), Half(keeps=True), False, ["fail", "fail"]),
+    ],
+)
+def test_a_half_that_keeps_a_picture_or_weights_is_told(
+    engine: Half, learner: Half, sends: bool, told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine = asyncio.run(examine.agree(a_system(engine, learner, sends), example("segment")))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ok", "fail"))]
+    assert [line.split()[1] for line in lines] == ["picture:", "weights:"]
+    assert [line.split()[0] for line in lines] == told and fine is ("fail" not in told)
+    assert learner.weights == pytest.approx(1.0), "the learner is left as it was"
+
+
+def test_two_that_differ_from_the_start_are_the_parity_gates(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"engine and learner disagree: .* Usual causes: other weights in the two"):
+        asyncio.run(examine.agree(a_system(Half(weights=2.0), Half(), sends=True), example("segment")))
+    assert "fail  picture: " in capsys.readouterr().out
