@@ -124,11 +124,12 @@ class WeightReceiver(Traced):
     def sum_weights(self) -> int:
         """This worker's part of the checksum of all parameters, tied ones once; the workers' parts add up to it."""
         model, workers = self.model_runner.get_model(), self.vllm_config.parallel_config.tensor_parallel_size
+        dtype = self.vllm_config.model_config.dtype  # the learner's; the decay of linear attention is kept in float32
         sums = []
         for name, parameter in model.named_parameters():
             layer = model.get_submodule(name.rpartition(".")[0])
             shards = _shards(layer, parameter, self.rank, workers)
-            sums += [shard_sum(name, shard, **place) for shard, place in shards]
+            sums += [shard_sum(name, shard.to(dtype), **place) for shard, place in shards]
         return total(sums)
 
 

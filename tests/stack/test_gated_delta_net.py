@@ -11,12 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from launch.run.parity import LIMITS
 from perception.types import Group, SamplingSpec
+from rollout.pool import RolloutPool
+from runtime.placement import anywhere
 from tests import tiny_families
 from tests.hf_reference import Reference
-from tests.trainer import Trainer
+from tests.stack.test_sync import sender, sync
+from tests.trainer import CONFIG, PLACEMENT
 
 SAMPLED = SamplingSpec(n=4, temperature=1.0, max_new_tokens=48)
 
@@ -31,16 +35,27 @@ def mismatch(group: Group, reference: Reference) -> float:
     return float(np.concatenate(found).mean())
 
 
+def become(reference: Reference, dtype: torch.dtype) -> None:
+    """Its parameters; rotary frequencies stay in float32."""
+    for parameter in reference.model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 @pytest.mark.asyncio
 async def test_log_probs_are_those_of_transformers_before_and_after_an_update(shared_ray: None, tmp_path: Path) -> None:
-    trainer = Trainer(replace(tiny_families.build("qwen3_5", tmp_path), dtype="bfloat16"))
-    await trainer.pool.start()
+    policy = replace(tiny_families.build("qwen3_5", tmp_path), dtype="bfloat16")
+    pool = RolloutPool(policy, CONFIG, PLACEMENT, anywhere(PLACEMENT, "engine", 1))
+    await pool.start()
     try:
-        for seed in range(2):
-            group = await trainer.pool.generate(trainer.reference.prompt(seed), SAMPLED)
-            assert {span.version for t in group.trajectories for span in t.turns[0].versions} == {trainer.version}
-            assert mismatch(group, trainer.reference) < LIMITS["bfloat16"] / 2
-            await trainer.step()
-            assert mismatch(group, trainer.reference) > 0.3, "the weights have changed"
+        reference = Reference(policy)
+        for version in range(2):
+            group = await pool.generate(reference.prompt(version), SAMPLED)
+            assert {span.version for t in group.trajectories for span in t.turns[0].versions} == {version}
+            assert mismatch(group, reference) < LIMITS["bfloat16"] / 2
+            reference.perturb(version)
+            assert mismatch(group, reference) > 0.3, "the weights have changed"
+            become(reference, torch.bfloat16)
+            await sync(sender(reference, "store"), pool, version + 1)  # the engine's checksum is compared
+            become(reference, torch.float32)
     finally:
-        await trainer.pool.shutdown()
+        await pool.shutdown()
