@@ -111,7 +111,7 @@ class RunConfig:
     rollouts_every: Positive = 1
     """Steps between recorded rollouts."""
     profile_steps: str | None = None
-    """First and last of at most 10 steps, as "3:5", in which torch profiles the first engine (64 forward passes at most),
-    reward worker and learner rank: `profile/ROLE.json.gz`, for ui.perfetto.dev. These steps take longer."""
+    """First and last of at most 10 steps, as "3:5", in which torch profiles the first engine (64 forward passes at
+    most), reward worker and learner rank: `profile/ROLE.json.gz`, for ui.perfetto.dev. These steps take longer."""
     trackers: tuple[str, ...] = ("wandb",)
     """Where the run can be watched: wandb, tensorboard, or one that a plugin registers (`launch.record.trackers`)."""

@@ -118,6 +118,7 @@ def test_a_profiled_step_leaves_a_trace_of_each_role(stopped: Path) -> None:
         trace = json.loads(gzip.decompress((stopped / f"profile/{role}.json.gz").read_bytes()))
         computed[role] = {one["name"] for one in trace["traceEvents"] if one["ph"] == "X"}
     assert "aten::linear" in computed["engine"] and "aten::conv2d" in computed["reward"]
+    assert 1 < len([name for name in computed["engine"] if name.startswith("ProfilerStep#")]) <= 64
     assert {"aten::mm", "MmBackward0"} <= computed["learner"] and "MmBackward0" not in computed["engine"]
 
 
