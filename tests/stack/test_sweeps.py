@@ -130,7 +130,7 @@ def test_a_sweep_trains_what_it_can(tmp_path: Path) -> None:
     swept = ["learner.lr=1e-4,-1,0", "learner.ranks=1", "look=none", "run.rollouts_kept=1", f"run.output={tmp_path}"]
     done = subprocess.run(
         [sys.executable, "-m", "launch.train", "--multirun", *small.split(), *swept],
-        capture_output=True, text=True, timeout=240, check=False, cwd=ROOT,
+        capture_output=True, text=True, timeout=290, check=False, cwd=ROOT,
         env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
     )  # fmt: skip
     folder = tmp_path / "quickstart-sweep"
