@@ -5,6 +5,7 @@ DS_ACCELERATOR, which each rank sets, and logs when it is imported.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -194,14 +195,17 @@ def _prepare() -> Any:
 
 def _engine(module: nn.Module, config: LearnerConfig, dtype: str, optimizer: torch.optim.Optimizer | None) -> Any:
     settings = _settings(config, dtype)
+    # As large as ever what is reduced at once, but no larger than all of it: it is allocated, and where runs are
+    # deterministic filled, for every micro-batch.
+    zero, own = settings["zero_optimization"], (p for p in module.parameters() if p.requires_grad)
+    zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], sum(math.prod(full_shape(p)) for p in own) or 1)
     engine, *_ = _prepare().initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 
 
 def _settings(config: LearnerConfig, dtype: str) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
-    if zero["overlap_comm"]:
-        zero["reduce_bucket_size"] = 250_000_000  # there are two then: together they take what DeepSpeed's one would
+    zero["reduce_bucket_size"] = 250_000_000 if zero["overlap_comm"] else 500_000_000  # there are two, or one
     if config.offload_optimizer:
         zero["stage"] = max(2, config.zero_stage)  # DeepSpeed's stage 1 would hold the gradients twice
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -34,7 +34,8 @@ if "gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-ONE_ENGINE = ("stack/test_engine.py", "stack/test_rollout_pool.py")
+TOGETHER = ("test_engine.py", "test_rollout_pool.py"), ("test_learner.py", "test_learner_options.py")
+"""Files in tests/stack that share an engine or learner ranks."""
 
 # How long an example takes is the machine's affair.
 settings.register_profile("relook", deadline=None, max_examples=60)
@@ -43,13 +44,13 @@ settings.load_profile("relook")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A process takes whole files, and one of them both that share the engine of tests/stack/conftest.py."""
+    """A process takes whole files, and those of `TOGETHER` one after the other."""
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "one engine" if file.endswith(ONE_ENGINE) else file
+            return next((group[0] for group in TOGETHER if Path(file).name in group), file)
 
     return Files(config, log)
 

@@ -47,5 +47,9 @@ class KeptRanks:
         pool._make, pool.shutdown = make, leave  # type: ignore[method-assign]
 
     def end(self) -> None:
-        for actor in self._actors.values():
-            ray.kill(actor)
+        while self._actors:
+            ray.kill(self._actors.popitem()[1])
+
+
+KEPT = KeptRanks()
+"""For all tests of a process; with its Ray they end."""

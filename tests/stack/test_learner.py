@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from runtime.weights import view
 from tests import tiny_policy
 from tests.builders import config, group, lost, prompt, sampled_group, turn
 from tests.fake_gpu import opened, play_ipc
-from tests.kept_ranks import KeptRanks
+from tests.kept_ranks import KEPT
 
 STEPS = 5
 CONFIG = LearnerConfig(
@@ -46,9 +45,7 @@ CONFIG = LearnerConfig(
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, clip_low=0.3, clip_high=5.0, kl_coef=0.2)
 PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
 
-KEPT = KeptRanks()
-
-pytestmark = pytest.mark.usefixtures("kept")
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +63,9 @@ class Outcome:
     """The same as engines on the ranks' own GPUs get it."""
     stage: int
     fresh: dict[str, Tensor]
-    """The same from new processes; ZeRO-2 only, to save time."""
+    """The same from a new learner; ZeRO-2 only, to save time. `test_train` has one in new processes."""
     failed: tuple[LearnerReport, list[Group], dict[str, float]]
     """A step of groups that all failed; the KL and the parity of such a group beside one that counts."""
-
-
-@pytest.fixture(scope="module")
-def kept(shared_ray: None) -> Iterator[None]:
-    yield
-    KEPT.end()
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +125,7 @@ async def receive_by_ipc(pool: LearnerPool) -> tuple[bool, int, list[dict[str, T
 
 async def resume(spec: PolicySpec, stage: int, groups: list[Group], checkpoint: Path) -> dict[str, Tensor]:
     pool = make_pool(spec, stage)
+    KEPT.lend(pool.actors)
     await pool.start()
     await pool.load(str(checkpoint))
     await pool.update(groups)

@@ -30,7 +30,7 @@ from runtime.placement import anywhere
 from runtime.weights import view
 from tests import tiny_policy
 from tests.builders import config, failure, sampled_group
-from tests.kept_ranks import KeptRanks
+from tests.kept_ranks import KEPT
 
 ALGORITHM = AlgorithmConfig(steps=10, prompts_per_step=3, group_size=3, importance="none", clip_high=5.0)
 PLACEMENT = PlacementConfig(name="test", device="cpu", learner_cpus=0.5, threads=1)
@@ -41,7 +41,6 @@ CONFIG = config(
 )
 
 pytestmark = pytest.mark.usefixtures("kept")
-KEPT = KeptRanks()
 
 
 @pytest.fixture(scope="module")
