@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -69,7 +69,7 @@ class Side:
         self._process.join(_END_S)
 
 
-def take_turns(running: Mapping[str, Side], steps: int) -> dict[str, list[dict[str, float]]]:
+def take_turns(running: dict[str, Side], steps: int) -> dict[str, list[dict[str, float]]]:
     """Figures of every step of each side. The one that begins alternates; in the end all are stopped."""
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in running}
     try:

@@ -1,9 +1,13 @@
 """The arithmetic of `benchmarks.step`: what a step's figures become, and when two sides are compared."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from benchmarks import step
 from launch.run.config import compose
+from perception.config import Config
 
 
 def taken(seconds: float, generate: float, tokens: float, cpu_s: float = 1.0) -> dict[str, float]:
@@ -35,15 +39,29 @@ def test_answers_of_other_lengths_are_not_the_same_work(tokens: float) -> None:
         step.compared(ours, rival)
 
 
+@pytest.fixture(scope="module")
+def quickstart() -> Config:
+    return compose(["recipe=quickstart"])
+
+
+@pytest.mark.parametrize("rows", [8, 128, 256])
+def test_a_run_that_trl_can_do_is_taken(quickstart: Config, rows: int) -> None:
+    step.check(quickstart, rows)
+
+
 @pytest.mark.parametrize(
-    ("rows", "override", "message"),
+    ("rows", "part", "change", "message"),
     [
-        (96, "algorithm.group_size=8", "must divide a step's 256 answers"),
-        (128, "look=relook", "second looks"),
-        (128, "pipeline.max_staleness=1", "rollouts ahead"),
+        (96, "algorithm", {"group_size": 8}, "must divide a step's 256 answers"),
+        (32, "algorithm", {"prompts_per_step": 4, "group_size": 3}, "must divide a step's 12 answers"),
+        (128, "look", {"mode": "relook"}, "second looks"),
+        (128, "reward", {"rank": "ecdf"}, "ranks against earlier steps"),
+        (128, "pipeline", {"max_staleness": 1}, "rollouts ahead"),
     ],
 )
-def test_a_run_that_trl_cannot_do_is_refused(rows: int, override: str, message: str) -> None:
+def test_a_run_that_trl_cannot_do_is_refused(
+    quickstart: Config, rows: int, part: str, change: dict[str, Any], message: str
+) -> None:
+    changed = replace(quickstart, **{part: replace(getattr(quickstart, part), **change)})
     with pytest.raises(SystemExit, match=message):
-        step.check(compose(["recipe=quickstart", override]), rows)
-    step.check(compose(["recipe=quickstart"]), 128)
+        step.check(changed, rows)
