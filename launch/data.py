@@ -27,9 +27,6 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from launch.report.drawing import corner_and_size, data_uri, outline
-from launch.report.gallery import printable
-from launch.report.page import render
 from launch.run.command_line import told
 from launch.run.config import compose
 from perception import images, masks
@@ -39,6 +36,9 @@ from perception.errors import ActorError, DataError
 from perception.files import write_text
 from perception.registry import find_plugins
 from perception.types import ImageSource, Sample
+from report.drawing import corner_and_size, data_uri, outline
+from report.gallery import printable
+from report.page import render
 
 SHOWN = 10
 """Problems that are written out."""

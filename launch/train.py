@@ -13,7 +13,6 @@ from launch.record.progress import Progress
 from launch.record.recorder import Recorder
 from launch.record.run_directory import check_inputs
 from launch.record.summary import show
-from launch.report import write_report
 from launch.run.checks import check_files, check_machine, toy_settings
 from launch.run.config import changes, entry
 from launch.run.models import located
@@ -22,6 +21,7 @@ from launch.run.state import RunState
 from launch.run.system import System
 from perception.config import Config
 from perception.errors import StoppedError, UserError
+from report import write_report
 from runtime import cluster
 from synthetic.prepare import prepare
 

@@ -28,10 +28,10 @@ from omegaconf import DictConfig
 
 from hydra_plugins.relook_launcher.names import combination_name
 from launch.record import run_directory
-from launch.report.sweep import Combination, read_sweep, save_sweep
 from launch.run.command_line import told
 from perception.config import PlacementConfig
 from perception.errors import UserError
+from report.sweep import Combination, read_sweep, save_sweep
 from runtime import cluster
 
 PROGRAM = (sys.executable, "-m", "launch.train")

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.relook_launcher import side_by_side
 from launch.record import run_directory
-from launch.report.sweep import read_sweep
 from perception.errors import UserError
+from report.sweep import read_sweep
 from runtime.cluster import ROOT
 from tests.unit.test_sweeps import GIOU
 

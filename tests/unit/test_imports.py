@@ -20,6 +20,7 @@ ROOMS = (
     "launch",
     "learner",
     "perception",
+    "report",
     "reward_workers",
     "rollout",
     "runtime",
@@ -34,8 +35,9 @@ MAY_IMPORT = {
     "rollout": {"rollout", "runtime", "perception"},
     "reward_workers": {"reward_workers", "runtime", "perception"},
     "learner": {"learner", "runtime", "perception"},
+    "report": {"report", "launch", "perception"},
     "launch": set(ROOMS) - {"benchmarks", "hydra_plugins"},
-    "hydra_plugins": {"hydra_plugins", "launch", "runtime", "perception"},
+    "hydra_plugins": {"hydra_plugins", "launch", "report", "runtime", "perception"},
     "synthetic": set(ROOMS) - {"benchmarks", "hydra_plugins"},
     "benchmarks": set(ROOMS),
 }

@@ -19,7 +19,6 @@ import torch
 
 from launch.record import rollouts, run_directory
 from launch.record.recorder import Recorder
-from launch.report import write_report
 from launch.run import session
 from launch.run.batch import Batch, check_failures
 from launch.run.calibrate import calibrate
@@ -35,6 +34,7 @@ from perception.calibration import Calibrator
 from perception.config import LearnerConfig, LookConfig, RewardConfig
 from perception.errors import DataError, UserError
 from perception.types import FailureKind, Group, ImageHandle, ImageSource, LearnerReport, LookState
+from report import write_report
 from reward_workers.combine import make_store, rewarded
 from reward_workers.worker import RewardWorker
 from runtime.objects import fetch

@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from launch.record import rollouts, run_directory
 from launch.record.recorder import Recorder
 from launch.record.summary import changes
-from launch.report import write_report
-from launch.report.charts import BOTTOM, HEIGHT, LEFT, MAX_POINTS, RIGHT, TOP, WIDTH, Spec, chart
-from launch.report.drawing import MAX_SIDE
-from launch.report.gallery import Picture, breakdown, pictures, printable
 from perception import images
 from perception import metric_catalog as catalog
 from perception.errors import UserError
 from perception.metric_catalog import GREEDY, HeldOut
 from perception.types import FailureKind, Group, Score, Trajectory
+from report import write_report
+from report.charts import BOTTOM, HEIGHT, LEFT, MAX_POINTS, RIGHT, TOP, WIDTH, Spec, chart
+from report.drawing import MAX_SIDE
+from report.gallery import Picture, breakdown, pictures, printable
 from tests import builders
 from tests.fake_run import HOSTILE, LOOK, config, scene_group, write_run
 
@@ -339,7 +339,7 @@ def test_any_finite_curve_stays_inside_its_frame(values: list[float | None], sta
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.report.__main__ import main
+    from launch.report import main
 
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hydra_plugins.relook_launcher.names import combination_name
 from launch.record import run_directory
 from launch.record.summary import half_interval
-from launch.report import write_report
-from launch.report.sweep import Combination, read_runs, read_sweep, save_sweep, write_comparison
 from perception import metric_catalog as catalog
 from perception.errors import UserError
+from report import write_report
+from report.sweep import Combination, read_runs, read_sweep, save_sweep, write_comparison
 
 GIOU, HALF = "segment/mask_iou/greedy", "segment/mask_iou/interval"
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from launch.record import rollouts
 from launch.record.recorder import Recorder
-from launch.report import write_report
 from launch.run.prompts import PromptMaker
 from perception.config import DataConfig, LookConfig, ModelConfig, RewardConfig, TaskConfig
 from perception.datasets import load
@@ -25,6 +24,7 @@ from perception.grammar import clean, clean_json
 from perception.grammar import load as load_json
 from perception.tasks import TASKS
 from perception.types import ImageSource
+from report import write_report
 from reward_workers.worker import RewardWorker
 from tests import builders, tiny_policy
 from tests.builders import group, image, lost, noise, png, trajectory

@@ -20,10 +20,10 @@ from launch.record import progress as progress_module
 from launch.record import run_directory
 from launch.record.progress import Progress
 from launch.record.recorder import Recorder
-from launch.report import STRETCHES_SHOWN, write_report
 from launch.run.checks import check_settings, profiled
 from perception.errors import UserError
 from perception.types import Work
+from report import STRETCHES_SHOWN, write_report
 from runtime import actors
 from runtime.actors import ActorPool, Call, Limit
 from runtime.placement import Seat

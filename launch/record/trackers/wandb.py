@@ -18,9 +18,9 @@ import numpy as np
 
 from launch.record import rollouts, run_directory
 from launch.record.trackers import EVALUATED, TRACKERS, Tracked, Tracker
-from launch.report.drawing import mask_of
 from perception import images
 from perception.config import Config, WandbConfig
+from report.drawing import mask_of
 
 _SERVICE_WAIT_S = 120.0  # for W&B's own process to start; nobody waits for it but the thread
 _CLASSES = {1: "truth", 2: "answer", 3: "second look"}

@@ -15,13 +15,13 @@ from typing import Any
 
 from launch.record import run_directory
 from launch.record.summary import half_interval
-from launch.report import charts
-from launch.report.charts import Chart, chart
-from launch.report.curves import Record, spread
-from launch.report.page import render
 from launch.run.command_line import leaves
 from perception import metric_catalog as catalog
 from perception.files import write_text
+from report import charts
+from report.charts import Chart, chart
+from report.curves import Record, spread
+from report.page import render
 
 SEED = "run.seed"
 COMPARED = (catalog.REWARD_MEAN, catalog.GIOU, catalog.ENTROPY, catalog.RESPONSE_TOKENS, catalog.GRAD_NORM)

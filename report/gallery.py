@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.report.drawing import corner_and_size, data_uri, decoded, mask_of, outline
 from perception import views
 from perception.config import weights
+from report.drawing import corner_and_size, data_uri, decoded, mask_of, outline
 
 MAX_TEXT = 4000
 

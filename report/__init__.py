@@ -14,16 +14,16 @@ from typing import Any
 
 from launch.record import rollouts, run_directory
 from launch.record.summary import changes
-from launch.report import charts
-from launch.report.curves import Record, curves
-from launch.report.gallery import Picture, Row, pictures
-from launch.report.page import render
-from launch.report.sweep import read_sweep, write_comparison
 from launch.run.command_line import leaves
 from perception import metric_catalog as catalog
 from perception.errors import UserError
 from perception.files import write_text
 from perception.types import FailureKind
+from report import charts
+from report.curves import Record, curves
+from report.gallery import Picture, Row, pictures
+from report.page import render
+from report.sweep import read_sweep, write_comparison
 
 Draw = Callable[[Sequence[Row]], list[Picture]]
 

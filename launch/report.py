@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from launch.report import write_report
-from launch.report.sweep import read_runs, write_comparison
 from launch.run.command_line import told
+from report import write_report
+from report.sweep import read_runs, write_comparison
 
 
 def main() -> None:

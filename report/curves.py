@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from launch.report.charts import Chart, Spec, chart
 from perception import metric_catalog as catalog
+from report.charts import Chart, Spec, chart
 
 Record = Mapping[str, Any]
 """Metrics of one step or evaluation by name, and its `step`."""
