@@ -1,6 +1,5 @@
 """Makes a W&B workspace of a project's runs: what the report draws, in its order, then every other metric.
 
-pip install wandb-workspaces==0.4.13
 python docs/wandb_workspace.py ENTITY PROJECT
 """
 

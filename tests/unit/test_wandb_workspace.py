@@ -57,7 +57,6 @@ def test_charts_are_the_reports() -> None:
 
 
 def test_wandbs_own_definition_holds_all_of_it() -> None:
-    pytest.importorskip("wandb_workspaces", reason="pip install wandb-workspaces")
     made = workspace("team", "relook")._to_model().model_dump(by_alias=True)
     shown = made["spec"]["section"]["panelBankConfig"]["sections"]
     assert [one["name"] for one in shown] == ["held-out", "answers", *list(sections())[1:]]
