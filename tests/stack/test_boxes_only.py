@@ -68,7 +68,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_task_is_evaluated_by_its_own_metrics(run: Path) -> None:
     before, after = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
     measures = {"count": ("count_exact", "count_ratio"), "ground": ("box_accuracy", "box_iou")}
-    names = {f"{task}/{one}/{way}" for task in measures for one in measures[task] for way in ("greedy", "sampled")}
+    ways = ("greedy", "interval", "sampled")
+    names = {f"{task}/{one}/{way}" for task in measures for one in measures[task] for way in ways}
     names |= {f"{task}/{one}/sampled" for task in measures for one in ("parsed", "samples")}
     for evaluation in (before, after):
         assert evaluation.keys() == {"step"} | names

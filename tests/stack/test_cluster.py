@@ -128,7 +128,7 @@ def test_a_worker_on_cuda_has_its_share_of_the_cores_as_threads(joined: None) ->
     reservation = placement.reserve(settings(dataclasses.replace(HALF, device="cuda"), ranks=1))
     threads = [seat.threads for seats in reservation.seats.values() for seat in seats]
     assert threads == [1, 1, 1]  # nodes of one core
-    seat = dataclasses.replace(reservation.seats["learner"][0], threads=3)
+    seat = reservation.seats["learner"][0]._replace(threads=3)
     environment = ray.remote(lambda: dict(os.environ)).options(**seat.options()).remote()
     seen = ray.get(environment, timeout=60)
     assert seen["OMP_NUM_THREADS"] == "3"
