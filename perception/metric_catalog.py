@@ -156,6 +156,7 @@ LOOK_GAIN = "look_gain"
 """Mask IoU of what was kept less that of the first pass, over all sampled answers."""
 HELD_OUT_LABELS = {
     "mask_iou": "gIoU",
+    "s_measure": "S-measure",
     "box_accuracy": "Acc@0.5",
     "box_iou": "box IoU",
     "count_exact": "exact count",
