@@ -40,6 +40,17 @@ def section(text: str, tag: str) -> str | None:
     return text[start + len(tag) + 2 : end].strip() if end >= 0 else None
 
 
+def braces(text: str) -> str | None:
+    """The first `{...}` that is not empty and holds no `}`, or None. Equal to the published `{[^}]+}`, which rescans
+    the text once per brace that is never closed."""
+    start = text.find("{")
+    while start >= 0 and (end := text.find("}", start)) >= 0:
+        if end > start + 1:
+            return text[start : end + 1]
+        start = text.find("{", end)
+    return None
+
+
 def load(body: str) -> Any:
     """Any JSON value, its texts clean. Raises ValueError for what is none, too deeply nested or beyond `LONGEST`."""
     if len(body) > LONGEST:

@@ -229,6 +229,7 @@ class Answer:
 
     objects: tuple[AnswerObject, ...]
     failure: Failure | None = None  # UNPARSED when no answer could be read; `objects` is then empty
+    text: str = ""  # what was read from the image, where that is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
