@@ -4,6 +4,8 @@ bounded, and nothing is raised that a docstring does not name."""
 import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 MAX_OBJECTS = 4096
@@ -14,6 +16,7 @@ objects. The published limit of 3,000 tokens is below a fiftieth of it."""
 _HALF = re.compile("[\ud800-\udfff]")
 _ESCAPE = re.compile(r"(\\u(?i:d[89ab][\da-f]{2})\\u(?i:d[c-f][\da-f]{2})|\\[^u])|\\u(?i:d[89a-f][\da-f]{2})")
 """A whole surrogate pair or any other escape (group 1), or half a pair."""
+_TRAILING_COMMA = re.compile(r",(?=\s*\])")
 _LARGEST = 1e6  # a coordinate beyond this is no place in any image
 
 
@@ -49,6 +52,15 @@ def braces(text: str) -> str | None:
             return text[start : end + 1]
         start = text.find("{", end)
     return None
+
+
+def lists(text: str, tag: str) -> Iterator[list[Any]]:
+    """Lists of whole numbers that are not negative, as they stand in `<tag>[...]</tag>`; what is none is passed over. A
+    comma before a closing bracket is allowed."""
+    for found in re.finditer(rf"<{tag}>([\d\s,\[\]]*)</{tag}>", text, re.ASCII):
+        with suppress(ValueError):
+            if isinstance(value := load(_TRAILING_COMMA.sub("", found[1])), list):
+                yield value
 
 
 def load(body: str) -> Any:

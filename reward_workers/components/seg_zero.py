@@ -13,19 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from perception import matching
 from perception.frames import view_arrays_to_image
 from perception.grammar import braces, load, numbers
-from perception.matching import (
-    IOU_HIT,
-    L1_HIT,
-    Objects,
-    objects_in,
-    objects_of_target,
-    pairwise_distance,
-    pairwise_iou,
-    pairwise_l1,
-    points_inside,
-)
 from reward_workers.components import Case, component
 
 _POINTS_HIT = 100.0  # pixels
@@ -42,24 +32,24 @@ def seg_zero_format(case: Case, *, strict: bool = True) -> float:
 @component(needs={"boxes"})
 def seg_zero_iou(case: Case, *, strict: bool = True) -> float:
     """1 iff the IoU of the boxes, both edge pixels counted, exceeds 0.5 and they do more than touch."""
-    box, true = _said(case, strict).boxes, objects_of_target(case.target, case.image).boxes[:1]
+    box, true = _said(case, strict).boxes, matching.objects_of_target(case.target, case.image).boxes[:1]
     overlap = np.minimum(box[:, 2:], true[:, 2:]) > np.maximum(box[:, :2], true[:, :2])
-    return float(overlap.all() and (pairwise_iou(box, true, pixel=1.0) > IOU_HIT).any())
+    return float(overlap.all() and (matching.pairwise_iou(box, true, pixel=1.0) > matching.IOU_HIT).any())
 
 
 @component(needs={"boxes"})
 def seg_zero_box(case: Case, *, strict: bool = True) -> float:
     """1 iff the coordinates of the boxes differ by less than 10 px on average."""
-    true = objects_of_target(case.target, case.image).boxes[:1]
-    return float((pairwise_l1(_said(case, strict).boxes, true) < L1_HIT).any())
+    true = matching.objects_of_target(case.target, case.image).boxes[:1]
+    return float((matching.pairwise_l1(_said(case, strict).boxes, true) < matching.L1_HIT).any())
 
 
 @component(needs={"points"})
 def seg_zero_points(case: Case, *, strict: bool = True) -> float:
     """1 iff both points, fractions cut off, lie in the answered box and less than 100 px from the truth on average."""
-    said, true = _said(case, strict), objects_of_target(case.target, case.image).points[:1]
-    near = pairwise_distance(said.points, true).mean(axis=0) < _POINTS_HIT
-    return float(points_inside(said.points, said.boxes).all() and near.any())
+    said, true = _said(case, strict), matching.objects_of_target(case.target, case.image).points[:1]
+    near = matching.pairwise_distance(said.points, true).mean(axis=0) < _POINTS_HIT
+    return float(matching.points_inside(said.points, said.boxes).all() and near.any())
 
 
 def _named(case: Case, strict: bool, word: str) -> tuple[Any, list[Any]]:
@@ -80,10 +70,10 @@ def _written(case: Case) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _said(case: Case, strict: bool) -> Objects:
+def _said(case: Case, strict: bool) -> matching.Objects:
     """A box (1, 4) and two points (2, 2) in the metric frame; NaN where they were not given."""
     box, points = _named(case, strict, "points")
     both = [numbers(point[:2], 2) if isinstance(point, list) else None for point in points]
     pair = np.trunc(np.array([point or [np.nan] * 2 for point in (*both, None, None)[:2]]))
     boxes, pair = view_arrays_to_image(np.array([numbers(box, 4) or [np.nan] * 4]), pair, case.view)
-    return objects_in(case.image, boxes, pair)
+    return matching.objects_in(case.image, boxes, pair)
