@@ -2,9 +2,9 @@
 
     <think>...</think> <bbox>[x1,y1,x2,y2]</bbox>, <points>[[x,y],[x,y]]</points>, <labels>[1,0]</labels>
 
-Source: `grpo.py` and, without thinking and `boxes`, `grpo_prerl.py`. The masks count only with as many labels
-as points, and with a box. Where we differ: masks are compared at the original size (there at 768 x 768), and a list that
-Python cannot read is passed over (there it spoils the whole answer).
+Source: `grpo.py` and, without thinking and `boxes`, `grpo_prerl.py`. Masks count only with as many labels as points,
+and with a box. Where we differ: masks are compared at the original size (there at 768 x 768), and a list that Python
+cannot read is passed over (there it spoils the whole answer).
 """
 
 from perception.grammar import lists, numbers, section

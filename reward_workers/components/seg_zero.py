@@ -15,8 +15,9 @@ import numpy as np
 
 from perception import matching
 from perception.frames import view_arrays_to_image
-from perception.grammar import braces, load, numbers
+from perception.grammar import braces, numbers
 from reward_workers.components import Case, component
+from reward_workers.components.format import json_or_none
 
 _POINTS_HIT = 100.0  # pixels
 
@@ -63,10 +64,7 @@ def _named(case: Case, strict: bool, word: str) -> tuple[Any, list[Any]]:
 
 
 def _written(case: Case) -> dict[str, Any]:
-    try:
-        data = load(braces(case.text) or "")
-    except ValueError:
-        return {}
+    data = json_or_none(braces(case.text))
     return data if isinstance(data, dict) else {}
 
 
