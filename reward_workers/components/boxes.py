@@ -6,6 +6,7 @@ A completion without an answer is worth 0.
 import numpy as np
 
 from perception import metrics
+from perception.matching import pairwise_iou
 from reward_workers.components import Case, component
 
 
@@ -28,6 +29,13 @@ def box_iou(case: Case) -> float:
         return 0.0
     answered = np.array([one.box for one in case.answer.objects if one.box]).reshape(-1, 4)
     return metrics.box_iou(answered, case.target.boxes)
+
+
+@component(needs={"boxes"})
+def first_box_iou(case: Case, *, power: float = 1.0) -> float:
+    """IoU of the first answered and the first true box, to a `power`: 2 is Perception-R1's and LENS's reward."""
+    boxes = np.array([one.box for one in case.answer.objects[:1] if one.box]).reshape(-1, 4)
+    return float(pairwise_iou(boxes, case.target.boxes[:1]).sum() ** power)
 
 
 @component(needs={"boxes"})

@@ -82,8 +82,12 @@ def non_repeat_plain(case: Case) -> float:
 
 def json_answer(text: str) -> Any:
     """JSON inside the answer; None when there is none."""
+    return json_or_none(section(text, "answer"))
+
+
+def json_or_none(body: str | None) -> Any:
     try:
-        return load(section(text, "answer") or "")
+        return load(body or "")
     except ValueError:
         return None
 
