@@ -161,6 +161,8 @@ HELD_OUT_LABELS = {
     "box_iou": "box IoU",
     "count_exact": "exact count",
     "count_ratio": "count ratio",
+    "detection_f1": "F1 of boxes and labels",
+    "perception_r1_ocr": "likeness of texts",
     LOOK_RATE: "looked at again",
     LOOK_GAIN: "mask IoU gained by looking again",
 }

@@ -35,7 +35,7 @@ class Foreground(ObjectList):
         read = [at for value in points or () if (at := read_point(value))]
         whole = len(read) == len(points or ()) == len(labels or ())
         pairs = [(at, label) for at, label in zip(read, labels or (), strict=True) if label in (0, 1)] if whole else []
-        found = islice(lists(text, "bbox"), MOST) if self.boxed else ()
+        found = islice(lists(text, "bbox"), MOST if self.boxed else 0)
         boxes: list[Box | None] = [box for value in found if (box := read_box(value))]
         objects = [_object(box, pairs[:MOST]) for box in boxes or [None] if box or pairs]
         if not objects and not points == labels == []:

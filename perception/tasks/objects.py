@@ -48,11 +48,17 @@ class ObjectList:
             return unparsed(f"the answer cannot be read as JSON: {error}")
         if not isinstance(items, list):
             return unparsed(f"the answer is a JSON {type(items).__name__}, not a list")
-        read = (_read(item) for item in items[:MAX_OBJECTS])
-        objects = tuple(one for one in read if one and self._is_whole(one))
+        read = (self.item(item) for item in items[:MAX_OBJECTS] if isinstance(item, dict))
+        objects = tuple(one for one in read if self._is_whole(one))
         if items and not objects:
             return unparsed(f"no item of the answer has a readable {' or '.join(map(' and '.join, self.needs))}")
         return Answer(objects=objects)
+
+    def item(self, item: dict[str, Any]) -> AnswerObject:
+        """What can be read of an item of the list."""
+        box, point, label = (item.get(name) for name in ("bbox_2d", "point_2d", "label"))
+        label = label[:_LABEL_LENGTH] if isinstance(label, str) else None
+        return AnswerObject(box=read_box(box), point=read_point(point), label=label)
 
     def _is_whole(self, one: AnswerObject) -> bool:
         return any(all(getattr(one, part) is not None for part in parts) for parts in self.needs)
@@ -108,14 +114,3 @@ def _prompt(one: AnswerObject) -> MaskPrompt:
     points = (*((one.point,) if one.point else ()), *one.further)
     labels = (1,) * len(points) + (0,) * len(one.background) if one.background else None
     return MaskPrompt(box=one.box, points=points + one.background, labels=labels)
-
-
-def _read(item: Any) -> AnswerObject | None:
-    if not isinstance(item, dict):
-        return None
-    label = item.get("label")
-    return AnswerObject(
-        box=read_box(item.get("bbox_2d")),
-        point=read_point(item.get("point_2d")),
-        label=label[:_LABEL_LENGTH] if isinstance(label, str) else None,
-    )

@@ -9,35 +9,31 @@ the first braces anywhere, also in the thinking, the first key that contains "bb
 """
 
 import json
+from typing import Any
 
 from perception.frames import Frame
-from perception.grammar import braces, load, section
+from perception.grammar import braces, section
 from perception.tasks import task
 from perception.tasks.dr_seg import Normalised
-from perception.tasks.objects import ObjectList, in_pixels, read_box, read_point, thought, unparsed
-from perception.types import Answer, AnswerObject, Target
+from perception.tasks.objects import ObjectList, in_pixels, read_box, read_point, thought
+from perception.types import AnswerObject, Target
 
 
 @task("seg_zero")
 class SegZero(Normalised, ObjectList):
+    needs = (("box",),)
     metrics = ("mask_iou",)
 
-    def parse(self, text: str) -> Answer:
-        """One object. UNPARSED where there are no braces, no JSON in them, or no readable box."""
-        try:
-            given = load(braces(text) or section(text, "answer") or "")
-        except ValueError as error:
-            return unparsed(f"no braces that can be read as JSON: {error}")
-        if given == []:
-            return Answer(objects=())
-        lower = [(key.lower(), value) for key, value in given.items()] if isinstance(given, dict) else []
-        box = read_box(next((value for key, value in lower if "bbox" in key), None))
-        if box is None:
-            return unparsed("no readable bbox in the first braces")
-        written = [value for key, value in lower if "points" in key][:2]
-        points = [point for value in written if (point := read_point(value))]
-        one = AnswerObject(box=box, point=points[0] if points else None, further=tuple(points[1:]))
-        return Answer(objects=(one,))
+    def body(self, text: str) -> str | None:
+        """The first braces as a list of one; where there are none, the answer block."""
+        found = braces(text)
+        return f"[{found}]" if found else section(text, "answer")
+
+    def item(self, item: dict[str, Any]) -> AnswerObject:
+        lower = [(key.lower(), value) for key, value in item.items()]
+        box = next((value for key, value in lower if "bbox" in key), None)
+        points = [point for key, value in lower if "points" in key and (point := read_point(value))][:2]
+        return AnswerObject(box=read_box(box), point=points[0] if points else None, further=tuple(points[1:]))
 
     def write(self, target: Target, frame: Frame, inline: bool = False) -> str:
         """Of the first object; its second point is the first one again, as no truth has two."""
