@@ -47,8 +47,7 @@ class Foreground(ObjectList):
         boxes, points = in_pixels(target, frame)
         tags = [f"<bbox>{_text(box)}</bbox>" for box in boxes or [[]]] if self.boxed else []
         tags += [f"<points>{_text(points)}</points>", f"<labels>{_text([1] * len(points))}</labels>"]
-        think = f"{thought(points, frame, inline)} " if self.boxed or inline else ""
-        return think + ", ".join(tags)
+        return (f"{thought(points, frame, inline)} " if self.boxed or inline else "") + ", ".join(tags)
 
 
 @task("foreground_points")
