@@ -48,9 +48,10 @@ def box_accuracy(case: Case, *, threshold: float = 0.5) -> float:
 def detection_f1(case: Case, *, threshold: float = 0.5) -> float:
     """F1 of the answered objects; right is one whose label and, above the threshold, box are those of its true object.
     1 where nothing is there and nothing was answered."""
-    pairs, named = case.matched, [one.label for one in case.answer.objects]
-    same = [named[row] == case.target.labels[column] for row, column in zip(pairs.rows, pairs.columns, strict=True)]
-    right, total = np.sum((pairs.iou > threshold) & np.array(same, bool)), pairs.answered + pairs.true
+    pairs = case.matched
+    named = np.array([one.label for one in case.answer.objects], object)[pairs.rows]
+    true = np.array(case.target.labels or [None] * pairs.true, object)[pairs.columns]
+    right, total = np.sum((pairs.iou > threshold) & (named == true)), pairs.answered + pairs.true
     return float(2 * right / total if total else case.answered)
 
 
