@@ -30,9 +30,8 @@ class SegZero(Normalised, ObjectList):
         return f"[{found}]" if found else section(text, "answer")
 
     def item(self, item: dict[str, Any]) -> AnswerObject:
-        lower = [(key.lower(), value) for key, value in item.items()]
-        box = next((value for key, value in lower if "bbox" in key), None)
-        points = [point for key, value in lower if "points" in key and (point := read_point(value))][:2]
+        box = next((value for key, value in item.items() if "bbox" in key.lower()), None)
+        points = [at for key, value in item.items() if "points" in key.lower() and (at := read_point(value))][:2]
         return AnswerObject(box=read_box(box), point=points[0] if points else None, further=tuple(points[1:]))
 
     def write(self, target: Target, frame: Frame, inline: bool = False) -> str:

@@ -106,7 +106,7 @@ def test_an_answer_is_scored_recorded_and_reported(tmp_path: Path, hostile: str,
 
 def test_mutated_completions_can_be_recorded(tmp_path: Path) -> None:
     """Halves among many other things no one would write, as labels above all."""
-    texts = [one.replace('"point_2d"', f'"label": "{one[:9]}\\udc00", "point_2d"') for one in completions(300, seed=11)]
+    texts = [one.replace('"point_2d"', f'"label": "{one[:9]}\\udc00", "point_2d"') for one in completions(600, seed=11)]
     answers = [TASKS["segment"].parse(clean(one)) for one in texts]
     scores = [builders.score(builders.candidate(answer=one)) for one in answers]
     made = (trajectory(clean(text), score=score) for text, score in zip(texts, scores, strict=True))
