@@ -55,17 +55,12 @@ def seg_zero_points(case: Case, *, strict: bool = True) -> float:
 
 def _named(case: Case, strict: bool, word: str) -> tuple[Any, list[Any]]:
     """What was written as box, and as points: up to two. `word`: what a point's name contains, unless `strict`."""
-    data = case.once(_written)
+    data: dict[str, Any] = json_or_none(braces(case.text)) or {}
     if strict:
         return data.get("bbox"), [data[name] for name in ("points_1", "points_2") if name in data]
     box = next((name for name in data if "bbox" in name.lower()), None)
     points = [value for name, value in data.items() if word in name.lower() and name != box]
     return data[box] if box else None, points[:2]
-
-
-def _written(case: Case) -> dict[str, Any]:
-    data = json_or_none(braces(case.text))
-    return data if isinstance(data, dict) else {}
 
 
 def _said(case: Case, strict: bool) -> matching.Objects:

@@ -155,7 +155,7 @@ DETECTIONS = [  # answered, corrected, as released; each without and with the pe
     (detected(SAID[2]), (0.25, 0), (0.25, 0.25)),  # no pair
     (detected(), (0, 0), (0, 0)),
     (detected(5), (0, 0), (0, 0)),
-    (detected(*SAID, true=truth()), (0.25, 0.25), (0.25, 0.25)),
+    (detected(*SAID, true=truth()), (0.25, 0), (0.25, 0.25)),
     (detected(true=truth()), (3, 3), (0, 0)),  # a right refusal
     (detected(5, true=truth()), (0, 0), (0, 0)),
     (detected(*TRUE, {"bbox_2d": [9, 9, 1, 1], "label": "cat"}), (0.25 * 2 / 3 + 2.75,) * 2, (0, 0)),  # inverted
