@@ -65,9 +65,8 @@ def box_soft_f1(case: Case) -> float:
     the same label, if the truth has labels (Rex-Omni's `box_iou`). Of neither any, the empty list alone is 1."""
     if not (case.answer.objects and len(case.target.boxes)):
         return float(case.answered and not case.answer.objects and not case.target.count)
-    answered = objects_of_answer(case.answer, case.image).boxes
-    iou = pairwise_iou(answered, objects_of_target(case.target, case.image).boxes)
-    iou *= same_labels(case.answer.objects, case.target)
+    both = objects_of_answer(case.answer, case.image).boxes, objects_of_target(case.target, case.image).boxes
+    iou = pairwise_iou(*both) * same_labels(case.answer.objects, case.target)
     precision, recall = iou.max(axis=1).mean(), iou.max(axis=0).mean()
     return float(2 * precision * recall / (precision + recall)) if precision else 0.0
 
@@ -80,7 +79,6 @@ def detect_or_abstain(case: Case) -> float:
 
 
 def same_labels(answered: Sequence[AnswerObject], target: Target) -> np.ndarray:
-    """(M, N) bool; where the truth has no labels all are the same."""
+    """(M, N) bool of at least one object answered; where the truth has no labels all are the same."""
     true = target.labels or [None] * len(target.boxes)
-    same = [[label in (None, one.label) for label in true] for one in answered]
-    return np.array(same, bool).reshape(len(answered), len(true))
+    return np.array([[label in (None, one.label) for label in true] for one in answered], bool)

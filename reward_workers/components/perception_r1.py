@@ -48,10 +48,10 @@ def perception_r1_counting(case: Case, *, released: bool = False) -> float:
     if not case.target.count and not released:
         return float(case.answered and not case.answer.objects)
     boxes = np.array([one.box for one in case.answer.objects if one.box]).reshape(-1, 4)
-    true = convert_points(case.target.points, case.image, _THOUSAND)
-    if not (perception_r1_format(case) and len(boxes) and len(true)):
+    both = ((boxes[:, :2] + boxes[:, 2:]) / 2, case.target.points)
+    said, true = (convert_points(points, case.image, _THOUSAND) for points in both)
+    if not (perception_r1_format(case) and len(said) and len(true)):
         return 0.0
-    said = convert_points((boxes[:, :2] + boxes[:, 2:]) / 2, case.image, _THOUSAND)
     apart = matching.pairwise_distance(said, true)
     near = 1 - apart[linear_sum_assignment(apart)].mean() / np.hypot(1000, 1000)
     return float(metrics.count_ratio(len(said), len(true)) * (near if released else max(0.0, near)))
@@ -59,12 +59,7 @@ def perception_r1_counting(case: Case, *, released: bool = False) -> float:
 
 @component(needs={"boxes", "labels"})
 def perception_r1_detection(
-    case: Case,
-    *,
-    categories: Sequence[str] = (),
-    penalty: bool = False,
-    by_size: bool = False,
-    released: bool = False,
+    case: Case, *, categories: Sequence[str] = (), penalty: bool = False, by_size: bool = False, released: bool = False
 ) -> float:
     """0..3: 0.25 share of good items + 0.75 F1 + share of equal labels + mean IoU of the pairs whose IoU exceeds 0.5.
 

@@ -19,15 +19,12 @@ from perception.grammar import braces, numbers
 from reward_workers.components import Case, component
 from reward_workers.components.format import json_or_none
 
-_POINTS_HIT = 100.0  # pixels
-
 
 @component()
 def seg_zero_format(case: Case, *, strict: bool = True) -> float:
     """1 iff there are a box of 4 and two points of 2 values, of whatever kind."""
     box, points = _named(case, strict, "point")
-    kind = list if strict else list | str
-    return float([isinstance(one, kind) and len(one) for one in (box, *points)] == [4, 2, 2])
+    return float([isinstance(one, list if strict else list | str) and len(one) for one in (box, *points)] == [4, 2, 2])
 
 
 @component(needs={"boxes"})
@@ -49,7 +46,7 @@ def seg_zero_box(case: Case, *, strict: bool = True) -> float:
 def seg_zero_points(case: Case, *, strict: bool = True) -> float:
     """1 iff both points, fractions cut off, lie in the answered box and less than 100 px from the truth on average."""
     said, true = _said(case, strict), matching.objects_of_target(case.target, case.image).points[:1]
-    near = matching.pairwise_distance(said.points, true).mean(axis=0) < _POINTS_HIT
+    near = matching.pairwise_distance(said.points, true).mean(axis=0) < 100.0
     return float(matching.points_inside(said.points, said.boxes).all() and near.any())
 
 
