@@ -46,21 +46,17 @@ def section(text: str, tag: str) -> str | None:
 def braces(text: str) -> str | None:
     """The first `{...}` that is not empty and holds no `}`, or None. Equal to the published `{[^}]+}`, which rescans
     the text once per brace that is never closed."""
-    start = text.find("{")
-    while start >= 0 and (end := text.find("}", start)) >= 0:
-        if end > start + 1:
-            return text[start : end + 1]
-        start = text.find("{", end)
-    return None
+    found = re.search(r"\{[^}]", text)
+    end = text.find("}", found.end()) if found else -1
+    return text[found.start() : end + 1] if found and end >= 0 else None
 
 
 def lists(text: str, tag: str) -> Iterator[list[Any]]:
     """Lists of whole numbers that are not negative, as they stand in `<tag>[...]</tag>`; what is none is passed over. A
     comma before a closing bracket is allowed."""
-    for found in re.finditer(rf"<{tag}>([\d\s,\[\]]*)</{tag}>", text, re.ASCII):
+    for found in re.finditer(rf"<{tag}>\s*(\[[\d\s,\[\]]*)</{tag}>", text, re.ASCII):
         with suppress(ValueError):
-            if isinstance(value := load(_TRAILING_COMMA.sub("", found[1])), list):
-                yield value
+            yield load(_TRAILING_COMMA.sub("", found[1]))
 
 
 def load(body: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import yaml
 
 from launch.run.config import CONF
@@ -9,6 +11,7 @@ from perception.config import weights
 from reward_workers.components import Case, Component, terms
 
 
+@cache
 def preset(name: str) -> dict[str, tuple[float, Component]]:
     """Weight and component of each plain term, by name."""
     chosen = yaml.safe_load((CONF / "reward" / f"{name}.yaml").read_text())["components"]

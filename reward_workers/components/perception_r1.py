@@ -17,6 +17,7 @@ from perception import matching, metrics
 from perception.frames import Frame, convert_points
 from perception.grammar import section
 from reward_workers.components import Case, component
+from reward_workers.components.boxes import same_labels
 from reward_workers.components.format import json_or_none
 
 _FORM = re.compile(r"<\|object_ref_start\|>[^<]*<\|object_ref_end\|>(?:<\|box_start\|>[^<]*<\|box_end\|>)+")
@@ -47,10 +48,10 @@ def perception_r1_counting(case: Case, *, released: bool = False) -> float:
     if not case.target.count and not released:
         return float(case.answered and not case.answer.objects)
     boxes = np.array([one.box for one in case.answer.objects if one.box]).reshape(-1, 4)
-    true = convert_points(case.target.points, case.image, _THOUSAND)
-    if not (perception_r1_format(case) and len(boxes) and len(true)):
+    both = ((boxes[:, :2] + boxes[:, 2:]) / 2, case.target.points)
+    said, true = (convert_points(points, case.image, _THOUSAND) for points in both)
+    if not (perception_r1_format(case) and len(said) and len(true)):
         return 0.0
-    said = convert_points((boxes[:, :2] + boxes[:, 2:]) / 2, case.image, _THOUSAND)
     apart = matching.pairwise_distance(said, true)
     near = 1 - apart[linear_sum_assignment(apart)].mean() / np.hypot(1000, 1000)
     return float(metrics.count_ratio(len(said), len(true)) * (near if released else max(0.0, near)))
@@ -58,12 +59,7 @@ def perception_r1_counting(case: Case, *, released: bool = False) -> float:
 
 @component(needs={"boxes", "labels"})
 def perception_r1_detection(
-    case: Case,
-    *,
-    categories: Sequence[str] = (),
-    penalty: bool = False,
-    by_size: bool = False,
-    released: bool = False,
+    case: Case, *, categories: Sequence[str] = (), penalty: bool = False, by_size: bool = False, released: bool = False
 ) -> float:
     """0..3: 0.25 share of good items + 0.75 F1 + share of equal labels + mean IoU of the pairs whose IoU exceeds 0.5.
 
@@ -86,10 +82,7 @@ def perception_r1_detection(
     if not good:
         return 3.0 * (case.answered and not (case.answer.objects or truth.count or released))
     value = 0.25 * min(1.0, len(good) / len(items or good))
-    if not len(true):
-        return value
-    boxes, labels = np.array([one.box for one in good]), np.array([one.label for one in good], object)
-    same = labels[:, None] == np.array(truth.labels or [None] * len(true), object)
+    boxes, same = np.array([one.box for one in good]), same_labels(good, truth)
     iou, unit = matching.pairwise_iou(boxes, true), 1.0 if released else [case.image.width, case.image.height] * 2
     l1 = 4 * matching.pairwise_l1(boxes / unit @ _MIDDLE_AND_SIDES, true / unit @ _MIDDLE_AND_SIDES)
     pairs = linear_sum_assignment(5 * l1 - 2 * matching.pairwise_giou(boxes, true) - same * (not released))
@@ -99,7 +92,7 @@ def perception_r1_detection(
         weights = (3 - (areas >= 32**2) - (areas >= 96**2)) / iou[pairs].sum() if by_size else np.ones(count)
         value += 1.5 * count / (len(good) + len(true)) + same[pairs].mean() + (weights * iou[pairs]).mean()
     if penalty and (count or not released):
-        value -= 0.5 * (2 - count / len(good) - count / len(true))
+        value -= 0.5 * (2 - count / len(good) - count / max(1, len(true)))
     return float(np.clip(value, 0, 3))
 
 

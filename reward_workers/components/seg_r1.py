@@ -7,9 +7,10 @@ and with a box. Where we differ: masks are compared at the original size (there 
 cannot read is passed over (there it spoils the whole answer).
 """
 
+from perception import metrics
 from perception.grammar import lists, numbers, section
 from reward_workers.components import Case, component
-from reward_workers.components.masks import mask_iou, s_measure
+from reward_workers.components.masks import mask_iou, of_masks
 
 
 @component()
@@ -31,12 +32,8 @@ def seg_r1_structure(case: Case, *, boxes: bool = True, emptied_truth: bool = Fa
     `emptied_truth`: as released. A second threshold (`gt > 128` of 0 and 1) empties the true mask, and what is rewarded
     is 1 - the share of the image that was answered: any speck scores better than the object.
     """
-    if not (case.answered and _prompts(case.text, boxes)):
-        return 0.0
-    if not emptied_truth:
-        return s_measure(case)
-    assert case.masks is not None, "a component that needs masks is measured where they are compared"
-    return 1.0 - float(case.masks()[0].mean())
+    metric = (lambda answered, _: 1 - float(answered.mean())) if emptied_truth else metrics.s_measure
+    return of_masks(case, metric) if _prompts(case.text, boxes) else 0.0
 
 
 def _prompts(text: str, boxes: bool) -> bool:

@@ -19,15 +19,12 @@ from perception.grammar import braces, numbers
 from reward_workers.components import Case, component
 from reward_workers.components.format import json_or_none
 
-_POINTS_HIT = 100.0  # pixels
-
 
 @component()
 def seg_zero_format(case: Case, *, strict: bool = True) -> float:
     """1 iff there are a box of 4 and two points of 2 values, of whatever kind."""
     box, points = _named(case, strict, "point")
-    kind = list if strict else list | str
-    return float([isinstance(one, kind) and len(one) for one in (box, *points)] == [4, 2, 2])
+    return float([isinstance(one, list if strict else list | str) and len(one) for one in (box, *points)] == [4, 2, 2])
 
 
 @component(needs={"boxes"})
@@ -49,23 +46,18 @@ def seg_zero_box(case: Case, *, strict: bool = True) -> float:
 def seg_zero_points(case: Case, *, strict: bool = True) -> float:
     """1 iff both points, fractions cut off, lie in the answered box and less than 100 px from the truth on average."""
     said, true = _said(case, strict), matching.objects_of_target(case.target, case.image).points[:1]
-    near = matching.pairwise_distance(said.points, true).mean(axis=0) < _POINTS_HIT
+    near = matching.pairwise_distance(said.points, true).mean(axis=0) < 100.0
     return float(matching.points_inside(said.points, said.boxes).all() and near.any())
 
 
 def _named(case: Case, strict: bool, word: str) -> tuple[Any, list[Any]]:
     """What was written as box, and as points: up to two. `word`: what a point's name contains, unless `strict`."""
-    data = case.once(_written)
+    data: dict[str, Any] = json_or_none(braces(case.text)) or {}
     if strict:
         return data.get("bbox"), [data[name] for name in ("points_1", "points_2") if name in data]
     box = next((name for name in data if "bbox" in name.lower()), None)
     points = [value for name, value in data.items() if word in name.lower() and name != box]
     return data[box] if box else None, points[:2]
-
-
-def _written(case: Case) -> dict[str, Any]:
-    data = json_or_none(braces(case.text))
-    return data if isinstance(data, dict) else {}
 
 
 def _said(case: Case, strict: bool) -> matching.Objects:

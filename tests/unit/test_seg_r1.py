@@ -96,7 +96,7 @@ def test_an_answer_that_the_task_cannot_read_has_no_mask() -> None:
 
 
 def test_hostile_texts_are_measured() -> None:
-    for text in completions(300, seed=6):
+    for text in completions(100, seed=6):
         for tag, key in (("bbox", '"bbox_2d": '), ("points", '"point_2d": ')):
             text = text.replace(key, f"<{tag}>").replace("],", f"]</{tag}>,")
         one = case(text=text)

@@ -6,10 +6,14 @@ counted it has 201 x 201 pixels.
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from perception.grammar import braces
 from reward_workers.components import Case
 from tests import builders
 from tests.builders import target
@@ -107,6 +111,13 @@ def test_nothing_is_right_where_nothing_is_there(preset: str) -> None:
 def test_hostile_texts_are_measured() -> None:
     warnings.simplefilter("error", RuntimeWarning)
     terms = preset_terms("seg_zero_soft")
-    for text in completions(300, seed=5):
+    for text in completions(100, seed=5):
         text = text.replace("[{", "{").replace("bbox_2d", "bbox").replace('"point_2d"', '"points_1":[1,1], "points_2"')
         assert {term(builders.case(text, TRUTH, 840)) for _, term in terms.values()} <= {0.0, 1.0}
+
+
+@settings(max_examples=100)
+@given(st.text("{}a\n", max_size=8))
+def test_braces_are_found_as_the_published_pattern_finds_them(text: str) -> None:
+    found = re.search("{[^}]+}", text)
+    assert braces(text) == (found and found[0])
