@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from perception.types import Answer, AnswerObject, View
+from perception.types import Answer, AnswerObject, Point, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,14 @@ def _mapped(answer: Answer, scale: np.ndarray, shift: np.ndarray) -> Answer:
     """Every x and y times `scale` plus `shift`, each (2,)."""
     (x, y), (right, down) = scale.tolist(), shift.tolist()
 
+    def moved(point: Point) -> Point:
+        return point[0] * x + right, point[1] * y + down
+
     def mapped(item: AnswerObject) -> AnswerObject:
-        box, point = item.box, item.point
-        if box:
-            box = (box[0] * x + right, box[1] * y + down, box[2] * x + right, box[3] * y + down)
-        if point:
-            point = (point[0] * x + right, point[1] * y + down)
-        return replace(item, box=box, point=point)
+        box = (*moved(item.box[:2]), *moved(item.box[2:])) if item.box else None
+        further, background = (tuple(map(moved, points)) for points in (item.further, item.background))
+        point = moved(item.point) if item.point else None
+        return replace(item, box=box, point=point, further=further, background=background)
 
     return replace(answer, objects=tuple(map(mapped, answer.objects)))
 

@@ -4,6 +4,8 @@ bounded, and nothing is raised that a docstring does not name."""
 import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 MAX_OBJECTS = 4096
@@ -14,6 +16,7 @@ objects. The published limit of 3,000 tokens is below a fiftieth of it."""
 _HALF = re.compile("[\ud800-\udfff]")
 _ESCAPE = re.compile(r"(\\u(?i:d[89ab][\da-f]{2})\\u(?i:d[c-f][\da-f]{2})|\\[^u])|\\u(?i:d[89a-f][\da-f]{2})")
 """A whole surrogate pair or any other escape (group 1), or half a pair."""
+_TRAILING_COMMA = re.compile(r",(?=\s*\])")
 _LARGEST = 1e6  # a coordinate beyond this is no place in any image
 
 
@@ -38,6 +41,22 @@ def section(text: str, tag: str) -> str | None:
     start = text.find(f"<{tag}>")
     end = text.find(f"</{tag}>", start + len(tag) + 2) if start >= 0 else -1
     return text[start + len(tag) + 2 : end].strip() if end >= 0 else None
+
+
+def braces(text: str) -> str | None:
+    """The first `{...}` that is not empty and holds no `}`, or None. Equal to the published `{[^}]+}`, which rescans
+    the text once per brace that is never closed."""
+    found = re.search(r"\{[^}]", text)
+    end = text.find("}", found.end()) if found else -1
+    return text[found.start() : end + 1] if found and end >= 0 else None
+
+
+def lists(text: str, tag: str) -> Iterator[list[Any]]:
+    """Lists of whole numbers that are not negative, as they stand in `<tag>[...]</tag>`; what is none is passed over. A
+    comma before a closing bracket is allowed."""
+    for found in re.finditer(rf"<{tag}>\s*(\[[\d\s,\[\]]*)</{tag}>", text, re.ASCII):
+        with suppress(ValueError):
+            yield load(_TRAILING_COMMA.sub("", found[1]))
 
 
 def load(body: str) -> Any:

@@ -104,6 +104,14 @@ def pairwise_iou(a: np.ndarray, b: np.ndarray, pixel: float = 0.0) -> np.ndarray
         return np.divide(both, either, out=np.zeros_like(both), where=either > 0)
 
 
+def pairwise_giou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(M, 4), (N, 4) -> (M, N) IoU less the share of the hull that neither covers, -1..1 (Rezatofighi, CVPR 2019)."""
+    iou = pairwise_iou(a, b)
+    hull = (np.maximum(a[:, None, 2:], b[None, :, 2:]) - np.minimum(a[:, None, :2], b[None, :, :2])).prod(-1)
+    union = (_areas(a, 0.0)[:, None] + _areas(b, 0.0)[None]) / (1 + iou)
+    return iou - 1 + np.divide(union, hull, out=np.ones_like(iou), where=hull > 0)
+
+
 def _areas(boxes: np.ndarray, pixel: float) -> np.ndarray:
     sides = boxes[:, 2:] - boxes[:, :2] + pixel
     return np.asarray(sides[:, 0] * sides[:, 1])

@@ -156,10 +156,13 @@ LOOK_GAIN = "look_gain"
 """Mask IoU of what was kept less that of the first pass, over all sampled answers."""
 HELD_OUT_LABELS = {
     "mask_iou": "gIoU",
+    "s_measure": "S-measure",
     "box_accuracy": "Acc@0.5",
     "box_iou": "box IoU",
     "count_exact": "exact count",
     "count_ratio": "count ratio",
+    "detection_f1": "F1 of boxes and labels",
+    "perception_r1_ocr": "likeness of texts",
     LOOK_RATE: "looked at again",
     LOOK_GAIN: "mask IoU gained by looking again",
 }

@@ -58,6 +58,17 @@ def box_iou(answered: np.ndarray, true: np.ndarray) -> float:
     return _ratio(float(cells[covered.all(0)].sum()), float(cells[covered.any(0)].sum()))
 
 
+def edit_distance(a: str, b: str) -> int:
+    """Fewest insertions, deletions and replacements that make one text the other (Levenshtein), in linear memory."""
+    short, long = sorted((a, b), key=len)
+    letters, steps = np.array([*map(ord, long)], np.int64), np.arange(len(long) + 1)
+    row = steps
+    for letter in map(ord, short):
+        row = np.concatenate([row[:1] + 1, np.minimum(row[1:] + 1, row[:-1] + (letters != letter))])
+        row = np.minimum.accumulate(row - steps) + steps  # insertions from the left
+    return int(row[-1])
+
+
 def boundary_iou(answered: np.ndarray, true: np.ndarray, ratio: float = 0.02) -> float:
     """IoU of the inner boundaries of two (H, W) bool masks (Cheng et al., CVPR 2021).
 

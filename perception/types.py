@@ -212,6 +212,8 @@ class AnswerObject:
     box: Box | None = None
     point: Point | None = None
     label: str | None = None
+    further: tuple[Point, ...] = ()  # points of it beside `point`: prompts for the segmenter alone
+    background: tuple[Point, ...] = ()  # points beside the object: what it is not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +231,7 @@ class Answer:
 
     objects: tuple[AnswerObject, ...]
     failure: Failure | None = None  # UNPARSED when no answer could be read; `objects` is then empty
+    text: str = ""  # what was read from the image, where that is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

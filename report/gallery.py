@@ -22,6 +22,7 @@ Picture = SimpleNamespace
     question       printable
     image          data: URI; None where the bytes do not decode
     truth_boxes    (x, y, width, height) each, original pixels
+    truth_text     printable; empty where nothing is to be read
     truth_masks    SVG paths
     attempts       one per row, best reward first
 """
@@ -30,6 +31,8 @@ Attempt = SimpleNamespace
 
     text, failure_detail    printable
     boxes                   (x, y, width, height) each, original pixels
+    labels                  of the boxes, printable
+    points, background      [x, y] each, on the objects and beside them
     mask                    SVG path, empty where nothing was segmented
     iou                     of the masks, or of the boxes where no masks were compared; None: not measured
     parts                   of a row: how its reward came about
@@ -92,6 +95,7 @@ def _picture(rows: list[Row], reward: Mapping[str, Any], pixels: int) -> Picture
     return Picture(
         **{name: head[name] for name in ("step", "sample_id", "task", "height", "width")},
         question=printable(head["question"]),
+        truth_text=printable("".join(head["truth_texts"])),
         image=data_uri(image) if image is not None else None,
         truth_boxes=corner_and_size(head["truth_boxes"]),
         truth_masks=[outline(mask_of(counts, head["height"], head["width"])) for counts in head["truth_masks"]],
@@ -129,5 +133,6 @@ def _drawn(row: Row, one: Row) -> dict[str, Any]:
     return {
         "text": printable(one["text"]),
         "boxes": corner_and_size(one["boxes"]),
+        "labels": [printable(label) for label in one["labels"]],
         "mask": outline(mask_of(one["mask"], row["height"], row["width"])) if one["mask"] else "",
     }

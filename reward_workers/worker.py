@@ -125,7 +125,8 @@ class RewardWorker(Traced):
         """The passes' masks, and whether the image's embedding was already there. Where answers are examined (`look`),
         their masks are kept until they are wanted for the `last` time."""
         segmenter, handle = self._segmenter(), prompt.images[0]
-        embedding, cached = segmenter.embed(handle.key, lambda: self._images.get(handle))
+        channels = [2, 1, 0] if self._config.swapped_channels else slice(None)
+        embedding, cached = segmenter.embed(handle.key, lambda: self._images.get(handle)[..., channels])
         prompts, owners = mask_prompts(passes, prompt.task, embedding.height, embedding.width)
         decode = partial(segmenter.segment, embedding, multimask=self._config.multimask)
         if look is None or self._masks is None or not passes:

@@ -17,6 +17,11 @@ COMPLETIONS = (
     "<think>There is no such object in the image.</think><answer>[]</answer>",
     '<think></think>\n\n<answer>\n[\n  {"point_2d": [1, 2]},\n  {"point_2d": [300, 4]}\n]\n</answer>',
     '<think>左边的红色方块。它更大！</think><answer>[{"bbox_2d": [0, 0, 1000, 1000], "point_2d": [500, 500]}]</answer>',
+    '<think>The dog.</think><answer>{"bbox": [10, 20, 110, 130], "points_1": [60, 70], "points_2": [50, 90]}</answer>',
+    "<think>A toad.</think> <bbox>[10,20,110,130]</bbox>, <points>[[60,70],[1,2],[50,90]]</points>, "
+    "<labels>[1,0,1]</labels>",
+    "<|object_ref_start|>dogs<|object_ref_end|><|box_start|>(10,20),(110,130)<|box_end|><|box_start|>(1,2),(3,4)<|box_end|>",
+    '```json\n[{"bbox_2d": [10, 20, 110, 130], "label": "dog"}, {"bbox_2d": [1, 2, 3, 4], "label": "cat"}]\n```',
     "<think> [your reasoning text] <look> [your visual focus] </look> [more reasoning text] </think><answer>"
     '[{"bbox_2d": [10,100,200,210], "point_2d": [30,110]}, {"bbox_2d": [225,296,706,786], "point_2d": [302,410]}]'
     "</answer>",
@@ -112,10 +117,11 @@ WEIGHTS = (20, 10, 10, 10, 15, 40, 10, 2, 0.3)
 
 
 def run(count: int, seed: int) -> dict[str, float]:
-    """Read so many completions for every task and measure them by every component; counts what was met."""
+    """Read so many completions for every task and measure the first that finds objects by every component; counts."""
     characters, answered = 0, 0
     for index, text in enumerate(completions(count, seed)):
-        reads = [TASKS[task].parse(text) for task in ("segment", "ground", "count")]
-        measure(text, reads[0], TRUTHS[index % len(TRUTHS)])
-        characters, answered = characters + len(text), answered + (reads[0].failure is None)
+        reads = [TASKS[task].parse(text) for task in ("segment", *TASKS)]
+        read = next((one for one in reads if one.objects), reads[0])
+        measure(text, read, TRUTHS[index % len(TRUTHS)])
+        characters, answered = characters + len(text), answered + (read.failure is None)
     return {"mean_characters": round(characters / count), "share_answered": round(answered / count, 3)}

@@ -25,7 +25,8 @@ _PASS = {
     pa.string(): ("text", "mask"),
     pa.float64(): ("confidence", "mask_iou"),  # mask_iou null: masks were not compared
     pa.list_(pa.int32()): ("view",),  # left, top, right, bottom of what was shown enlarged; null: the whole image
-    _COORDINATES: ("boxes", "points"),
+    _COORDINATES: ("boxes", "points", "background"),  # points on the objects, and beside them
+    pa.list_(pa.string()): ("labels",),  # of the boxes; empty where none was given
     pa.bool_(): ("kept",),
 }
 _TRAJECTORY = {
@@ -33,8 +34,8 @@ _TRAJECTORY = {
     pa.string(): ("sample_id", "task", "question", "text", "failure", "failure_detail", "image", "picture", "mask"),
     pa.float64(): ("reward", "advantage", "confidence"),
     pa.map_(pa.string(), pa.float64()): ("metrics",),
-    pa.list_(pa.string()): ("turns", "labels", "truth_masks"),
-    _COORDINATES: ("boxes", "points", "truth_boxes", "truth_points"),
+    pa.list_(pa.string()): ("turns", "labels", "truth_masks", "truth_texts"),
+    _COORDINATES: ("boxes", "points", "background", "truth_boxes", "truth_points"),
     pa.list_(pa.int32()): ("policy_versions",),
 }
 
@@ -44,7 +45,7 @@ def _columns(by_type: Mapping[pa.DataType, Sequence[str]]) -> list[tuple[str, pa
 
 
 SCHEMA = pa.schema([*_columns(_TRAJECTORY), ("passes", pa.list_(pa.struct(_columns(_PASS))))])
-_UNANSWERED: dict[str, Any] = {"text": "", "boxes": [], "points": []}
+_UNANSWERED: dict[str, Any] = {"text": "", "boxes": [], "points": [], "background": [], "labels": []}
 _PICTURES = "pictures"
 _SIDE = 1024  # pixels; a report shows less
 
@@ -85,7 +86,8 @@ def _group_columns(step: int, sample: Sample, folder: Path) -> dict[str, Any]:
     shown = {"image": clean(str(sample.image)), "picture": _store_picture(sample, folder)}
     size, target = {"height": sample.height, "width": sample.width}, sample.target
     truth = {"truth_boxes": target.boxes.tolist(), "truth_points": target.points.tolist()}
-    return asked | shown | size | truth | {"truth_masks": [_text(mask) for mask in target.masks]}
+    texts = {"truth_masks": [_text(mask) for mask in target.masks], "truth_texts": [target.text] if target.text else []}
+    return asked | shown | size | truth | texts
 
 
 def _trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
@@ -97,10 +99,9 @@ def _trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
     kept = passes[score.kept if score else 0] if passes else _UNANSWERED
     versions = sorted({span.version for turn in trajectory.turns for span in turn.versions})
     turns = {"turns": [turn.text for turn in trajectory.turns], "passes": passes, "policy_versions": versions}
-    labels = [one.label for one in score.best.answer.objects if one.label] if score else []
     measured = {"metrics": dict(score.metrics) if score else {}, "confidence": score.best.confidence if score else 0.0}
     return {
-        **(kept | turns | measured | {"index": trajectory.index, "labels": labels}),
+        **(kept | turns | measured | {"index": trajectory.index}),
         "response_tokens": trajectory.sampled_tokens,
         "reward": trajectory.reward,
         "advantage": trajectory.advantage if trajectory.reward is not None else None,
@@ -113,10 +114,12 @@ def _pass(turn: Turn, candidate: Candidate | None) -> dict[str, Any]:
     """What was answered in a pass, and what came of it where that could be measured."""
     view, objects = turn.view, candidate.answer.objects if candidate else ()
     measured = {name: getattr(candidate, name, None) for name in ("confidence", "mask_iou")}
-    boxes, points = [list(one.box) for one in objects if one.box], [list(one.point) for one in objects if one.point]
+    boxes, labels = [list(one.box) for one in objects if one.box], [one.label or "" for one in objects if one.box]
+    points = [list(point) for one in objects for point in (one.point, *one.further) if point]
+    places = {"boxes": boxes, "points": points, "background": [list(off) for one in objects for off in one.background]}
     shown = [view.left, view.top, view.right, view.bottom] if view else None
     mask = _text(candidate.mask) if candidate else None
-    return {"text": turn.text, "view": shown, "boxes": boxes, "points": points, "mask": mask, **measured}
+    return {"text": turn.text, "view": shown, "labels": labels, "mask": mask, **places, **measured}
 
 
 def _text(mask: Rle | None) -> str | None:

@@ -90,6 +90,8 @@ class RewardConfig:
     """Reward of a failed trajectory; null lets its components stand (the published systems' rule)."""
     multimask: bool = False
     """SAM2 proposes three masks and the most confident one is kept."""
+    swapped_channels: bool = False
+    """SAM2 sees blue as red and red as blue: a bug of Seg-R1's released code."""
     workers: Positive = 1
     image_cache: Positive = 64
     """Reward workers, each with its own SAM2, and the image embeddings each of them keeps."""

@@ -8,5 +8,5 @@ from perception.tasks.objects import ObjectList
 
 @task("ground")
 class Ground(ObjectList):
-    fields: ClassVar = ("box",)
+    needs: ClassVar = (("box",),)
     metrics = ("box_accuracy", "box_iou")

@@ -47,9 +47,8 @@ def answer_format(case: Case) -> float:
     total = 0.0
     try:
         for item in data:
-            box_ok = "bbox_2d" in item and _is_list(item["bbox_2d"], 4)
-            point_ok = "point_2d" in item and _is_list(item["point_2d"], 2)
-            total += (float(box_ok) + float(point_ok)) / len(data)
+            fits = [name in item and _is_list(item[name], size) for name, size in (("bbox_2d", 4), ("point_2d", 2))]
+            total += sum(fits) / len(data)
     except TypeError:
         return total
     return total
@@ -82,8 +81,12 @@ def non_repeat_plain(case: Case) -> float:
 
 def json_answer(text: str) -> Any:
     """JSON inside the answer; None when there is none."""
+    return json_or_none(section(text, "answer"))
+
+
+def json_or_none(body: str | None) -> Any:
     try:
-        return load(section(text, "answer") or "")
+        return load(body or "")
     except ValueError:
         return None
 

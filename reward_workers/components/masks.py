@@ -14,9 +14,9 @@ from reward_workers.components import Case, component
 
 
 @component(needs={"masks"})
-def mask_iou(case: Case) -> float:
-    """Intersection over union. Its mean over held-out samples is gIoU."""
-    return case.mask_iou if case.answered else 0.0
+def mask_iou(case: Case, *, power: float = 1.0) -> float:
+    """Intersection over union, to a `power` (LENS: 2). Its mean over held-out samples is gIoU."""
+    return case.mask_iou**power if case.answered else 0.0
 
 
 @component(needs={"masks"})
@@ -28,16 +28,17 @@ def mask_dice(case: Case) -> float:
 @component(needs={"masks"})
 def boundary_iou(case: Case, *, ratio: float = 0.02) -> float:
     """IoU of the outlines, `ratio` image diagonals wide (Cheng et al., CVPR 2021)."""
-    return _of_masks(case, partial(metrics.boundary_iou, ratio=ratio))
+    return of_masks(case, partial(metrics.boundary_iou, ratio=ratio))
 
 
 @component(needs={"masks"})
 def s_measure(case: Case, *, alpha: float = 0.5) -> float:
     """Likeness of structure (Fan et al., ICCV 2017), as Seg-R1 rewards it."""
-    return _of_masks(case, partial(metrics.s_measure, alpha=alpha))
+    return of_masks(case, partial(metrics.s_measure, alpha=alpha))
 
 
-def _of_masks(case: Case, metric: Callable[[np.ndarray, np.ndarray], float]) -> float:
+def of_masks(case: Case, metric: Callable[[np.ndarray, np.ndarray], float]) -> float:
+    """The metric of the answered and of the true mask, and the module's rule where there is no answer or no pixel."""
     if not case.answered:
         return 0.0
     assert case.masks is not None, "a component that needs masks is measured where they are compared"

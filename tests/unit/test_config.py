@@ -220,7 +220,7 @@ def test_the_published_recipe_has_the_published_values() -> None:
         ("learnr.lr=1", "unknown key 'learnr.lr'; did you mean 'learner.lr'?"),
         ("resume=last", "unknown key 'resume'; did you mean 'run.resume'?"),
         ("data.world_sde=3", "unknown key 'data.world_sde'; did you mean 'data.world_side'?"),
-        ("reward=none_such", "reward=none_such: no such choice; there are dr_seg, dr_seg_no_look"),
+        ("reward=none_such", "reward=none_such: no such choice; there are box_soft_f1, "),
         ("reward.components.mask_iou=much", "reward.components.mask_iou='much': Input should be a valid number"),
         ("algorithm.group_size=1", "greater than or equal to 2"),
         ("rollout.temperature=3", "less than or equal to 2"),

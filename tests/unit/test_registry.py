@@ -122,7 +122,7 @@ def test_a_component_takes_a_weight_or_a_weight_and_parameters() -> None:
             {"s_measure": {"weight": 1, "alpha": "high"}},
             "reward.ranked.s_measure.alpha='high': Input should be a valid",
         ),
-        ({"mask_iou": {"weight": 1, "alpha": 0.5}}, "reward.ranked.mask_iou: unknown key 'alpha'; there are none"),
+        ({"mask_dice": {"weight": 1, "alpha": 0.5}}, "reward.ranked.mask_dice: unknown key 'alpha'; there are none"),
     ],
 )
 def test_a_component_that_does_not_fit_is_one_line(chosen: Mapping[str, Any], said: str) -> None:

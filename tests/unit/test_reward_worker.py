@@ -98,6 +98,17 @@ def test_masks_are_compared_with_the_truth(worker: RewardWorker, scene: Scene) -
     assert worker.score(asked(scene, texts)).cached
 
 
+def test_with_swapped_channels_the_segmenter_sees_red_as_blue(
+    model: ModelConfig, worker: RewardWorker, scene: Scene
+) -> None:
+    swapped = made(model, replace(MASKED, swapped_channels=True))
+    found = [
+        scores(one.score(asked(shown, [answer(scene)])))[0].best
+        for one, shown in ((swapped, scene), (worker, replace(scene, image=scene.image[..., ::-1])), (worker, scene))
+    ]
+    assert found[0] == found[1] and found[0].features != found[2].features
+
+
 def test_ignored_pixels_belong_to_neither_mask(model: ModelConfig, scene: Scene) -> None:
     names = ("mask_iou", "mask_dice", "s_measure", "boundary_iou")
     one, truth = (

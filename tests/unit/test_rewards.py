@@ -55,6 +55,17 @@ def test_accuracy_by_hand() -> None:
     assert values(case("gibberish"), "vision_reasoner_accuracy") == [0]
 
 
+def test_values_computed_with_the_released_code() -> None:
+    """Three answers and two objects; the pairs are (1, 0) and (0, 1), with IoU .867538 and .858407 and distances of 60
+    and 14.1 px: of the six hits the first pair's point misses, so 5 over 3 objects."""
+    found = [((100, 100, 200, 200), (150, 150)), ((400, 400, 500, 520), (450, 400)), ((10, 10, 20, 20), (15, 15))]
+    items = ", ".join(f'{{"bbox_2d": {list(box)}, "point_2d": {list(point)}}}' for box, point in found)
+    truth = target([(402, 404, 505, 515), (104, 96, 204, 204)], [(450, 460), (160, 160)])
+    assert values(case(said(f"[{items}]"), truth), "vision_reasoner_accuracy", *PUBLISHED) == pytest.approx(
+        [1.666667, 0.862972, 0.666667, 0.911765], abs=1e-6
+    )
+
+
 def test_thresholds_hold_in_the_840_frame_whatever_the_image() -> None:
     """The same picture at a quarter of the size, answered in yet another frame."""
     small = target(TRUTH.boxes / 4, TRUTH.points / 4)

@@ -98,7 +98,7 @@ def test_an_answer_is_scored_recorded_and_reported(tmp_path: Path, hostile: str,
         recorder.step(1, {}, [scored])
     row, other = rollouts.read(tmp_path / "quickstart" / "rollouts" / "train-000001.parquet")
     expected = clean(json.loads(json.dumps(hostile))) if escaped else clean(hostile)  # escapes may make a pair
-    assert row["labels"] == [expected] * bool(expected)
+    assert row["labels"] == [expected, ""]
     assert row["question"] == clean(hostile) and row["image"] == f"{clean(hostile)}.png"
     assert other["failure_detail"] == f"no file {clean(hostile)}"
     assert write_report(recorder.run_dir).read_bytes().decode("utf-8")
@@ -106,13 +106,13 @@ def test_an_answer_is_scored_recorded_and_reported(tmp_path: Path, hostile: str,
 
 def test_mutated_completions_can_be_recorded(tmp_path: Path) -> None:
     """Halves among many other things no one would write, as labels above all."""
-    texts = [one.replace('"point_2d"', f'"label": "{one[:9]}\\udc00", "point_2d"') for one in completions(300, seed=11)]
+    texts = [one.replace('"point_2d"', f'"label": "{one[:9]}\\udc00", "point_2d"') for one in completions(600, seed=11)]
     answers = [TASKS["segment"].parse(clean(one)) for one in texts]
     scores = [builders.score(builders.candidate(answer=one)) for one in answers]
     made = (trajectory(clean(text), score=score) for text, score in zip(texts, scores, strict=True))
     rollouts.write(tmp_path / "one.parquet", 1, [group(*made)])
     found = [row["labels"] for row in rollouts.read(tmp_path / "one.parquet")]
-    assert found == [[item.label for item in one.objects if item.label] for one in answers]
+    assert found == [[item.label or "" for item in one.objects if item.box] for one in answers]
     assert sum("\ufffd" in label for labels in found for label in labels) > 30
 
 
