@@ -168,8 +168,8 @@ def test_a_damaged_segmenter(model: ModelConfig) -> None:
         ),
         (lambda c: changed(c, "algorithm", loss="gsop"), "no surrogate 'gsop'; did you mean 'gspo'"),
         (
-            lambda c: replace(c, task={"detect": c.task["segment"]}),
-            "no task 'detect'; did you mean 'segment'",
+            lambda c: replace(c, task={"segmnt": c.task["segment"]}),
+            "no task 'segmnt'; did you mean 'segment'",
         ),
         (
             lambda c: replace(c, task={"any": replace(c.task["segment"], form="segmnt")}),
