@@ -1,5 +1,6 @@
 """Curves of a report: the catalogue's charts, and one for each held-out metric."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ def _training(components: Iterable[str], failures: Iterable[str]) -> list[Spec]:
 
 
 def spread(title: str, unit: str, series: Mapping[str, str], **look: bool) -> list[Spec]:
-    """One chart per `_COLOURS` series, so that they can be told apart."""
-    pairs = list(series.items())
-    parts = (pairs[i : i + _COLOURS] for i in range(0, len(pairs), _COLOURS))
-    return [Spec(title, unit, dict(part), **look) for part in parts]
+    """As many charts as `_COLOURS` ask for, so that their series can be told apart, and as evenly filled as can be: one
+    alone would have no legend."""
+    pairs, charts = list(series.items()), math.ceil(len(series) / _COLOURS)
+    size = math.ceil(len(pairs) / max(1, charts))
+    return [Spec(title, unit, dict(pairs[i * size : (i + 1) * size]), **look) for i in range(charts)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
@@ -57,3 +59,24 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "small_mask.png").write_bytes(png(np.ones((10, 15), np.uint8)))
     (tmp_path / "black.png").write_bytes(png(np.zeros((20, 30), np.uint8)))
     return tmp_path
+
+
+@pytest.fixture
+def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Calls a program's entry as from a shell; returns its exit status. What Hydra does to logging is undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def call(program: Any, *words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["program", *words])
+        try:
+            program()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    yield call
+    root.handlers[:] = handlers
+    root.setLevel(level)

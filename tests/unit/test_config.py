@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -18,12 +15,10 @@ from omegaconf import OmegaConf
 
 from docs import config_reference
 from launch.record import run_directory
-from launch.run.command_line import command, leaves, parse, valid_keys
+from launch.run.command_line import leaves, valid_keys
 from launch.run.config import CONF, compose, defaults, entry, plain
 from perception.config import Config, EcdfConfig, TaskConfig
-from perception.config.fields import Positive
 from perception.errors import UserError
-from synthetic.world import World
 
 GROUPS = ("model", "data", "task", "look", "reward", "algorithm", "placement")
 RECIPES = ("dr_seg", "dr_seg_3b", "dr_seg_3b_lora", "quickstart", "shape_3b")
@@ -249,27 +244,6 @@ def test_without_a_recipe_all_are_listed_with_a_line_each() -> None:
     assert lines[3].endswith("  The demo: minutes on two CPU cores. `make demo` runs it.")
 
 
-@pytest.fixture
-def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Calls a program's entry as from a shell; returns its exit status. What Hydra does to logging is undone."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def call(program: Any, *words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["program", *words])
-        try:
-            program()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    yield call
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
@@ -311,48 +285,3 @@ def test_arguments_of_wandbs_agent_are_settings(command_line: Any) -> None:
     words = ["recipe=quickstart", "--learner.lr=1e-05", "algorithm.group_size=4", "--config-name=config"]
     assert command_line(lambda: entry(lambda config: seen.append(config)), *words) == 0
     assert [(one.learner.lr, one.algorithm.group_size) for one in seen] == [(1e-5, 4)]
-
-
-# ---------------------------------------------------------------- small commands
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Small:
-    """Settings of any small command."""
-
-    out: Path
-    steps: Positive = 3
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["out=x", "step=5"], "unknown key 'step'; did you mean 'steps'?"),
-        (["out=x", "steps=many"], "steps='many': Input should be a valid integer"),
-        (["out=x", "steps=0"], "steps=0: Input should be greater than 0"),
-        (["steps=5"], "no value for out: give out=..."),
-        (["out=x", "--help"], "unknown key '--help'"),
-        (["out=[x"], "while parsing a flow sequence"),
-    ],
-)
-def test_a_small_commands_mistake_is_named(words: list[str], said: str) -> None:
-    with pytest.raises(UserError) as error:
-        parse(Small, words)
-    assert str(error.value).startswith(said) and "\n" not in str(error.value)
-
-
-def test_a_small_command_runs_with_what_it_was_given(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    seen: list[Small] = []
-    assert command_line(lambda: command(Small, seen.append), "out=a/b", "steps=5") == 0
-    assert seen == [Small(out=Path("a/b"), steps=5)]
-    assert command_line(lambda: command(World, seen.append), "trian=5") == 2
-    assert capsys.readouterr().err == "error: unknown key 'trian'; did you mean 'train'?\n"
-
-
-def test_the_world_is_written_as_asked(tmp_path: Path, command_line: Any) -> None:
-    assert command_line(lambda: command(World, World.write), f"out={tmp_path}", "train=2", "eval=1", "side=112") == 0
-    counts = {
-        name: len(yaml.safe_load((tmp_path / f"{name}.json").read_text())["images"])
-        for name in ("train", "eval", "shifted")
-    }
-    assert counts == {"train": 2, "eval": 1, "shifted": 1}

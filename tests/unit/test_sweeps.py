@@ -20,6 +20,7 @@ from launch.record.summary import half_interval
 from perception import metric_catalog as catalog
 from perception.errors import UserError
 from report import write_report
+from report.curves import spread
 from report.sweep import Combination, read_runs, read_sweep, save_sweep, write_comparison
 
 GIOU, HALF = "segment/mask_iou/greedy", "segment/mask_iou/interval"
@@ -150,3 +151,11 @@ def test_the_value_of_a_run_without_an_evaluation(tmp_path: Path) -> None:
 def test_an_interval_is_no_metric() -> None:
     names: Any = [GIOU, HALF, f"{HALF}@shifted"]
     assert [one.name for one in catalog.read_held_out(names)] == [GIOU]
+
+
+@pytest.mark.parametrize(("runs", "charts"), [(0, []), (1, [1]), (6, [6]), (7, [4, 3]), (13, [5, 5, 3])])
+def test_many_curves_fill_their_charts_evenly(runs: int, charts: list[int]) -> None:
+    """A seventh one alone would stand in a chart without a legend."""
+    made = spread("Reward", "mean", {f"run{i}": f"run{i}" for i in range(runs)})
+    assert [len(one.series) for one in made] == charts
+    assert [name for one in made for name in one.series] == [f"run{i}" for i in range(runs)]
