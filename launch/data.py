@@ -28,9 +28,8 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.run.command_line import told
-from launch.run.config import compose
+from launch.run.config import settings
 from perception import images, masks
-from perception.config import Config
 from perception.datasets import Dataset, load
 from perception.errors import ActorError, DataError
 from perception.files import write_text
@@ -57,15 +56,6 @@ class Seen(NamedTuple):
 
 
 Found = Sequence[Seen | DataError]
-
-
-def settings(words: Sequence[str]) -> Config:
-    """The settings of a command line. Without a recipe the quickstart's fill in, but not its data beside the user's."""
-    if any(word.startswith("recipe=") for word in words):
-        return compose(words)
-    keys = {word.partition("=")[0] for word in words}
-    sets = {"data.train", "data.eval"}
-    return compose(["recipe=quickstart", *words, *(f"{key}=" for key in sets - keys if keys & sets)])
 
 
 def survey(name: str, dataset: Dataset, pixels: bool) -> Found:

@@ -56,7 +56,7 @@ class Branches:
 
 
 def branches(lengths: Sequence[PieceLengths], row: int, reach: int) -> Branches:
-    """Of a row of `row` tokens, its padding a prompt like others, whose convolution sees `reach` tokens backwards."""
+    """The branches of a row, its padding a prompt like others. `reach`: how far back the convolution sees."""
     sizes, origins = part_sizes(lengths, row)
     places = torch.arange(row).split(sizes.tolist())
     found: tuple[dict[int, dict[int, Tensor]], ...] = ({}, {})

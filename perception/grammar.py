@@ -43,6 +43,11 @@ def section(text: str, tag: str) -> str | None:
     return text[start + len(tag) + 2 : end].strip() if end >= 0 else None
 
 
+def unfenced(text: str) -> str:
+    """The text without the marks of code fences, of JSON or of nothing."""
+    return text.replace("```json", "").replace("```", "")
+
+
 def braces(text: str) -> str | None:
     """The first `{...}` that is not empty and holds no `}`, or None. Equal to the published `{[^}]+}`, which rescans
     the text once per brace that is never closed."""

@@ -32,7 +32,7 @@ TRAINING_SHOWN = 3
 """Groups of each training step shown."""
 FAILURES_SHOWN = 6
 STRETCHES_SHOWN = 3000
-"""Of the timeline, the last."""
+"""The last stretches of the timeline are drawn, as many as this."""
 _FAILURE_FILES = 20
 """Failures are looked for in so many of the latest rollout files."""
 

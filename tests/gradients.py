@@ -1,11 +1,12 @@
-"""What a policy makes of groups, for comparing one way of computing it with another."""
+"""What a policy makes of groups, to compare ways of computing it, and what its backward pass keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from learner.policy import Policy
 from learner.rows import bins, pieces
@@ -35,3 +36,19 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     zero = torch.zeros(())
     squares = sum((one.get(name, zero) - value).square().sum().double() for name, value in other.items())
     return float((squares / sum(value.square().sum().double() for value in other.values())) ** 0.5)
+
+
+@contextmanager
+def kept_by(module: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of every storage that the backward pass will read, parameters left out."""
+    own, found, alive = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}, []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # else its address is given away again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found

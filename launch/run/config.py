@@ -58,6 +58,15 @@ def compose(words: Sequence[str]) -> Config:
         raise UserError(_explain(error)) from error
 
 
+def settings(words: Sequence[str]) -> Config:
+    """The settings of a command line. Without a recipe the quickstart's fill in, but not its data beside the user's."""
+    if any(word.startswith("recipe=") for word in words):
+        return compose(words)
+    keys = {word.partition("=")[0] for word in words}
+    sets = {"data.train", "data.eval"}
+    return compose(["recipe=quickstart", *words, *(f"{key}=" for key in sets - keys if keys & sets)])
+
+
 def with_base(words: Sequence[str]) -> list[str]:
     """Has Hydra compose over the typed defaults, or over the settings of the run that `run.resume` names among these
     words; returns them, and what else that needs. A `recipe=` composes anew, and so does a group's choice its group."""

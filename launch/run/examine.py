@@ -14,9 +14,9 @@ from textwrap import fill
 
 import numpy as np
 
-from launch.data import settings
 from launch.run.checks import check_family, check_machine, check_model
 from launch.run.command_line import told
+from launch.run.config import settings
 from launch.run.looking import sampled
 from launch.run.models import located
 from launch.run.parity import parity_gate

@@ -37,7 +37,7 @@ class PackedPolicy(Policy):
     attention: ClassVar[Any] = {"text_config": text_attention.NAME, "vision_config": "sdpa"}
     padded = False
     axes: ClassVar[int] = 1
-    """Of a token's position."""
+    """Numbers that a token's position has."""
 
     def __init__(self, family: Family, temperature: float, config: LearnerConfig, entropy_gradient: bool) -> None:
         super().__init__(family, temperature, config, entropy_gradient)

@@ -11,7 +11,7 @@ nothing is there, and its reward gives that nothing.
 import json
 
 from perception.frames import Frame
-from perception.grammar import section
+from perception.grammar import section, unfenced
 from perception.tasks import task
 from perception.tasks.objects import ObjectList, in_pixels, thought
 from perception.types import Target
@@ -23,7 +23,7 @@ class Bare(ObjectList):
     def body(self, text: str) -> str | None:
         """The answer block, all of a text that opens none; without code fences."""
         body = section(text, "answer") if "<answer>" in text else text
-        return None if body is None else body.replace("```json", "").replace("```", "")
+        return None if body is None else unfenced(body)
 
     def framed(self, answer: str, target: Target, frame: Frame, inline: bool) -> str:
         """The answer alone, or with `inline` after the thinking that `look=inline` asks for."""

@@ -35,7 +35,7 @@ class SegZero(Normalised, ObjectList):
         return AnswerObject(box=read_box(box), point=points[0] if points else None, further=tuple(points[1:]))
 
     def write(self, target: Target, frame: Frame, inline: bool = False) -> str:
-        """Of the first object; its second point is the first one again, as no truth has two."""
+        """The first object; its second point is the first one again, as no truth has two."""
         boxes, points = in_pixels(target, frame)
         said = {"bbox": boxes[0], "points_1": points[0], "points_2": points[0]} if boxes else []
         return f"{thought(points[:1], frame, inline)}<answer>{json.dumps(said)}</answer>"

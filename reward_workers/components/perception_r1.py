@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from perception import matching, metrics
 from perception.frames import Frame, convert_points
-from perception.grammar import section
+from perception.grammar import section, unfenced
 from reward_workers.components import Case, component
 from reward_workers.components.boxes import same_labels
 from reward_workers.components.format import json_or_none
@@ -74,7 +74,7 @@ def perception_r1_detection(
     by less than 0.02, for categories whose ids differ by one, against 5 per pixel.
     """
     body = None if released else section(case.text, "answer")
-    items = json_or_none((body or case.text).replace("```json", "").replace("```", ""))
+    items = json_or_none(unfenced(body or case.text))
     items, true, truth = items if isinstance(items, list) else [], case.target.boxes, case.target
     good = [one for one in case.answer.objects if one.box and one.label and one.label in (categories or [one.label])]
     if released and _raises(items, len(good), categories):

@@ -17,11 +17,10 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from launch import data
 from launch.record import run_directory
 from launch.run import checks, memory
 from launch.run.command_line import parse
-from launch.run.config import compose, plain
+from launch.run.config import compose, plain, settings
 from launch.run.memory import Machine
 from perception.config import Config
 from perception.errors import UserError
@@ -131,14 +130,14 @@ def program(module: str, arguments: Sequence[str], patch: pytest.MonkeyPatch) ->
         case "launch.train" | "launch.evaluate", _:
             run(arguments, patch)
         case "launch.data", ["show" | "check", *words]:
-            data.settings([word for word in words if "=" in word])
+            settings([word for word in words if "=" in word])
         case "launch.world", _:
             parse(World, arguments)
         case "launch.sft", _:
             parse(WarmStartSettings, arguments)
         case "launch.doctor", words:
             assert {word for word in words if "=" not in word} <= {"--deep"}
-            _ = words and data.settings([word for word in words if "=" in word])
+            _ = words and settings([word for word in words if "=" in word])
         case "launch.report", [*folders]:
             assert folders and not any(word.startswith("-") or "=" in word for word in folders)
         case _ if module.startswith(("benchmarks.", "docs.")):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from launch import data
+from launch.run.config import settings
 from perception import masks
 from perception.datasets import READERS
 from perception.datasets.records import Record
@@ -157,7 +158,7 @@ def test_the_sets_that_are_named_are_read_and_no_other() -> None:
         (["data.eval=b"], "", "b"),
         (["recipe=quickstart", "data.train=a"], "a", "data/world/eval.json"),
     ):
-        config = data.settings(words)
+        config = settings(words)
         assert (config.data.train, config.data.eval) == (train, held_out)
 
 

@@ -33,7 +33,7 @@ from perception.config import LearnerConfig, LoraConfig, ModelConfig
 from perception.types import Group, PolicySpec
 from tests import tiny_families
 from tests.builders import sampled_group
-from tests.gradients import distance, evaluate
+from tests.gradients import distance, evaluate, kept_by
 from tests.unit.test_exactness import shortened
 
 WHOLE = 1 << 20
@@ -228,15 +228,8 @@ def test_a_state_costs_arithmetic_and_no_cache(packed: Policy, spec: PolicySpec)
 
 def test_activations_are_about_what_the_memory_model_says(packed: Policy) -> None:
     layer = packed.model.model.language_model.layers[0]
-    lengths, kept = [PieceLengths(prompt=128, tails=(64, 64))], {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    row = torch.randn(1, 256, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    lengths, row = [PieceLengths(prompt=128, tails=(64, 64))], torch.randn(1, 256, 64, requires_grad=True)
+    with kept_by(layer) as kept:
         layer(row, None, attention_mask=branches(lengths, 256, 3))
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    numbers = sum(one.untyped_storage().nbytes() / 4 for place, one in kept.items() if place not in own)
+    numbers = sum(kept.values()) / 4
     assert numbers / 256 == pytest.approx(memory.KEPT * memory._layers([layer]).width, rel=0.3)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from perception.config import Config, LearnerConfig, LoraConfig, ModelConfig
 from perception.errors import UserError
 from tests import tiny_families, tiny_policy
 from tests.builders import changed
+from tests.gradients import kept_by
 
 EXACT = ("weights", "gradients", "optimizer", "reduce bucket")
 OWN = ("model.path=absent", "model.segmenter=random:large", "data.train=train.jsonl", "data.eval=eval.jsonl")
@@ -91,22 +91,6 @@ def test_a_frozen_tower_and_adapters_have_neither_gradients_nor_states() -> None
 
 
 # ---------------------------------------------------------------- activations, against what autograd keeps
-
-
-@contextmanager
-def kept_by(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of every storage that the backward pass will read, parameters left out."""
-    own, found, alive = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # else its address is given away again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield found
 
 
 def qwen(layers: int, hidden: int, inner: int, checkpointing: bool) -> Any:
